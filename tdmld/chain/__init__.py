@@ -1,0 +1,1 @@
+"""The replicated ledger: pure, deterministic, sans-IO."""
