@@ -1,0 +1,92 @@
+"""What a node must be able to answer: the one interface between the RPC server and the daemon.
+
+The server never reaches around it, and a fake of it is all that a test needs. Rules:
+
+- A method answers from finalized state and returns quickly, or says in its docstring that it waits.
+- It raises `NotFound`, `Refused`, `NotReady` or `InvalidParams` (tdmld.rpc.errors) with a text that
+  names cause and remedy. Any other exception is a bug: the caller sees a correlation id, the log
+  the traceback, and the daemon lives on.
+- It may be cancelled at any checkpoint (the caller went away) and must leave nothing half done.
+- Arguments are already of the annotated types, with ids and addresses well-formed.
+- A subscription is an async generator. It yields the present first where that has a meaning, and is
+  closed (`aclose`) by the server when the subscriber leaves; its `finally` must not wait.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from tdmld.rpc.types import (
+    AccountInfo,
+    BlockInfo,
+    ChainParameters,
+    Earnings,
+    FetchedResult,
+    Head,
+    JobDetail,
+    JobEvent,
+    JobSummary,
+    NodeStatus,
+    PeerInfo,
+    Published,
+    Submitted,
+    TransactionStatus,
+)
+
+
+class Backend(Protocol):
+    """A running node, as its RPC server sees it."""
+
+    async def node_status(self) -> NodeStatus:
+        """Identity, sync, market standing and present work of this node."""
+
+    async def node_earnings(self) -> Earnings:
+        """Settled and pending income of this node's owner."""
+
+    async def net_peers(self) -> tuple[PeerInfo, ...]:
+        """Known nodes, connected ones first."""
+
+    async def chain_head(self) -> Head:
+        """The newest finalized block."""
+
+    async def chain_block(self, height: int) -> BlockInfo:
+        """A finalized block; NotFound above the head."""
+
+    async def chain_account(self, address: str) -> AccountInfo:
+        """An account, zeros for one that was never used. Refused when `address` is no address."""
+
+    async def chain_transaction(self, id: str) -> TransactionStatus:
+        """A transaction in the mempool or in a block; NotFound for one never seen."""
+
+    async def chain_submit(self, raw: str) -> Submitted:
+        """Admit a signed transaction (hex); Refused names the rule. Does not wait for a block."""
+
+    async def chain_parameters(self) -> ChainParameters:
+        """The genesis rules and validators."""
+
+    def chain_subscribe_heads(self) -> AsyncIterator[Head]:
+        """The present head, then each newly finalized block, none left out."""
+
+    async def job_publish(self, spec: str, text_path: str, name: str) -> Published:
+        """Take a spec (canonical JSON text) and the text file that it names by its shards.
+
+        `text_path` is a file on the node's own machine. Refused when the spec is malformed or the
+        text's shards are not those of the spec. `name` is remembered for lists on this node.
+        """
+
+    async def job_list(self) -> tuple[JobSummary, ...]:
+        """All jobs of the chain, newest first."""
+
+    async def job_status(self, id: str) -> JobDetail:
+        """One job; NotFound."""
+
+    def job_subscribe(self, id: str) -> AsyncIterator[JobEvent]:
+        """Events of one job from now on; ends after the job's final state. NotFound."""
+
+    async def job_fetch(self, id: str, out_dir: str) -> FetchedResult:
+        """Fetch and verify a finished job's model into `out_dir` on the node's machine (waits).
+
+        Refused while the job has no result; NotFound.
+        """
+
+    async def admin_stop(self) -> None:
+        """Begin a clean stop of the daemon; returns at once."""

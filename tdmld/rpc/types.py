@@ -1,0 +1,402 @@
+"""What travels over JSON-RPC, for servers, clients and the dashboard alike.
+
+Conventions of every type here:
+
+- amounts are decimal strings of whole units (JSON numbers lose digits beyond 2**53);
+- hashes and ids are lower-case hex, 64 characters; addresses are PeerId strings (`12D3Koo...`);
+- times are RFC 3339 in UTC with milliseconds (`time_text` makes them);
+- reputation is in millionths, losses are in micro-nats a token (integers, as on the chain);
+- whatever comes from the chain is finalized, and `height` says as of which block.
+
+Unknown fields are ignored by clients, so that an older client can talk to a newer node.
+"""
+
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+import msgspec
+
+AmountText = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,19}$")]
+HexId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+AddressText = Annotated[str, msgspec.Meta(pattern=r"^[1-9A-HJ-NP-Za-km-z]{40,64}$")]
+HeightNumber = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+
+JobState = Literal[
+    "offered",
+    "matched",
+    "preparing",
+    "active",
+    "finishing",
+    "closed",
+    "refunded",
+    "expired",
+]
+"""ANNEX A2; the last three are final."""
+FINAL_JOB_STATES = frozenset({"closed", "refunded", "expired"})
+
+AuditState = Literal[
+    "drawn", "committed", "opened", "passed", "mismatch", "expired", "unaudited"
+]
+Role = Literal["worker", "standby", "auditor"]
+
+
+def time_text(milliseconds: int) -> str:
+    """Unix milliseconds as RFC 3339 in UTC: `2026-01-01T00:00:00.000Z`."""
+    moment = datetime.fromtimestamp(milliseconds // 1000, UTC)
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{milliseconds % 1000:03d}Z"
+
+
+class Wire(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of everything that travels over JSON-RPC."""
+
+
+class AskInfo(Wire, frozen=True):
+    """What this node offers at the market."""
+
+    price: AmountText
+    """Units per (10**6 parameters x 10**3 tokens)."""
+    device_class: str
+    memory: int
+    """Bytes."""
+    audit_capacity: int
+    standby_slots: int
+    until: HeightNumber
+
+
+class SlotRun(Wire, frozen=True):
+    """A task that this node does now."""
+
+    job: HexId
+    role: Role
+    lane: int
+    stage: int
+    layers: tuple[int, int]
+    """First layer, and one past the last."""
+    state: str
+    """A short phrase for people: running, waiting for 12D3Koo..., drawing weights."""
+    segment: int
+    """The one at work, from 0 (an auditor: the one that it replays)."""
+    segments: int
+    step: int
+    steps: int
+    settled: int
+    """Segments of this slot that are settled."""
+    earned: AmountText
+    """From this task, settled."""
+    tokens_per_second: float = 0.0
+
+
+class NodeStatus(Wire, frozen=True):
+    """One look at a node: who it is, whether it is live, what it earns and why not."""
+
+    version: str
+    node: AddressText
+    owner: AddressText
+    session: str
+    """The carrier's PeerId; empty while there is none."""
+    chain: str
+    chain_id: HexId
+    height: HeightNumber
+    head: HexId
+    view: int
+    syncing: bool
+    peers: int
+    validator: bool
+    balance: AmountText
+    """Spendable, of the owner."""
+    work_stake: AmountText
+    vote_stake: AmountText
+    reputation: int
+    """Of the node's owner, in millionths."""
+    earned: AmountText
+    """All settled payments to the owner for work of this node."""
+    pending: AmountText
+    """Work done whose segments are not settled yet, at their price."""
+    started: str
+    ask: AskInfo | None = None
+    tasks: tuple[SlotRun, ...] = ()
+    why_not_earning: str = ""
+    """One line with cause and remedy; empty while the node has work."""
+
+
+class Head(Wire, frozen=True):
+    """A finalized block, in brief."""
+
+    height: HeightNumber
+    hash: HexId
+    view: int
+    time: str
+    proposer: AddressText
+    transactions: int
+
+
+class TransactionLine(Wire, frozen=True):
+    """One transaction of a block with its outcome."""
+
+    id: HexId
+    kind: str
+    signer: AddressText
+    ok: bool
+    reason: str = ""
+
+
+class BlockInfo(Wire, frozen=True):
+    """A finalized block."""
+
+    height: HeightNumber
+    hash: HexId
+    parent: HexId
+    view: int
+    time: str
+    proposer: AddressText
+    state_height: HeightNumber
+    state_root: HexId
+    size: int
+    """Bytes of header and body."""
+    transactions: tuple[TransactionLine, ...] = ()
+
+
+class AccountInfo(Wire, frozen=True):
+    """An account; one that nobody ever used has zeros everywhere."""
+
+    address: AddressText
+    height: HeightNumber
+    balance: AmountText
+    nonce: int
+    """What the next transaction of this key must carry."""
+    vote_stake: AmountText = "0"
+    work_stake: AmountText = "0"
+    unbonding: AmountText = "0"
+    locked: AmountText = "0"
+    """In escrows and deposits of its own open jobs."""
+    reputation: int = 0
+    nodes: tuple[AddressText, ...] = ()
+
+
+class Submitted(Wire, frozen=True):
+    """A transaction was admitted to the mempool."""
+
+    id: HexId
+    height: HeightNumber
+
+
+class TransactionStatus(Wire, frozen=True):
+    """Where a transaction stands. `failed` is final, too: it stands in a block, without effect."""
+
+    id: HexId
+    state: Literal["pending", "ok", "failed"]
+    height: HeightNumber
+    """The chain's height at the time of the answer."""
+    block: HeightNumber | None = None
+    reason: str = ""
+
+
+class ValidatorInfo(Wire, frozen=True):
+    owner: AddressText
+    node: AddressText
+    stake: AmountText
+
+
+class ChainParameters(Wire, frozen=True):
+    """The genesis rules; names as in the genesis document."""
+
+    chain: str
+    chain_id: HexId
+    height: HeightNumber
+    time: str
+    """Of genesis."""
+    protocol: int
+    parameters: dict[str, int | list[int]]
+    validators: tuple[ValidatorInfo, ...]
+
+
+class Published(Wire, frozen=True):
+    """A spec and its data are held by this node and offered to others."""
+
+    spec_id: HexId
+    shards: int
+    """How many, all checked against the spec."""
+    size: int
+    """Bytes of the text."""
+
+
+class JobSummary(Wire, frozen=True):
+    """A line of a job list."""
+
+    id: HexId
+    state: JobState
+    submitter: AddressText
+    height: HeightNumber
+    """As of which this is."""
+    offered: HeightNumber
+    """Height of the offer's block."""
+    family: str
+    stages: int
+    lanes: int
+    rounds: int
+    steps: int
+    segments_settled: int
+    """Over all slots, of rounds x lanes x stages."""
+    escrow: AmountText
+    """Locked at the offer, without the deposit."""
+    spent: AmountText
+    name: str = ""
+    """Known only to the node through which it was submitted."""
+    reason: str = ""
+    loss: int | None = None
+    """Of the newest committed segment, micro-nats a token, mean over lanes."""
+
+
+class SlotInfo(Wire, frozen=True):
+    """One stage of one lane, and who runs it."""
+
+    lane: int
+    stage: int
+    layers: tuple[int, int]
+    worker: str
+    """Node address; empty before matching."""
+    state: str
+    """waiting, accepted, ready, running, stalled, done, failed: a short phrase."""
+    segment: int
+    """Segments committed so far; the next one is at work."""
+    settled: int
+    price: AmountText
+    """Per segment."""
+    earned: AmountText = "0"
+    step: int | None = None
+    """Only when this very node knows it."""
+
+
+class StandbyInfo(Wire, frozen=True):
+    """Who holds copies of which slots."""
+
+    node: str
+    slots: tuple[tuple[int, int], ...]
+    """(lane, stage)."""
+    proved: int
+    """The latest boundary whose copy was proved."""
+    earned: AmountText = "0"
+
+
+class AuditInfo(Wire, frozen=True):
+    """One drawn audit."""
+
+    lane: int
+    stage: int
+    segment: int
+    auditor: str
+    """Node address; empty while none was found."""
+    state: AuditState
+    drawn: HeightNumber = 0
+
+
+class SegmentLoss(Wire, frozen=True):
+    """Mean training loss of one committed segment of a lane's last stage."""
+
+    lane: int
+    segment: int
+    loss: int
+    """Micro-nats a token."""
+
+
+class ResultFile(Wire, frozen=True):
+    name: str
+    size: int
+
+
+class ResultStatus(Wire, frozen=True):
+    """The trained model: attested by holders, fetched or waiting."""
+
+    id: HexId
+    holders: tuple[str, ...]
+    fetched: bool
+
+
+class JobDetail(Wire, frozen=True):
+    """All that this node knows of a job."""
+
+    summary: JobSummary
+    spec_id: HexId
+    segment_steps: int
+    """K."""
+    slots: tuple[SlotInfo, ...]
+    standbys: tuple[StandbyInfo, ...] = ()
+    audits: tuple[AuditInfo, ...] = ()
+    losses: tuple[SegmentLoss, ...] = ()
+    """By segment, then lane."""
+    budget: AmountText = "0"
+    """The most that the job may cost: escrow and deposit."""
+    payments: dict[str, AmountText] = {}
+    """Owner address to what the job has paid it, in all roles."""
+    deadline: HeightNumber = 0
+    result: ResultStatus | None = None
+
+
+class JobEvent(Wire, frozen=True):
+    """Something happened in a job. `text` is a full sentence for people; the rest for programs."""
+
+    job: HexId
+    height: HeightNumber
+    time: str
+    kind: Literal[
+        "state", "step", "segment", "audit", "settled", "payment", "fault", "result"
+    ]
+    text: str
+    state: JobState | None = None
+    lane: int | None = None
+    stage: int | None = None
+    segment: int | None = None
+    step: int | None = None
+    loss: int | None = None
+    """Micro-nats a token, of the step or the segment."""
+    address: str = ""
+    amount: AmountText = "0"
+
+
+class FetchedResult(Wire, frozen=True):
+    """A finished job's model lies on this node's disk, verified."""
+
+    job: HexId
+    result_id: HexId
+    directory: str
+    files: tuple[ResultFile, ...]
+    transaction: str = ""
+    """Id of the receipt that the node sent for it; empty when the submitter must sign it."""
+
+
+class PeerInfo(Wire, frozen=True):
+    """A node that this one knows."""
+
+    node: AddressText
+    addresses: tuple[str, ...]
+    connected: bool
+    validator: bool = False
+    owner: str = ""
+    height: HeightNumber | None = None
+    """The peer's, as it last said."""
+    round_trip_ms: float | None = None
+
+
+class JobEarnings(Wire, frozen=True):
+    job: HexId
+    worker: AmountText
+    standby: AmountText
+    audit: AmountText
+    pending: AmountText
+
+
+class EarningsBucket(Wire, frozen=True):
+    start: str
+    amount: AmountText
+
+
+class Earnings(Wire, frozen=True):
+    """What the owner of this node earned with it."""
+
+    height: HeightNumber
+    total: AmountText
+    pending: AmountText
+    jobs: tuple[JobEarnings, ...] = ()
+    buckets: tuple[EarningsBucket, ...] = ()
+    """Recent settled income, oldest first, of equal length (a minute on a local network)."""
+    bucket_seconds: int = 60
