@@ -1,0 +1,386 @@
+"""Messages between the daemon and its carrier, and the socket that carries them.
+
+An AF_UNIX SOCK_SEQPACKET pair keeps message borders, so a message is one msgspec MessagePack object
+of at most MESSAGE_BYTES, with file descriptors beside it (SCM_RIGHTS) where a message says so.
+
+    daemon -> carrier   Configure first, then requests; each has an id
+    carrier -> daemon   Ready, then exactly one reply (Done, Failed, Imported, Stored, Listing) to
+                        each request with its id, in any order, and events without id
+
+Either end that reads something malformed stops: the other end is our own code or nothing at all.
+End of file at the carrier means that the daemon is gone, and ends the carrier.
+"""
+
+import array
+import socket
+from typing import Annotated
+
+import msgspec
+import trio
+
+from tdmld.node.errors import ControlError
+
+MESSAGE_BYTES = 64 * 1024
+"""Greatest control message. A spec does not fit beside anything else: it travels as a file."""
+MAX_DESCRIPTORS = 2
+MAX_PEERS = 256
+"""Peers and members of one machine's jobs, all together."""
+MAX_HOLDERS = 16
+MAX_TEXT = 2000
+MAX_SHARDS = 1024
+
+Id32 = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Size = Annotated[int, msgspec.Meta(ge=0, lt=2**48)]
+Session = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
+PathText = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+FileName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")]
+Holders = Annotated[tuple[Session, ...], msgspec.Meta(max_length=MAX_HOLDERS)]
+Sessions = Annotated[tuple[Session, ...], msgspec.Meta(max_length=MAX_PEERS)]
+LinkName = Annotated[str, msgspec.Meta(pattern=r"^(up|down)$")]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Base of all control messages."""
+
+
+class Slot(msgspec.Struct, frozen=True, array_like=True):
+    """(job, lane, stage)."""
+
+    job: Id32
+    lane: Count
+    stage: Count
+
+
+class Peer(msgspec.Struct, frozen=True, array_like=True):
+    """A carrier's session and where it listens."""
+
+    session: Session
+    addresses: Annotated[
+        tuple[Annotated[str, msgspec.Meta(max_length=256)], ...], msgspec.Meta(max_length=8)
+    ]
+
+
+class Dimensions(msgspec.Struct, frozen=True):
+    """What the carrier must know of a spec."""
+
+    stages: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+    rounds: Count
+    segment_steps: Count
+    micro_batches: Count
+    frame_bytes: Annotated[int, msgspec.Meta(ge=1, le=64 << 20)]
+
+
+# --- daemon -> carrier ------------------------------------------------------------------------
+
+
+class Configure(Message):
+    """The first message."""
+
+    data_dir: PathText
+    chain_id: Id32
+    listen: Annotated[tuple[str, ...], msgspec.Meta(max_length=8)]
+    content_quota: Size
+
+
+class SetPeers(Message):
+    """Replaces the set of carriers to stay connected with."""
+
+    id: int
+    peers: Annotated[tuple[Peer, ...], msgspec.Meta(max_length=MAX_PEERS)]
+
+
+class SetMembers(Message):
+    """Replaces the sessions that may fetch content of `job`; an empty set closes it."""
+
+    id: int
+    job: Id32
+    sessions: Sessions
+
+
+class ImportText(Message):
+    """Cut a file into shards and keep them. Reply: Imported."""
+
+    id: int
+    path: PathText
+
+
+class FetchBlob(Message):
+    """Bring content by its id into content/. Reply: Stored."""
+
+    id: int
+    job: Id32
+    content: Id32
+    size: Size
+    holders: Holders
+
+
+class StateFile(msgspec.Struct, frozen=True, tag=True):
+    """A part of a slot's state at a boundary; `part` is "shared" or "lane"."""
+
+    slot: Slot
+    boundary: Count
+    part: Annotated[str, msgspec.Meta(pattern=r"^(shared|lane)$")]
+
+
+class FramesFile(msgspec.Struct, frozen=True, tag=True):
+    """What the slot sent on a link during a segment."""
+
+    slot: Slot
+    segment: Count
+    link: LinkName
+
+
+class ResultFile(msgspec.Struct, frozen=True, tag=True):
+    """One file of a job's result."""
+
+    job: Id32
+    name: FileName
+
+
+class Blob(msgspec.Struct, frozen=True, tag=True):
+    """Content by its id, of use to `job`."""
+
+    job: Id32
+    content: Id32
+
+
+Item = StateFile | FramesFile | ResultFile | Blob
+"""What one carrier can ask of another."""
+
+
+class FetchFile(Message):
+    """Bring a named file of a job to `destination` (inside the data directory, or an output
+    directory that the user named). Reply: Stored."""
+
+    id: int
+    item: Item
+    limit: Size
+    holders: Holders
+    destination: PathText
+
+
+class ListResult(Message):
+    """Names and sizes of the files of a job's result at the first holder that has one."""
+
+    id: int
+    job: Id32
+    holders: Holders
+
+
+class OpenSlot(Message):
+    """Serve a live worker. Two descriptors come along: the carrier's end of the worker's packet
+    socket and the memory file."""
+
+    id: int
+    slot: Slot
+    epoch: Count
+    incarnation: Count
+    dimensions: Dimensions
+    up: Session | None
+    down: Session | None
+
+
+class Grant(Message):
+    """The worker may run segments < `until`."""
+
+    id: int
+    slot: Slot
+    until: Count
+
+
+class CloseSlot(Message):
+    """Stop serving a worker. With `abort` the links are dropped at once; else the worker is told
+    to end and the links say goodbye first, for a few seconds at most."""
+
+    id: int
+    slot: Slot
+    abort: bool
+
+
+class Discard(Message):
+    """Frames and lists of segments <= `segment` of the slot are of no use to anybody any more."""
+
+    id: int
+    slot: Slot
+    segment: Count
+
+
+Request = (
+    SetPeers
+    | SetMembers
+    | ImportText
+    | FetchBlob
+    | FetchFile
+    | ListResult
+    | OpenSlot
+    | Grant
+    | CloseSlot
+    | Discard
+)
+ToCarrier = Configure | Request
+
+
+# --- carrier -> daemon ------------------------------------------------------------------------
+
+
+class Ready(Message):
+    """The carrier listens."""
+
+    session: Session
+    addresses: tuple[str, ...]
+
+
+class Done(Message):
+    """The request was carried out."""
+
+    id: int
+
+
+class Failed(Message):
+    """The request failed. `kind` is a class name of tdmld.node.errors."""
+
+    id: int
+    kind: str
+    text: Text
+
+
+class Imported(Message):
+    """Shards of a text: (id, size) in order."""
+
+    id: int
+    shards: Annotated[tuple[tuple[Id32, Size], ...], msgspec.Meta(max_length=MAX_SHARDS)]
+
+
+class Stored(Message):
+    """A file is here, whole and synced."""
+
+    id: int
+    path: PathText
+    holder: str
+
+
+class Listing(Message):
+    """Files of a result: (name, size)."""
+
+    id: int
+    files: Annotated[tuple[tuple[FileName, Size], ...], msgspec.Meta(max_length=64)]
+
+
+class GenesisReported(Message):
+    """A live worker has drawn its state and saved boundary 0."""
+
+    slot: Slot
+    shared: Id32
+    lane: Id32
+    data: Id32
+
+
+class StepReported(Message):
+    """A live worker finished a step."""
+
+    slot: Slot
+    step: Count
+    loss: float | None
+    seconds: float
+    compute: float
+    wait: float
+
+
+class SegmentReported(Message):
+    """List, frames and state of a segment are on disk and agree with what crossed the links."""
+
+    slot: Slot
+    segment: Count
+
+
+class SlotEnded(Message):
+    """The last segment is done and every link has said goodbye."""
+
+    slot: Slot
+
+
+class SlotBroken(Message):
+    """The slot cannot go on; says why."""
+
+    slot: Slot
+    text: Text
+
+
+Reply = Done | Failed | Imported | Stored | Listing
+CarrierEvent = GenesisReported | StepReported | SegmentReported | SlotEnded | SlotBroken
+FromCarrier = Ready | Reply | CarrierEvent
+
+_encoder = msgspec.msgpack.Encoder()
+_to_carrier = msgspec.msgpack.Decoder(ToCarrier)
+_from_carrier = msgspec.msgpack.Decoder(FromCarrier)
+
+
+def encode_message(message: Message) -> bytes:
+    """The bytes of a message; ControlError when it is too long to send."""
+    raw = _encoder.encode(message)
+    if len(raw) > MESSAGE_BYTES:
+        raise ControlError(
+            f"a {type(message).__name__} of {len(raw)} bytes; at most {MESSAGE_BYTES} can be sent"
+        )
+    return raw
+
+
+def decode_to_carrier(raw: bytes) -> ToCarrier:
+    """Decode what the daemon sent; ControlError."""
+    try:
+        return _to_carrier.decode(raw)  # type: ignore[return-value, unused-ignore]
+    except msgspec.MsgspecError as error:
+        raise ControlError(f"malformed message from the daemon: {error}") from error
+
+
+def decode_from_carrier(raw: bytes) -> FromCarrier:
+    """Decode what the carrier sent; ControlError."""
+    try:
+        return _from_carrier.decode(raw)  # type: ignore[return-value, unused-ignore]
+    except msgspec.MsgspecError as error:
+        raise ControlError(f"malformed message from the carrier: {error}") from error
+
+
+class ControlSocket:
+    """One end of a SOCK_SEQPACKET pair, under trio.
+
+    `send` and `receive` may be cancelled: a packet is sent whole or not at all.
+    """
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = trio.socket.from_stdlib_socket(end)
+        self._sending = trio.Lock()
+
+    async def send(self, raw: bytes, descriptors: tuple[int, ...] = ()) -> None:
+        """Send one packet; ControlError when the other end is closed."""
+        ancillary = []
+        if descriptors:
+            rights = array.array("i", descriptors).tobytes()
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
+        async with self._sending:
+            try:
+                await self._socket.sendmsg([raw], ancillary)
+            except OSError as error:
+                raise ControlError(f"the other process is gone: {error}") from error
+
+    async def receive(self) -> tuple[bytes, tuple[int, ...]]:
+        """The next packet and its descriptors (the caller closes them); b"" at the end."""
+        space = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
+        try:
+            raw, ancillary, flags, _ = await self._socket.recvmsg(MESSAGE_BYTES, space)
+        except ConnectionError:
+            return b"", ()
+        descriptors = array.array("i")
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                whole = len(data) - len(data) % descriptors.itemsize
+                descriptors.frombytes(data[:whole])
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise ControlError("a packet was cut: more bytes or descriptors than agreed")
+        return raw, tuple(descriptors)
+
+    def close(self) -> None:
+        """Close this end; the other one reads the end of file."""
+        self._socket.close()
