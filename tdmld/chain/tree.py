@@ -29,7 +29,7 @@ Item = tuple[bytes, bytes]
 """(key of 32 bytes, value of 32 bytes); an empty value deletes the key."""
 
 
-class TreeProof(Record):
+class TreeProof(Record, frozen=True):
     """What stands where a key belongs, and the way from there to the root.
 
     `leaf` is the 64 bytes key ‖ value found in the slot, or empty. `siblings` go from the slot to
