@@ -13,6 +13,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Annotated, Any
 
 import msgspec
@@ -223,7 +224,7 @@ def supply(genesis: Genesis) -> int:
 
 def protocol_at(genesis: Genesis, height: int) -> int:
     """The protocol version in force at `height`."""
-    return max((row for row in genesis.protocol if row[0] <= height))[1]
+    return max(row for row in genesis.protocol if row[0] <= height)[1]
 
 
 _ParametersDocument = msgspec.defstruct(
@@ -265,7 +266,7 @@ def _key(where: str, text: str) -> bytes:
 
 def _unique(where: str, values: Iterable[Any]) -> tuple[Any, ...]:
     ordered = sorted(values)
-    for one, two in zip(ordered, ordered[1:], strict=False):
+    for one, two in pairwise(ordered):
         if one == two:
             raise GenesisError(f"{where}: {_name(one)} stands twice")
     return tuple(ordered)

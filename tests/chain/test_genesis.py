@@ -53,9 +53,7 @@ def test_reads_what_was_written() -> None:
     assert dict(genesis.accounts) == {o.public: 1000 for o in OWNERS}
     assert [v.stake for v in validators(genesis)] == [100] * 3
     assert [v.owner for v in validators(genesis)] == sorted(o.public for o in OWNERS[:3])
-    assert node_owners(genesis) == {
-        n.public: o.public for o, n in zip(OWNERS, NODES, strict=True)
-    }
+    assert node_owners(genesis) == {n.public: o.public for o, n in zip(OWNERS, NODES, strict=True)}
     assert genesis.parameters == Parameters(interval_ms=250)
     assert genesis.parameters.unbonding == (1000, 3600)
     assert supply(genesis) == 4 * 1000 + 3 * 100 + 50
@@ -97,9 +95,7 @@ def test_milliseconds_survive() -> None:
 
 
 def test_toml_says_the_same_as_json() -> None:
-    lines = [
-        f"{k} = {json.dumps(v)}" for k, v in document().items() if not isinstance(v, dict)
-    ]
+    lines = [f"{k} = {json.dumps(v)}" for k, v in document().items() if not isinstance(v, dict)]
     text = "\n".join([*lines, "[parameters]", "interval_ms = 250"])
     assert genesis_from_toml(text.encode()) == load(document())
 
