@@ -17,17 +17,24 @@ from typing import Protocol
 
 from tdmld.rpc.types import (
     AccountInfo,
+    AddressText,
     BlockInfo,
     ChainParameters,
     Earnings,
     FetchedResult,
     Head,
+    HeightNumber,
+    HexId,
     JobDetail,
     JobEvent,
     JobSummary,
+    NameText,
     NodeStatus,
+    PathText,
     PeerInfo,
     Published,
+    RawHex,
+    SpecText,
     Submitted,
     TransactionStatus,
 )
@@ -48,16 +55,16 @@ class Backend(Protocol):
     async def chain_head(self) -> Head:
         """The newest finalized block."""
 
-    async def chain_block(self, height: int) -> BlockInfo:
+    async def chain_block(self, height: HeightNumber) -> BlockInfo:
         """A finalized block; NotFound above the head."""
 
-    async def chain_account(self, address: str) -> AccountInfo:
+    async def chain_account(self, address: AddressText) -> AccountInfo:
         """An account, zeros for one that was never used. Refused when `address` is no address."""
 
-    async def chain_transaction(self, id: str) -> TransactionStatus:
+    async def chain_transaction(self, id: HexId) -> TransactionStatus:
         """A transaction in the mempool or in a block; NotFound for one never seen."""
 
-    async def chain_submit(self, raw: str) -> Submitted:
+    async def chain_submit(self, raw: RawHex) -> Submitted:
         """Admit a signed transaction (hex); Refused names the rule. Does not wait for a block."""
 
     async def chain_parameters(self) -> ChainParameters:
@@ -66,7 +73,9 @@ class Backend(Protocol):
     def chain_subscribe_heads(self) -> AsyncIterator[Head]:
         """The present head, then each newly finalized block, none left out."""
 
-    async def job_publish(self, spec: str, text_path: str, name: str) -> Published:
+    async def job_publish(
+        self, spec: SpecText, text_path: PathText, name: NameText = ""
+    ) -> Published:
         """Take a spec (canonical JSON text) and the text file that it names by its shards.
 
         `text_path` is a file on the node's own machine. Refused when the spec is malformed or the
@@ -76,13 +85,13 @@ class Backend(Protocol):
     async def job_list(self) -> tuple[JobSummary, ...]:
         """All jobs of the chain, newest first."""
 
-    async def job_status(self, id: str) -> JobDetail:
+    async def job_status(self, id: HexId) -> JobDetail:
         """One job; NotFound."""
 
-    def job_subscribe(self, id: str) -> AsyncIterator[JobEvent]:
+    def job_subscribe(self, id: HexId) -> AsyncIterator[JobEvent]:
         """Events of one job from now on; ends after the job's final state. NotFound."""
 
-    async def job_fetch(self, id: str, out_dir: str) -> FetchedResult:
+    async def job_fetch(self, id: HexId, out_dir: PathText) -> FetchedResult:
         """Fetch and verify a finished job's model into `out_dir` on the node's machine (waits).
 
         Refused while the job has no result; NotFound.

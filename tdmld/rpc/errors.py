@@ -7,7 +7,7 @@
     ├── InvalidParams         -32602  names the parameter
     ├── InternalError         -32603  opaque; its correlation id is in the node's log
     ├── NotFound              -32001  no such block, job, transaction
-    ├── Refused               -32002  a rule of the chain or the node says no: funds, nonce, spec, stake
+    ├── Refused               -32002  a rule of chain or node says no: funds, nonce, spec, stake
     ├── Forbidden             -32003  the token lacks the scope
     ├── NotReady              -32004  syncing, starting, stopping: the same call may succeed later
     ├── LimitExceeded         -32005  batch, subscriptions, size

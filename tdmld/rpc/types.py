@@ -17,9 +17,16 @@ from typing import Annotated, Literal
 import msgspec
 
 AmountText = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,19}$")]
-HexId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
-AddressText = Annotated[str, msgspec.Meta(pattern=r"^[1-9A-HJ-NP-Za-km-z]{40,64}$")]
-HeightNumber = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+HexId = Annotated[str, msgspec.Meta(min_length=64, max_length=64, pattern=r"^[0-9a-f]*$")]
+AddressText = Annotated[
+    str, msgspec.Meta(min_length=52, max_length=52, pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]*$")
+]
+RawHex = Annotated[str, msgspec.Meta(min_length=2, max_length=2 * 2**18, pattern=r"^[0-9a-f]+$")]
+"""A signed transaction, at most 256 KiB of bytes (an offer carries a spec of 64 KiB)."""
+SpecText = Annotated[str, msgspec.Meta(min_length=2, max_length=65536)]
+PathText = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+NameText = Annotated[str, msgspec.Meta(max_length=200)]
+HeightNumber = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 JobState = Literal[
     "offered",
@@ -34,9 +41,7 @@ JobState = Literal[
 """ANNEX A2; the last three are final."""
 FINAL_JOB_STATES = frozenset({"closed", "refunded", "expired"})
 
-AuditState = Literal[
-    "drawn", "committed", "opened", "passed", "mismatch", "expired", "unaudited"
-]
+AuditState = Literal["drawn", "committed", "opened", "passed", "mismatch", "expired", "unaudited"]
 Role = Literal["worker", "standby", "auditor"]
 
 
@@ -338,9 +343,7 @@ class JobEvent(Wire, frozen=True):
     job: HexId
     height: HeightNumber
     time: str
-    kind: Literal[
-        "state", "step", "segment", "audit", "settled", "payment", "fault", "result"
-    ]
+    kind: Literal["state", "step", "segment", "audit", "settled", "payment", "fault", "result"]
     text: str
     state: JobState | None = None
     lane: int | None = None
