@@ -1,0 +1,169 @@
+"""What a block did, for agents, RPC subscriptions and dashboards.
+
+Events are a convenience: everything they say can be read from the state, and nothing in consensus
+depends on them. Money in units, roles as in `records.Earnings`.
+"""
+
+from tdmld.chain.codec import Record
+
+
+class JobOffered(Record, tag="job_offered"):
+    job: bytes
+
+
+class JobMatched(Record, tag="job_matched"):
+    """`workers` by slot index; each member must accept or decline."""
+
+    job: bytes
+    attempt: int
+    workers: tuple[bytes, ...]
+    standby: bytes
+
+
+class JobUnmatched(Record, tag="job_unmatched"):
+    """Offered again without the nodes that declined or did not answer."""
+
+    job: bytes
+    without: tuple[bytes, ...]
+
+
+class JobPreparing(Record, tag="job_preparing"):
+    job: bytes
+
+
+class JobActive(Record, tag="job_active"):
+    job: bytes
+
+
+class JobFinishing(Record, tag="job_finishing"):
+    """Everything is settled; holders merge the result."""
+
+    job: bytes
+
+
+class ResultKnown(Record, tag="result_known"):
+    job: bytes
+    result: bytes
+
+
+class ResultDisputed(Record, tag="result_disputed"):
+    """A holder attested another result than one before it."""
+
+    job: bytes
+    node: bytes
+    result: bytes
+
+
+class JobEnded(Record, tag="job_ended"):
+    """`status` closed, refunded or expired; `refund` is what went back to the submitter."""
+
+    job: bytes
+    status: str
+    reason: str
+    detail: str
+    refund: int
+
+
+class SegmentCommitted(Record, tag="segment_committed"):
+    job: bytes
+    slot: int
+    segment: int
+
+
+class SegmentLinked(Record, tag="segment_linked"):
+    job: bytes
+    slot: int
+    segment: int
+
+
+class SegmentSettled(Record, tag="segment_settled"):
+    job: bytes
+    slot: int
+    segment: int
+
+
+class ProofKeyKnown(Record, tag="proof_key_known"):
+    """The standby and then the worker must prove the state after `segment` with `key`."""
+
+    job: bytes
+    slot: int
+    segment: int
+    key: bytes
+
+
+class ProofChecked(Record, tag="proof_checked"):
+    job: bytes
+    slot: int
+    segment: int
+    equal: bool
+
+
+class AuditDrawn(Record, tag="audit_drawn"):
+    job: bytes
+    slot: int
+    segment: int
+    auditor: bytes
+    attempt: int
+
+
+class AuditStep(Record, tag="audit_step"):
+    """An audit reached `status` (records.AuditStatus)."""
+
+    job: bytes
+    slot: int
+    segment: int
+    status: str
+
+
+class AuditPassed(Record, tag="audit_passed"):
+    job: bytes
+    slot: int
+    segment: int
+    auditor: bytes
+
+
+class AuditMismatch(Record, tag="audit_mismatch"):
+    job: bytes
+    slot: int
+    segment: int
+    auditor: bytes
+
+
+class Unaudited(Record, tag="unaudited"):
+    """A drawn segment goes on without a verdict."""
+
+    job: bytes
+    slot: int
+    segment: int
+    reason: str
+
+
+class Paid(Record, tag="paid"):
+    job: bytes
+    owner: bytes
+    role: str
+    amount: int
+
+
+Event = (
+    JobOffered
+    | JobMatched
+    | JobUnmatched
+    | JobPreparing
+    | JobActive
+    | JobFinishing
+    | ResultKnown
+    | ResultDisputed
+    | JobEnded
+    | SegmentCommitted
+    | SegmentLinked
+    | SegmentSettled
+    | ProofKeyKnown
+    | ProofChecked
+    | AuditDrawn
+    | AuditStep
+    | AuditPassed
+    | AuditMismatch
+    | Unaudited
+    | Paid
+)

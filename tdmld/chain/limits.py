@@ -1,0 +1,45 @@
+"""Every limit of the ledger that is a rule of the protocol, with its reason.
+
+Windows and prices that a network may choose are genesis parameters; what stands here bounds the
+work of one transaction, one due entry or one record, and is the same on every network.
+"""
+
+TRANSACTION_BYTES = 8192
+"""Greatest transaction on the wire: an Offer with STAGES stages takes about 1,500 bytes."""
+SPEC_BYTES = 65_536
+"""Greatest canonical spec (ANNEX A1)."""
+TEXT_BYTES = 64
+"""Class ids and privacy modes."""
+MISSING_BYTES = 128
+"""What an AuditFail says was missing."""
+
+STAGES = 64
+LANES = 64
+SLOTS = 256
+"""Slots of a job: bounds matching, refund and closing, which look at each of them."""
+UNSETTLED = 64
+"""D: bounds what a refund of one slot has to look at."""
+ROUNDS = 1 << 20
+SEGMENT_STEPS = 1 << 20
+SEGMENT_TOKENS = 1 << 40
+PARAMETERS = 1 << 44
+MEMORY_BYTES = 1 << 50
+PRICE = 1 << 53
+"""Greatest price in any offer or ask."""
+AUDIT_CAPACITY = 1024
+"""Greatest number of open audits that one node may declare."""
+DEADLINE_BLOCKS = 1 << 20
+"""How far ahead a due entry may lie: bounds the index of the due queue."""
+DUE_BUCKET = 1024
+"""Heights in one bucket of the due index."""
+
+RATE_ONE = 1_000_000
+"""Rates and reputation are parts of a million."""
+MATCH_TRIES = 4
+"""First matching and three more without the decliners."""
+
+STANDBY_SLOT = 0xFFFF_FFFF
+"""The `slot` of an Accept or Decline by the job's standby."""
+
+RECORD_BYTES = 1 << 24
+"""Greatest stored record: an index bucket of a very large network."""

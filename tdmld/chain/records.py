@@ -1,0 +1,375 @@
+"""What the ledger remembers: frozen records, stored by `state.State`.
+
+Keys are raw 32-byte public keys; the empty bytes mean "nobody yet" or "not known yet". Heights are
+0 where the thing has not happened. A record is never changed: rules make a new one
+(`msgspec.structs.replace`) and put it.
+"""
+
+from enum import StrEnum
+from typing import Annotated
+
+import msgspec
+
+from tdmld.chain.codec import Amount, Hash, Natural, PublicKey, Record
+from tdmld.chain.transactions import LinkRoots, Stage
+
+Maybe32 = Annotated[bytes, msgspec.Meta(max_length=32)]
+"""32 bytes, or none where the thing is not known yet."""
+
+
+class Account(Record):
+    """An owner's money: free balance, next nonce, and the two stake buckets (only vote votes)."""
+
+    balance: Amount = 0
+    nonce: Natural = 0
+    vote_stake: Amount = 0
+    work_stake: Amount = 0
+
+
+class Supply(Record):
+    """Where all money is. The sum of the last four is `genesis`, after every block."""
+
+    genesis: Amount
+    balances: Amount
+    stakes: Amount
+    escrows: Amount
+    burned: Amount
+
+
+class Facts(Record):
+    """What an owner's nodes have done, the only input of `reputation`; `earned` in units."""
+
+    segments: Natural = 0
+    audits: Natural = 0
+    proofs: Natural = 0
+    faults: Natural = 0
+    mismatches: Natural = 0
+    earned: Amount = 0
+
+
+class Node(Record):
+    """A registered node key and what of its capacity is in use."""
+
+    owner: PublicKey
+    from_height: Natural
+    memory_used: Natural = 0
+    standby_used: Natural = 0
+    audits_open: Natural = 0
+
+
+class StandingAsk(Record):
+    """A node's ask in force; fields as in transactions.Ask, and the height it was made at."""
+
+    session: PublicKey
+    class_id: str
+    memory: Natural
+    price: Amount
+    audit_capacity: Natural
+    standby_slots: Natural
+    until_height: Natural
+    height: Natural
+
+
+class JobStatus(StrEnum):
+    """ANNEX A2. The last three are final."""
+
+    OFFERED = "offered"
+    MATCHED = "matched"
+    PREPARING = "preparing"
+    ACTIVE = "active"
+    FINISHING = "finishing"
+    CLOSED = "closed"
+    REFUNDED = "refunded"
+    EXPIRED = "expired"
+
+
+FINAL = frozenset({JobStatus.CLOSED, JobStatus.REFUNDED, JobStatus.EXPIRED})
+
+
+class CloseReason(StrEnum):
+    """Why a job is over."""
+
+    NONE = ""
+    FETCHED = "fetched"
+    NOT_FETCHED = "not_fetched"  # the result window is over
+    NO_MATCH = "no_match"  # no set of asks fits the offer
+    DECLINED = "declined"  # matched MATCH_TRIES times, never accepted by all
+    GENESIS = "genesis"  # boundary 0 not attested, or unequal
+    MISMATCH = "mismatch"  # link roots or list roots differ
+    FAULT = "fault"  # somebody stopped working
+    DEADLINE = "deadline"
+
+
+class Member(Record):
+    """Who stands in a role of a job. `price`: agreed units per slot and segment. `session` is
+    empty until the node accepted."""
+
+    node: PublicKey
+    owner: PublicKey
+    price: Amount
+    session: Maybe32 = b""
+
+    @property
+    def accepted(self) -> bool:
+        return self.session != b""
+
+
+class Job(Record):
+    """An offer and how far it has come. Money still locked: `locked`."""
+
+    id: Hash
+    submitter: PublicKey
+    source: PublicKey
+    source_session: PublicKey
+    spec_id: Hash
+    spec_bytes: Natural
+    stages: tuple[Stage, ...]
+    lanes: Natural
+    rounds: Natural
+    segment_steps: Natural
+    unsettled: Natural
+    state_every: Natural
+    tokens: Natural
+    class_wanted: str
+    privacy: str
+    slot_price_max: Amount
+    standby_price: Amount
+    audit_rate: Natural
+    audit_price: Amount
+    deadline: Natural
+    escrow: Amount
+    audit_budget: Amount
+    fee_budget: Amount
+    deposit: Amount
+    offered: Natural
+    status: JobStatus = JobStatus.OFFERED
+    reason: CloseReason = CloseReason.NONE
+    detail: str = ""
+    """For people: what exactly ended the job."""
+    class_id: str = ""
+    """The class that was matched."""
+    attempt: Natural = 0
+    declined: tuple[bytes, ...] = ()
+    standby: Member | None = None
+    epoch: Natural = 0
+    audits_reserved: Amount = 0
+    """Part of audit_budget that open audits will be paid from."""
+    matched: Natural = 0
+    active: Natural = 0
+    finished: Natural = 0
+    closed: Natural = 0
+    results: tuple[tuple[bytes, bytes], ...] = ()
+    """(node, result id) of each AttestResult."""
+    result: Maybe32 = b""
+    """The result id once two holders agree."""
+    previous_closed: Maybe32 = b""
+    """The job that was closed before this one: newest first list of final jobs."""
+
+    @property
+    def slots(self) -> int:
+        return self.lanes * len(self.stages)
+
+    @property
+    def locked(self) -> int:
+        """Everything of the submitter's that the job still holds, in units."""
+        return self.escrow + self.audit_budget + self.fee_budget + self.deposit
+
+    @property
+    def final(self) -> bool:
+        return self.status in FINAL
+
+    def stage_of(self, slot: int) -> int:
+        return slot % len(self.stages)
+
+    def lane_of(self, slot: int) -> int:
+        return slot // len(self.stages)
+
+
+class GenesisRoots(Record):
+    """One member's roots of boundary 0 of a slot."""
+
+    node: PublicKey
+    shared: Hash
+    lane: Hash
+    data: Hash
+
+
+class SlotState(Record):
+    """One slot of a matched job."""
+
+    worker: Member
+    incarnation: Natural = 0
+    attested: tuple[GenesisRoots, ...] = ()
+    genesis: GenesisRoots | None = None
+    """The worker's, once the standby's are equal: the start of segment 0."""
+    committed: Natural = 0
+    """Index of the next segment to commit."""
+    settled: Natural = 0
+    """Index of the next segment to settle."""
+    last_commit: Natural = 0
+
+
+class SegmentStatus(StrEnum):
+    COMMITTED = "committed"
+    LINKED = "linked"  # both ends of every link agree; its draw is due
+    UNDRAWN = "undrawn"
+    DRAWN = "drawn"  # an audit is open
+    PASSED = "passed"
+    UNAUDITED = "unaudited"  # drawn, but no verdict; `note` says why
+    BY_SUBMITTER = "audited_by_submitter"  # drawn, but nobody is eligible
+    MISMATCH = "mismatch"
+
+
+CLEARED = frozenset(
+    {
+        SegmentStatus.UNDRAWN,
+        SegmentStatus.PASSED,
+        SegmentStatus.UNAUDITED,
+        SegmentStatus.BY_SUBMITTER,
+    }
+)
+"""What may settle."""
+
+
+class ProofStatus(StrEnum):
+    NONE = "none"  # no copy is due at this boundary
+    WAITING = "waiting"
+    EQUAL = "equal"
+    UNEQUAL = "unequal"
+    MISSING = "missing"
+
+
+class Segment(Record):
+    """One committed segment of a slot; roots as in transactions.Commit."""
+
+    worker: PublicKey
+    epoch: Natural
+    incarnation: Natural
+    start_shared: Hash
+    start_lane: Hash
+    end_shared: Hash
+    end_lane: Hash
+    links: tuple[LinkRoots, ...]
+    seal: Hash
+    loss: Natural | None
+    committed: Natural
+    status: SegmentStatus = SegmentStatus.COMMITTED
+    linked: Natural = 0
+    note: str = ""
+    proof: ProofStatus = ProofStatus.NONE
+    proof_key: Maybe32 = b""
+    """Beacon of committed + draw_delay; key of the StandbyProofs."""
+    proof_until: Natural = 0
+    standby_hash: Maybe32 = b""
+    worker_hash: Maybe32 = b""
+    settled: Natural = 0
+    """Height of its payment; 0 while it is unsettled."""
+
+
+class AuditStatus(StrEnum):
+    DRAWN = "drawn"  # the auditor replays
+    FAILED = "failed"  # it could not; another is drawn at `until`
+    COMMITTED = "committed"  # the worker must open
+    OPENED = "opened"  # the auditor must open
+    PASSED = "passed"
+    MISMATCH = "mismatch"
+    UNOPENED = "unopened"  # the worker did not open
+    SILENT = "silent"  # the auditor did not open, or nobody is left to draw
+    DROPPED = "dropped"  # the job ended first
+
+
+OPEN_AUDIT = frozenset(
+    {AuditStatus.DRAWN, AuditStatus.FAILED, AuditStatus.COMMITTED, AuditStatus.OPENED}
+)
+
+
+class Audit(Record):
+    """The audit of a drawn segment. `until`: height at which the present step is over."""
+
+    auditor: PublicKey
+    owner: PublicKey
+    session: PublicKey
+    drawn: Natural
+    until: Natural
+    attempt: Natural = 0
+    tried: tuple[bytes, ...] = ()
+    """Owners that were drawn before and did not come through."""
+    status: AuditStatus = AuditStatus.DRAWN
+    missing: str = ""
+    hash: Maybe32 = b""
+    salt: Maybe32 = b""
+    steps: Maybe32 = b""
+    """The worker's opening."""
+    worker_list: Maybe32 = b""
+    auditor_list: Maybe32 = b""
+    paid: Amount = 0
+
+    @property
+    def open(self) -> bool:
+        return self.status in OPEN_AUDIT
+
+
+class Earnings(Record):
+    """What one owner was paid for one job, in units, by role."""
+
+    worker: Amount = 0
+    standby: Amount = 0
+    auditor: Amount = 0
+
+    @property
+    def total(self) -> int:
+        return self.worker + self.standby + self.auditor
+
+
+class Keys(Record):
+    """A sorted set of keys: one bucket of an index."""
+
+    keys: tuple[bytes, ...] = ()
+
+
+class Timer(StrEnum):
+    """Kinds of due entries."""
+
+    MATCH = "match"
+    ACCEPT = "accept"
+    ACTIVATE = "activate"
+    DEADLINE = "deadline"
+    STALL = "stall"
+    KEY = "key"
+    DRAW = "draw"
+    AUDIT = "audit"
+    SETTLE = "settle"
+    RESULT = "result"
+
+
+class Due(Record):
+    """A due entry. There is at most one of an identity, and the identity is all of it."""
+
+    timer: Timer
+    job: Hash
+    slot: Natural = 0
+    segment: Natural = 0
+
+
+class DueList(Record):
+    """All entries of one height, in the order in which they were set."""
+
+    entries: tuple[Due, ...]
+
+
+class Heights(Record):
+    """A sorted set of heights (or of buckets of heights): the index of the due queue."""
+
+    heights: tuple[Natural, ...] = ()
+
+
+class At(Record):
+    """The height that a due entry stands at."""
+
+    height: Natural
+
+
+class Head(Record):
+    """The newest final job."""
+
+    job: Hash

@@ -1,0 +1,340 @@
+"""Transactions: what people and nodes ask the ledger to do (ANNEX A4).
+
+On the wire: signature (64 bytes) ‖ canonical body; the id is the SHA-256 of all of it, and the id
+of an Offer is the id of its job. There are two families:
+
+- **owner transactions** (Transfer, Bond, Register, Offer, Fetched) are signed by an owner key,
+  carry its exact next nonce, and pay a fee, which is burned also when the effect fails;
+- **node transactions** (the others) are signed by a node key, have nonce 0 and fee 0, can succeed
+  once for what they speak of, and burn `tx_fee` from their job's locked fee budget (Ask: nothing).
+  One that fails costs nobody anything; nodes do not admit those to their pools.
+
+`expiry` is the last height at which the transaction may stand in a block; 0 means none.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+
+from tdmld.chain import limits
+from tdmld.chain.codec import Amount, Hash, Natural, PublicKey, Record, Signature, decode, encode
+from tdmld.chain.crypto import KeyPair, sha256, verify
+from tdmld.chain.errors import DecodeError, InvalidTransaction
+
+DOMAIN = "transaction"
+REGISTER_DOMAIN = "register"
+
+Text = Annotated[str, msgspec.Meta(max_length=limits.TEXT_BYTES)]
+
+
+class Stage(Record):
+    """What one stage needs: its parameter count and the memory in bytes that a worker must have."""
+
+    parameters: Natural
+    memory: Natural
+
+
+class LinkRoots(Record):
+    """Merkle roots (BLAKE3) of the frames that crossed one link in one segment, by direction."""
+
+    link: Annotated[str, msgspec.Meta(max_length=8)]  # "up" (to stage - 1) or "down" (to stage + 1)
+    sent: Hash
+    received: Hash
+
+
+class Transfer(Record, tag="transfer"):
+    """Moves `amount` from the signer to `to`."""
+
+    to: PublicKey
+    amount: Amount
+
+
+class Bond(Record, tag="bond"):
+    """Moves `amount` of the signer's balance into its stake bucket `vote` or `work`."""
+
+    bucket: Annotated[str, msgspec.Meta(max_length=8)]
+    amount: Amount
+
+
+class Register(Record, tag="register"):
+    """Binds a node key to the signing owner, for good. `proof`: see `sign_registration`."""
+
+    node: PublicKey
+    from_height: Natural
+    proof: Signature
+
+
+class Ask(Record, tag="ask"):
+    """A node's standing offer of work. One per node; a later one (greater `until_height`) replaces
+    it.
+
+    `price`: units per 10^6 parameters and 10^3 tokens. `memory`: bytes, shared by all slots that
+    the node serves. `audit_capacity`: audits open at a time. `standby_slots`: slots that it can
+    hold copies of. `session`: key of the node's carrier, where auditors are reached.
+    """
+
+    session: PublicKey
+    class_id: Text
+    memory: Natural
+    price: Amount
+    audit_capacity: Natural
+    standby_slots: Natural
+    until_height: Natural
+
+
+class Offer(Record, tag="offer"):
+    """A job with its money (signed by the submitting owner). Its transaction id is the job id.
+
+    `rounds`: segments of each slot; `segment_steps` K, `unsettled` D, `state_every` R.
+    `tokens`: tokens that pass one slot in one segment. `class_id`: one class, or "any": the chain
+    picks the cheapest class that can fill every slot. `slot_price_max`, `standby_price`: units per
+    slot and segment. `audit_rate`: parts per million. `deadline`: height. `source`: node whose
+    carrier (`session`) serves the data; neither it nor any node of its owner is matched.
+    """
+
+    spec_id: Hash
+    spec_bytes: Natural
+    stages: Annotated[tuple[Stage, ...], msgspec.Meta(min_length=1, max_length=limits.STAGES)]
+    lanes: Natural
+    rounds: Natural
+    segment_steps: Natural
+    unsettled: Natural
+    state_every: Natural
+    tokens: Natural
+    class_id: Text
+    privacy: Text
+    slot_price_max: Amount
+    standby_price: Amount
+    audit_rate: Natural
+    audit_price: Amount
+    audit_budget: Amount
+    deadline: Natural
+    source: PublicKey
+    session: PublicKey
+
+
+class Fetched(Record, tag="fetched"):
+    """The submitter has the result: the job may be closed (signed by the submitting owner)."""
+
+    job: Hash
+
+
+class Accept(Record, tag="accept"):
+    """A matched node takes its place. `slot` is a slot index, or limits.STANDBY_SLOT; `attempt` is
+    Job.attempt, so that an answer to an earlier matching says nothing about a later one."""
+
+    job: Hash
+    attempt: Natural
+    slot: Natural
+    session: PublicKey
+
+
+class Decline(Record, tag="decline"):
+    """A matched node gives its place back before it accepted; fields as in Accept."""
+
+    job: Hash
+    attempt: Natural
+    slot: Natural
+
+
+class AttestGenesis(Record, tag="attest_genesis"):
+    """State roots of boundary 0 of a slot and the root of the data, as the signer made them."""
+
+    job: Hash
+    slot: Natural
+    shared: Hash
+    lane: Hash
+    data: Hash
+
+
+class Commit(Record, tag="commit"):
+    """A worker's commitment to one finished segment (ANNEX A6).
+
+    `links`: "up" then "down", those that the slot has. `seal` = BLAKE3(salt ‖ steps root).
+    `loss`: mean over the segment in micro-nats, of the slot that has the head; else None.
+    """
+
+    job: Hash
+    epoch: Natural
+    slot: Natural
+    incarnation: Natural
+    segment: Natural
+    start_shared: Hash
+    start_lane: Hash
+    end_shared: Hash
+    end_lane: Hash
+    links: Annotated[tuple[LinkRoots, ...], msgspec.Meta(max_length=2)]
+    seal: Hash
+    loss: Natural | None = None
+
+
+class StandbyProof(Record, tag="standby_proof"):
+    """Keyed hash (key: Segment.proof_key) of the state after `segment`; standby first, then worker.
+    """
+
+    job: Hash
+    epoch: Natural
+    slot: Natural
+    incarnation: Natural
+    segment: Natural
+    keyed_hash: Hash
+
+
+class AuditCommit(Record, tag="audit_commit"):
+    """The auditor has replayed: `hash` = BLAKE3(list root found ‖ salt ‖ auditor's node key)."""
+
+    job: Hash
+    epoch: Natural
+    slot: Natural
+    incarnation: Natural
+    segment: Natural
+    hash: Hash
+
+
+class Open(Record, tag="open"):
+    """The audited worker opens its seal."""
+
+    job: Hash
+    epoch: Natural
+    slot: Natural
+    incarnation: Natural
+    segment: Natural
+    salt: Hash
+    steps: Hash
+
+
+class AuditOpen(Record, tag="audit_open"):
+    """The auditor opens its commitment; equality with the worker's list root is the verdict."""
+
+    job: Hash
+    epoch: Natural
+    slot: Natural
+    incarnation: Natural
+    segment: Natural
+    list_root: Hash
+    salt: Hash
+
+
+class AuditFail(Record, tag="audit_fail"):
+    """The drawn auditor could not replay, and says what was missing: another one is drawn."""
+
+    job: Hash
+    epoch: Natural
+    slot: Natural
+    incarnation: Natural
+    segment: Natural
+    missing: Annotated[str, msgspec.Meta(max_length=limits.MISSING_BYTES)]
+
+
+class AttestResult(Record, tag="attest_result"):
+    """A holder (standby, or worker of the last stage of lane 0) has merged and keeps the result."""
+
+    job: Hash
+    result: Hash
+
+
+OwnerPayload = Transfer | Bond | Register | Offer | Fetched
+JobPayload = (
+    Accept
+    | Decline
+    | AttestGenesis
+    | Commit
+    | StandbyProof
+    | AuditCommit
+    | Open
+    | AuditOpen
+    | AuditFail
+    | AttestResult
+)
+Payload = OwnerPayload | Ask | JobPayload
+
+OWNER_KINDS = (Transfer, Bond, Register, Offer, Fetched)
+
+
+class Body(Record, tag="tx"):
+    """What is signed. Sizes: `nonce` counts per signer, `fee` in units, `expiry` a height or 0."""
+
+    chain_id: Hash
+    signer: PublicKey
+    nonce: Natural
+    fee: Amount
+    expiry: Natural
+    payload: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Transaction:
+    """A decoded transaction. That its signature is good is known only after verify_transaction."""
+
+    id: bytes
+    raw: bytes
+    signer: bytes
+    nonce: int
+    fee: int
+    expiry: int
+    payload: Payload
+
+    @property
+    def by_owner(self) -> bool:
+        """Whether it belongs to the family that has nonces and pays its own fee."""
+        return isinstance(self.payload, OWNER_KINDS)
+
+
+def registration_bytes(owner: bytes, from_height: int) -> bytes:
+    """What a node key signs to be bound to `owner`."""
+    return owner + from_height.to_bytes(8, "big")
+
+
+def sign_registration(node: KeyPair, chain_id: bytes, owner: bytes, from_height: int) -> bytes:
+    """The `proof` of a Register: the node agrees to work for `owner`."""
+    return node.sign(REGISTER_DOMAIN, chain_id, registration_bytes(owner, from_height))
+
+
+def sign_transaction(
+    key: KeyPair,
+    chain_id: bytes,
+    payload: Payload,
+    *,
+    nonce: int = 0,
+    fee: int = 0,
+    expiry: int = 0,
+) -> bytes:
+    """The bytes of a signed transaction: signature ‖ body."""
+    body = encode(Body(chain_id, key.public, nonce, fee, expiry, payload))
+    return key.sign(DOMAIN, chain_id, body) + body
+
+
+def decode_transaction(raw: bytes, chain_id: bytes) -> Transaction:
+    """Decode `raw`; the signature is not checked here.
+
+    Raises DecodeError for bytes that are no transaction, InvalidTransaction for another chain's.
+    """
+    if len(raw) > limits.TRANSACTION_BYTES:
+        raise DecodeError(
+            f"a transaction of {len(raw)} bytes; at most {limits.TRANSACTION_BYTES} are allowed"
+        )
+    if len(raw) <= 64:
+        raise DecodeError(f"a transaction of {len(raw)} bytes is shorter than its signature")
+    raw = bytes(raw)
+    body = decode(Body, raw[64:], limits.TRANSACTION_BYTES)
+    if body.chain_id != chain_id:
+        raise InvalidTransaction(
+            f"signed for the chain {body.chain_id.hex()[:16]}, this is {chain_id.hex()[:16]}: "
+            "sign it again with this network's genesis"
+        )
+    return Transaction(
+        id=sha256(raw),
+        raw=raw,
+        signer=body.signer,
+        nonce=body.nonce,
+        fee=body.fee,
+        expiry=body.expiry,
+        payload=body.payload,
+    )
+
+
+def verify_transaction(transaction: Transaction, chain_id: bytes) -> bool:
+    """Whether the signature is the signer's."""
+    raw = transaction.raw
+    return verify(transaction.signer, DOMAIN, chain_id, raw[64:], raw[:64])
