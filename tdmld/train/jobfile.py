@@ -1,0 +1,196 @@
+"""The job file: what a submitter writes (TOML beside a config.json and a text).
+
+It says what the spec says, plus a name and the money, which are no part of the program. An unknown
+or a missing key is an error that names it. Paths are relative to the job file.
+"""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from tdmld.train import limits
+from tdmld.train.data import shard_file
+from tdmld.train.digest import data_root
+from tdmld.train.errors import SpecError
+from tdmld.train.families import FAMILIES
+from tdmld.train.spec import (
+    Data,
+    DecimalText,
+    NoClip,
+    Pipeline,
+    SeedInit,
+    Spec,
+    StageClip,
+    Train,
+    check_spec,
+    decimal,
+    spec_bytes,
+    typed_error,
+)
+
+_Price = Annotated[int, msgspec.Meta(ge=0, le=limits.AMOUNT)]
+
+
+class Money(msgspec.Struct, frozen=True):
+    """What the submitter pays, in units; `audit_rate` in parts per million."""
+
+    slot_price_max: int
+    """Per slot and segment, at most."""
+    standby_price: int
+    """Per slot and segment."""
+    audit_rate: int
+    audit_price: int
+    """Per audit."""
+    deadline_blocks: int
+
+
+class JobFile(msgspec.Struct, frozen=True):
+    """A job file, read and checked, with its spec."""
+
+    name: str
+    spec: Spec
+    raw: bytes
+    """The spec's canonical bytes."""
+    money: Money
+    text_path: Path
+
+
+class _DataSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    text: str
+    tokenizer: Literal["bytes"]
+    sequence: Annotated[int, msgspec.Meta(ge=1, le=limits.SEQUENCE)]
+    heldout: DecimalText
+
+
+class _MoneySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    slot_price_max: _Price
+    standby_price: _Price
+    audit_rate: DecimalText
+    audit_price: _Price
+    deadline_blocks: Annotated[int, msgspec.Meta(ge=1, le=limits.DEADLINE_BLOCKS)]
+
+
+class _TrainSection(Train, frozen=True, forbid_unknown_fields=True):
+    clip: NoClip | StageClip
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    version: Literal[1]
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    family: str
+    config: str
+    seed: Annotated[int, msgspec.Meta(ge=0, le=limits.SEED)]
+    init: Literal["seed"]
+    privacy: Literal["open"]
+    class_: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,64}$")] = msgspec.field(name="class")
+    data: _DataSection
+    train: _TrainSection
+    pipeline: Pipeline
+    money: _MoneySection
+
+
+def load_job_file(path: Path) -> JobFile:
+    """Read a job file with its config and text; SpecError names what is wrong and the remedy.
+
+    The text is read once, in pieces, for its shard ids; it is not kept in memory.
+    """
+    try:
+        document = tomllib.loads(_read("job file", path, limits.JOB_FILE_BYTES))
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError("job file", f"{path.name}: {error}", "correct the TOML") from error
+    try:
+        file = msgspec.convert(document, type=_File)
+    except msgspec.ValidationError as error:
+        raise typed_error(error) from error
+    family = FAMILIES.get(file.family)
+    if family is None:
+        known = ", ".join(sorted(FAMILIES))
+        raise SpecError("family", f"unknown model family {file.family!r}", f"use one of {known}")
+    config = family.canonical(_read_config(path.parent / file.config))
+    text_path = path.parent / file.data.text
+    shards = _shards(text_path)
+    spec = Spec(
+        version=file.version,
+        family=file.family,
+        config=config,
+        seed=file.seed,
+        init=SeedInit(),
+        privacy=file.privacy,
+        class_=file.class_,
+        data=Data(
+            tokenizer=file.data.tokenizer,
+            sequence=file.data.sequence,
+            heldout=file.data.heldout,
+            tokens=sum(size for _, size in shards),
+            shards=tuple((name.hex(), size) for name, size in shards),
+            root=data_root(shards).hex(),
+        ),
+        train=Train(**{key: getattr(file.train, key) for key in Train.__struct_fields__}),
+        pipeline=file.pipeline,
+        clip=file.train.clip,
+    )
+    check_spec(spec)
+    raw = spec_bytes(spec)
+    if len(raw) > limits.SPEC_BYTES:
+        raise SpecError("data.text", f"the spec has {len(raw)} bytes", "use a shorter text")
+    return JobFile(file.name, spec, raw, _money(file.money), text_path)
+
+
+def parts_per_million(field: str, text: str) -> int:
+    """A rate from 0 to 1 with at most six decimals, exactly."""
+    scaled = decimal(field, text, "0", "1") * 1_000_000
+    if scaled != scaled.to_integral_value():
+        raise SpecError(field, f"{text} has more than six decimals", "round it")
+    return int(scaled)
+
+
+def _money(section: _MoneySection) -> Money:
+    return Money(
+        section.slot_price_max,
+        section.standby_price,
+        parts_per_million("money.audit_rate", section.audit_rate),
+        section.audit_price,
+        section.deadline_blocks,
+    )
+
+
+def _read(field: str, path: Path, limit: int) -> str:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(limit + 1)
+    except OSError as error:
+        raise SpecError(field, f"cannot read {path}: {error.strerror}", "check the path") from error
+    if len(raw) > limit:
+        raise SpecError(field, f"{path} has more than {limit} bytes", "make it smaller")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SpecError(field, f"{path} is not UTF-8", "save it as UTF-8") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(_read("config", path, limits.CONFIG_FILE_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise SpecError("config", f"{path.name} is not JSON: {error}", "correct it") from error
+    if not isinstance(config, dict):
+        raise SpecError("config", f"{path.name} is not a JSON object", "use a Hugging Face config")
+    return config
+
+
+def _shards(path: Path) -> list[tuple[bytes, int]]:
+    try:
+        size = path.stat().st_size
+        if not path.is_file() or not 0 < size <= limits.TEXT_BYTES:
+            raise SpecError(
+                "data.text", f"{path} is no file of 1 to {limits.TEXT_BYTES} bytes", "choose a text"
+            )
+        return list(shard_file(path))
+    except OSError as error:
+        raise SpecError("data.text", f"{path}: {error.strerror}", "check the path") from error
+
+
+__all__ = ["JobFile", "Money", "load_job_file", "parts_per_million"]

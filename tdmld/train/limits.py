@@ -1,0 +1,35 @@
+"""Limits of the training package, each with its reason. Nothing larger is parsed or built."""
+
+SPEC_BYTES = 64 * 1024
+"""A spec travels in gossip beside its offer."""
+JOB_FILE_BYTES = 64 * 1024
+CONFIG_FILE_BYTES = 64 * 1024
+TEXT_BYTES = 700 * 1024 * 1024
+"""Its shard ids (78 bytes of JSON a shard of 1 MiB) must fit into the spec."""
+SHARD_BYTES = 1024 * 1024
+
+STAGES = 64
+LAYERS = 1024
+WIDTH = 65_536
+"""Hidden, intermediate and head sizes."""
+VOCABULARY = 1_048_576
+SEQUENCE = 131_072
+STEPS = 10_000_000
+MICRO_BATCHES = 4096
+MICRO_BATCH_SIZE = 4096
+SEGMENT_STEPS = 4096
+UNSETTLED = 64
+FRAME_BYTES = 64 * 1024 * 1024
+"""One boundary tensor on the wire; a slot of shared memory has this size."""
+DECIMAL_CHARACTERS = 24
+SEED = 2**63 - 1
+AMOUNT = 2**53 - 1
+"""Money in a job file; what JSON readers everywhere keep exact."""
+DEADLINE_BLOCKS = 2**32 - 1
+
+STATE_HEADER_BYTES = 16 * 1024 * 1024
+"""The header of a snapshot: about 150 bytes a tensor."""
+STATE_TENSORS = 65_536
+STATE_FILE_BYTES = 2**40
+LIST_BYTES = 256 * 1024 * 1024
+"""A segment's digest list: 32 bytes a frame, K x m x 4 frames."""
