@@ -1,0 +1,89 @@
+"""Logs: one JSON object a line in a file, readable lines on stderr.
+
+structlog over the standard library, so that what our dependencies log goes the same way. Context
+(`structlog.contextvars.bind_contextvars`) follows a trio task. stdout belongs to the commands.
+"""
+
+import logging
+import logging.handlers
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+_FILE_BYTES = 16 << 20
+_FILES_KEPT = 4
+"""A node's logs take at most 80 MiB a process."""
+_NOISY = ("libp2p", "multiaddr", "hypercorn", "httpx", "httpcore", "asyncio")
+"""Libraries that tell a node's story in places where only its own words help."""
+
+
+def configure(
+    level: str = "info", *, file: Path | None = None, console: bool = True, **context: Any
+) -> None:
+    """Send this process's logs to `file` (JSON lines) and, with `console`, to stderr.
+
+    `context` stands in every line (for example process="carrier"). May be called again; the last
+    call holds. Losing a log line (a full disk) never stops a process.
+    """
+    logging.raiseExceptions = False
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        _adder(context),
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.PositionalArgumentsFormatter(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=False,
+    )
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rotating = logging.handlers.RotatingFileHandler(
+            file, maxBytes=_FILE_BYTES, backupCount=_FILES_KEPT, encoding="utf-8", delay=True
+        )
+        rotating.setFormatter(
+            structlog.stdlib.ProcessorFormatter(
+                foreign_pre_chain=shared,
+                processors=[
+                    structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                    structlog.processors.dict_tracebacks,
+                    structlog.processors.JSONRenderer(default=str),
+                ],
+            )
+        )
+        root.addHandler(rotating)
+    if console:
+        stream = logging.StreamHandler(sys.stderr)
+        colors = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+        stream.setFormatter(
+            structlog.stdlib.ProcessorFormatter(
+                foreign_pre_chain=shared,
+                processors=[
+                    structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                    structlog.dev.ConsoleRenderer(colors=colors, timestamp_key="time"),
+                ],
+            )
+        )
+        root.addHandler(stream)
+    number = logging.getLevelNamesMapping()[level.upper()]
+    root.setLevel(number)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(max(number, logging.WARNING))
+
+
+def _adder(context: dict[str, Any]) -> Any:
+    def add(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
+        return context | event
+
+    return add

@@ -1,0 +1,46 @@
+"""Our lines and our libraries' lines end up in one JSON file."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import structlog
+
+from tdmld import logs
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    root.handlers.clear()
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
+
+
+def test_every_line_is_one_object(tmp_path: Path) -> None:
+    file = tmp_path / "logs" / "daemon.jsonl"
+    logs.configure("info", file=file, console=False, process="daemon")
+    structlog.get_logger("tdmld.test").info("block final", height=7, id=b"\x01")
+    logging.getLogger("hypercorn.error").warning("went %s", "wrong")
+    logging.getLogger("libp2p").info("noise")
+    try:
+        raise ValueError("cause")
+    except ValueError:
+        structlog.get_logger("tdmld.test").exception("failed")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["block final", "went wrong", "failed"]
+    assert lines[0] | {"height": 7, "process": "daemon", "level": "info"} == lines[0]
+    assert lines[2]["exception"][0]["exc_value"] == "cause"
+
+
+def test_stdout_stays_empty(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("info")
+    structlog.get_logger().info("hello")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "hello" in err
