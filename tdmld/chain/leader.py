@@ -1,0 +1,67 @@
+"""Who leads a view: a stake-weighted rotation, in integers.
+
+Smooth weighted round robin: before each turn everybody gains its weight; the highest priority
+leads (the lower index wins a tie) and pays the sum of all weights. In every period each validator
+leads exactly its weight's share, spread as evenly as integers allow. The sequence is periodic, so
+one table per validator set answers for any view, however far, without history.
+
+Stakes are first divided by their greatest common divisor; when the period would still exceed
+`MAX_PERIOD` they are apportioned to that many seats (largest remainder, everybody at least one).
+"""
+
+from collections.abc import Sequence
+from math import gcd
+
+MAX_PERIOD = 4096
+"""Longest table. At 100 validators it takes about 0.1 s to build, once."""
+
+
+class Rotation:
+    """The leaders of every view for one validator set."""
+
+    __slots__ = ("_table",)
+
+    def __init__(self, stakes: Sequence[int]) -> None:
+        if not stakes or min(stakes) <= 0:
+            raise ValueError("a rotation needs validators with stake > 0")
+        self._table = _table(seats(stakes))
+
+    @property
+    def period(self) -> int:
+        return len(self._table)
+
+    def leader(self, view: int) -> int:
+        """The index of the validator that leads `view`."""
+        return self._table[view % len(self._table)]
+
+
+def seats(stakes: Sequence[int]) -> list[int]:
+    """Turns of each validator in one period, proportional to stake; at most MAX_PERIOD in all.
+
+    More validators than MAX_PERIOD get one seat each.
+    """
+    divisor = gcd(*stakes)
+    exact = [stake // divisor for stake in stakes]
+    total = sum(exact)
+    if total <= MAX_PERIOD:
+        return exact
+    spare = max(0, MAX_PERIOD - len(exact))
+    result = [1 + stake * spare // total for stake in exact]
+    left = max(0, MAX_PERIOD - sum(result))
+    by_remainder = sorted(range(len(exact)), key=lambda i: (-(exact[i] * spare % total), i))
+    for index in by_remainder[:left]:
+        result[index] += 1
+    return result
+
+
+def _table(weights: Sequence[int]) -> tuple[int, ...]:
+    total = sum(weights)
+    priority = [0] * len(weights)
+    table = []
+    for _ in range(total):
+        for index, weight in enumerate(weights):
+            priority[index] += weight
+        best = max(range(len(priority)), key=lambda index: (priority[index], -index))
+        priority[best] -= total
+        table.append(best)
+    return tuple(table)
