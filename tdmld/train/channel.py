@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Protocol
 
 from tdmld.train.digest import digest
-from tdmld.train.errors import FileError, SegmentFault
+from tdmld.train.errors import FileError
 from tdmld.train.framelog import frame_log_name, index_frames
 
 
@@ -43,8 +43,8 @@ class LogChannel:
     """A segment's received frames from disk; what the replay sends is only hashed.
 
     Reads `<segment>.<link>.received` under `directory` for each link. Raises FileError when a log
-    is missing or malformed, SegmentFault("missing") when the runner asks for a frame that the log
-    does not have.
+    is missing or malformed, or does not have a frame that the runner asks for: it was not fetched
+    whole, which says nothing about the segment.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class LogChannel:
         """The logged payload of frame `seq`."""
         found = self._index[link].get(seq)
         if found is None:
-            raise SegmentFault("missing", -1, f"the log of link {link} has no frame {seq}")
+            raise FileError(f"the log of link {link} has no frame {seq}; fetch it again")
         offset, length = found
         return self._views[link][offset : offset + length]
 

@@ -31,7 +31,7 @@ class NumericsError(TrainError):
 
 
 class SegmentFault(TrainError):
-    """The program refuses to go on: `reason` is one of size, nonfinite, missing, sequence.
+    """The program refuses to go on: `reason` is size or nonfinite.
 
     It is part of the program: a replay of the same inputs raises the same fault at the same place.
     """

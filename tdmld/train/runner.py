@@ -1,0 +1,221 @@
+"""`run_segment`: the one implementation of K optimizer steps of a slot.
+
+Live, in an audit and in a recovery it is this code; only the channel differs. It follows from the
+spec, the slot's state and the frames received, and from nothing else: no clock (times go only into
+reports for people), no local setting, no host generator.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from tdmld.train import optimizer
+from tdmld.train.channel import Channel
+from tdmld.train.data import step_indices
+from tdmld.train.digest import ZERO_DIGEST, digest, indices_root, link_root, merkle_root
+from tdmld.train.errors import SegmentFault
+from tdmld.train.model import token_loss
+from tdmld.train.schedule import one_f_one_b, step_scalars
+from tdmld.train.segment import (
+    LinkRoots,
+    OnStep,
+    SegmentRecord,
+    StepDigests,
+    StepReport,
+    loss_bits,
+)
+from tdmld.train.slot import Slot
+from tdmld.train.spec import StageClip
+from tdmld.train.wire import decode, encode, tensor_bytes
+
+
+def run_segment(
+    slot: Slot, segment: int, channel: Channel, on_step: OnStep | None = None
+) -> SegmentRecord:
+    """Run the K steps of `segment` and return its record; the slot stands at the end state.
+
+    The slot must stand at the segment's first step (ValueError). `on_step` is called after each
+    step, in the same thread. SegmentFault when the program refuses an input or meets a value that
+    is not finite; the slot's state is undefined then. What the channel raises passes through.
+    """
+    length = slot.spec.pipeline.segment_steps
+    if slot.step != segment * length or not 0 <= segment < slot.spec.rounds:
+        raise ValueError(f"segment {segment} starts at step {segment * length}, not {slot.step}")
+    start = slot.roots()
+    frames: dict[tuple[str, str], list[tuple[int, bytes]]] = {
+        (link, direction): []
+        for link in slot.spec.links(slot.stage)
+        for direction in ("sent", "received")
+    }
+    steps = []
+    for _ in range(length):
+        began = time.perf_counter()
+        work = _Step(slot, channel, frames)
+        steps.append(work.run())
+        if on_step is not None:
+            on_step(work.report(time.perf_counter() - began))
+    end = slot.roots()
+    return SegmentRecord(
+        segment=segment,
+        start_shared=start[0],
+        start_lane=start[1],
+        end_shared=end[0],
+        end_lane=end[1],
+        link_roots=tuple(
+            LinkRoots(link, link_root(frames[link, "sent"]), link_root(frames[link, "received"]))
+            for link in slot.spec.links(slot.stage)
+        ),
+        has_loss=slot.spec.is_last(slot.stage),
+        steps=tuple(steps),
+    )
+
+
+def collect_gradients(slot: Slot) -> list[torch.Tensor]:
+    """The gradients that the backward passes of a step have summed, in order of names."""
+    found = [weight.grad for weight in slot.weights]
+    return [gradient for gradient in found if gradient is not None]
+
+
+def mean_loss(losses: Sequence[torch.Tensor]) -> float:
+    """Mean of the micro-batches' losses, added in their order in float32."""
+    total = losses[0]
+    for loss in losses[1:]:
+        total = total + loss
+    return float(total / len(losses))
+
+
+@dataclass
+class _Step:
+    """One optimizer step."""
+
+    slot: Slot
+    channel: Channel
+    frames: dict[tuple[str, str], list[tuple[int, bytes]]]
+    digests: list[bytes] = field(default_factory=list)
+    losses: list[torch.Tensor] = field(default_factory=list)
+    loss: float | None = None
+    norm: float = 0.0
+    waiting: float = 0.0
+    verifying: float = 0.0
+
+    def run(self) -> StepDigests:
+        slot, spec = self.slot, self.slot.spec
+        step = slot.step
+        inputs, labels, data = self._data(step)
+        open_batches: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for operation, number in one_f_one_b(spec.stages, slot.stage, spec.train.micro_batches):
+            seq = step * spec.train.micro_batches + number
+            if operation == "F":
+                if inputs is not None:
+                    entering = inputs[number]
+                else:
+                    entering = self._receive("up", seq).requires_grad_(True)
+                leaving = slot.module(entering)
+                if labels is not None:
+                    leaving = token_loss(leaving, labels[number])
+                    self.losses.append(leaving.detach())
+                else:
+                    self._send("down", seq, leaving)
+                open_batches[number] = (entering, leaving)
+            else:
+                gradient = None if labels is not None else self._receive("down", seq)
+                entering, leaving = open_batches.pop(number)
+                torch.autograd.backward(leaving, gradient)
+                if inputs is None:
+                    assert entering.grad is not None
+                    self._send("up", seq, entering.grad)
+                del entering, leaving, gradient
+        root = self._update(step)
+        bits = loss_bits(self.loss) if self.loss is not None else 0
+        return StepDigests(step, tuple(self.digests), data, root, bits)
+
+    def _data(
+        self, step: int
+    ) -> tuple[list[torch.Tensor] | None, list[torch.Tensor] | None, bytes]:
+        """Inputs and labels of each micro-batch, where this stage has them, and their root."""
+        spec, tokens = self.slot.spec, self.slot.data
+        first, last = spec.is_first(self.slot.stage), spec.is_last(self.slot.stage)
+        if not (first or last) or tokens is None:
+            return None, None, ZERO_DIGEST
+        indices = step_indices(spec, self.slot.lane, step)
+        length, size = spec.data.sequence + 1, spec.train.micro_batch_size
+        raw = bytearray(b"".join(tokens.window(index, length) for index in indices))
+        windows = torch.frombuffer(raw, dtype=torch.uint8).long().view(-1, size, length)
+        inputs = [window[:, :-1].contiguous() for window in windows] if first else None
+        labels = [window[:, 1:].contiguous() for window in windows] if last else None
+        return inputs, labels, indices_root(indices)
+
+    def _update(self, step: int) -> bytes:
+        """Average, root, clip, optimize; returns the gradient root."""
+        slot, spec = self.slot, self.slot.spec
+        gradients = collect_gradients(slot)
+        optimizer.average_gradients(gradients, spec.train.micro_batches)
+        began = time.perf_counter()
+        root = merkle_root(tensor_bytes(gradient) for gradient in gradients)
+        self.verifying += time.perf_counter() - began
+        self.norm = optimizer.gradient_norm(gradients)
+        if self.losses:
+            self.loss = mean_loss(self.losses)
+        for name, value in (("gradient norm", self.norm), ("loss", self.loss or 0.0)):
+            if not math.isfinite(value):
+                raise SegmentFault("nonfinite", step, f"the {name} is {value}")
+        if isinstance(spec.clip, StageClip):
+            optimizer.clip_gradients(gradients, self.norm, float(spec.clip.norm))
+        with torch.no_grad():
+            optimizer.adamw_step(
+                slot.weights,
+                gradients,
+                slot.first_moments,
+                slot.second_moments,
+                step_scalars(spec, step),
+            )
+        for weight in slot.weights:
+            weight.grad = None
+        slot.step += 1
+        slot.touch()
+        return root
+
+    def _receive(self, link: str, seq: int) -> torch.Tensor:
+        spec, step = self.slot.spec, self.slot.step
+        began = time.perf_counter()
+        payload = self.channel.receive(link, seq)
+        arrived = time.perf_counter()
+        self.waiting += arrived - began
+        if len(payload) != spec.frame_bytes:
+            raise SegmentFault(
+                "size", step, f"frame {seq} of {link} has {len(payload)} bytes, not the spec's"
+            )
+        self._note(link, "received", seq, payload)
+        self.verifying += time.perf_counter() - arrived
+        tensor = decode(payload, spec)
+        del payload
+        self.channel.release(link, seq)
+        if not bool(torch.isfinite(tensor).all()):
+            raise SegmentFault("nonfinite", step, f"frame {seq} of {link} has values not finite")
+        return tensor
+
+    def _send(self, link: str, seq: int, tensor: torch.Tensor) -> None:
+        payload = encode(tensor, self.slot.spec.train.wire)
+        began = time.perf_counter()
+        self._note(link, "sent", seq, payload)
+        self.verifying += time.perf_counter() - began
+        self.channel.send(link, seq, payload)
+
+    def _note(self, link: str, direction: str, seq: int, payload: memoryview | bytes) -> None:
+        value = digest(payload)
+        self.digests.append(value)
+        self.frames[link, direction].append((seq, value))
+
+    def report(self, seconds: float) -> StepReport:
+        """The step for people."""
+        return StepReport(
+            step=self.slot.step - 1,
+            loss=self.loss,
+            seconds=seconds,
+            waiting=self.waiting,
+            verifying=self.verifying,
+            gradient_norm=self.norm,
+        )
