@@ -58,7 +58,8 @@ class Peer(msgspec.Struct, frozen=True, array_like=True):
 
     session: Session
     addresses: Annotated[
-        tuple[Annotated[str, msgspec.Meta(max_length=256)], ...], msgspec.Meta(max_length=8)
+        tuple[Annotated[str, msgspec.Meta(max_length=256)], ...],
+        msgspec.Meta(max_length=8),
     ]
 
 
@@ -250,7 +251,9 @@ class Imported(Message):
     """Shards of a text: (id, size) in order."""
 
     id: int
-    shards: Annotated[tuple[tuple[Id32, Size], ...], msgspec.Meta(max_length=MAX_SHARDS)]
+    shards: Annotated[
+        tuple[tuple[Id32, Size], ...], msgspec.Meta(max_length=MAX_SHARDS)
+    ]
 
 
 class Stored(Message):
@@ -284,8 +287,9 @@ class StepReported(Message):
     step: Count
     loss: float | None
     seconds: float
-    compute: float
-    wait: float
+    waiting: float
+    verifying: float
+    gradient_norm: float
 
 
 class SegmentReported(Message):
@@ -378,7 +382,9 @@ class ControlSocket:
                 whole = len(data) - len(data) % descriptors.itemsize
                 descriptors.frombytes(data[:whole])
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            raise ControlError("a packet was cut: more bytes or descriptors than agreed")
+            raise ControlError(
+                "a packet was cut: more bytes or descriptors than agreed"
+            )
         return raw, tuple(descriptors)
 
     def close(self) -> None:

@@ -49,7 +49,7 @@ class SlotAssignment:
 
     job         32 bytes; the job id
     spec        the canonical spec's bytes
-    up, down    session (carrier PeerId) of the neighbour at stage - 1 and stage + 1; None at the ends
+    up, down    session (carrier PeerId) of the neighbours at stage - 1, stage + 1; None at an end
     members     sessions of everybody who may fetch this job's states and frames from us
     """
 
@@ -114,7 +114,7 @@ class StepDone:
     """A worker finished one optimizer step.
 
     seconds  wall time of the step
-    timings  where it went, in seconds: "compute", "wait", and what else the runner measured
+    timings  where it went, in seconds: "compute", "waiting" (for frames), "verifying" (hashing)
     """
 
     job: bytes
@@ -123,16 +123,19 @@ class StepDone:
     loss: float | None
     seconds: float
     timings: Mapping[str, float] = field(default_factory=dict)
+    gradient_norm: float = 0.0
 
 
 @dataclass(frozen=True)
 class SegmentDone:
     """A segment is finished: its list, the frames and the state after it are on disk, synced.
-    The daemon may commit to `record` now."""
+    The daemon may commit to `record` now. `salt` (32 bytes, in the list file too) is for the seal
+    of the steps root."""
 
     job: bytes
     slot: SlotId
     record: SegmentRecord
+    salt: bytes
 
 
 @dataclass(frozen=True)

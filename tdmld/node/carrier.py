@@ -1,0 +1,235 @@
+"""The carrier process: `python -m tdmld.node.carrier --control FD`.
+
+It holds the node's session key and the p2p host for tensors and content; it serves the workers of
+live slots, keeps their frame logs, and gives and brings content. It knows neither money nor chain.
+Everything that it must do comes over the control socket (`control.py`); when that ends, it ends.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import trio
+
+from tdmld.chain.crypto import KeyPair
+from tdmld.chain.errors import DecodeError
+from tdmld.node import control
+from tdmld.node.content import ContentClient, ContentServer, ContentStore
+from tdmld.node.control import Configure, ControlSocket, Item, Message, Request
+from tdmld.node.errors import ControlError, LinkRefused, MachineError
+from tdmld.node.layout import Layout
+from tdmld.node.link import Hello, LinkSigner, decode_message
+from tdmld.node.linkserver import HELLO_SECONDS
+from tdmld.node.parentdeath import die_with_parent
+from tdmld.node.slotserver import SlotServer
+from tdmld.p2p import Host, PeerInfo, Stream, open_host
+from tdmld.p2p.errors import ListenFailed, P2PError
+
+log = logging.getLogger(__name__)
+
+SEED_BYTES = 32
+MAX_HELLO_BYTES = 16 * 1024
+EXIT_USAGE = 2
+EXIT_LISTEN = 3
+EXIT_KEY = 4
+
+
+def protocols(chain_id: bytes) -> tuple[str, str]:
+    """The link and content protocols of a chain."""
+    prefix = f"/tdmld/{chain_id.hex()[:8]}"
+    return f"{prefix}/link/1", f"{prefix}/content/1"
+
+
+def read_session_key(path: Path) -> KeyPair:
+    """The session key; MachineError when the file is not 32 bytes."""
+    try:
+        with path.open("rb") as file:
+            seed = file.read(SEED_BYTES + 1)
+    except OSError as error:
+        raise MachineError(f"session key: {error}") from error
+    if len(seed) != SEED_BYTES:
+        raise MachineError(
+            f"{path} is no session key (it has not 32 bytes); delete it, a new one will be made"
+        )
+    return KeyPair(seed)
+
+
+class Carrier:
+    """One run of the carrier, on an open host."""
+
+    def __init__(self, config: Configure, key: KeyPair, host: Host, sock: ControlSocket) -> None:
+        self._host = host
+        self._control = sock
+        self._layout = Layout(Path(config.data_dir))
+        self._signer = LinkSigner(key, config.chain_id)
+        self._link_protocol, content_protocol = protocols(config.chain_id)
+        self._members: dict[bytes, frozenset[str]] = {}
+        self._kept: dict[str, tuple[str, ...]] = {}
+        self._slots: dict[control.Slot, SlotServer] = {}
+        self._store = ContentStore(self._layout, config.content_quota)
+        self._server = ContentServer(self._store, self._members, self._still_grows)
+        self._client = ContentClient(host, content_protocol, self._store)
+        # Bounded by what the slots can cause: the daemon reads always, it only starts to late.
+        self._outbox, self._to_send = trio.open_memory_channel[Message](4096)
+        host.set_handler(self._link_protocol, self._accept_link)
+        host.set_handler(content_protocol, self._server.handle)
+
+    async def run(self) -> None:
+        """Serve requests until the daemon closes the control socket."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._send)
+            self._tell(control.Ready(self._host.peer_id, tuple(self._host.addresses)))
+            while True:
+                raw, descriptors = await self._control.receive()
+                if not raw:
+                    break
+                message = control.decode_to_carrier(raw)
+                if isinstance(message, Configure):
+                    raise ControlError("a second Configure")
+                nursery.start_soon(self._request, message, descriptors, nursery)
+            nursery.cancel_scope.cancel()
+
+    def _tell(self, message: Message) -> None:
+        self._outbox.send_nowait(message)
+
+    async def _send(self) -> None:
+        async for message in self._to_send:
+            await self._control.send(control.encode_message(message))
+
+    async def _request(
+        self, request: Request, descriptors: tuple[int, ...], nursery: trio.Nursery
+    ) -> None:
+        # Boundary: what goes wrong with one request is its reply and ends nothing else.
+        try:
+            reply = await self._carry_out(request, descriptors, nursery)
+        except (MachineError, P2PError, OSError, DecodeError) as error:
+            kind = type(error).__name__ if isinstance(error, MachineError) else "MachineError"
+            text = f"{error}"[: control.MAX_TEXT]
+            reply = control.Failed(request.id, kind, text)
+        self._tell(reply)
+
+    async def _carry_out(
+        self, request: Request, descriptors: tuple[int, ...], nursery: trio.Nursery
+    ) -> control.Reply:
+        match request:
+            case control.OpenSlot():
+                self._open_slot(request, descriptors, nursery)
+            case control.SetPeers():
+                self._set_peers(request)
+            case control.SetMembers(_, job, sessions):
+                self._members[job] = frozenset(sessions)
+                if not sessions:
+                    del self._members[job]
+            case control.ImportText(_, path):
+                shards = await trio.to_thread.run_sync(self._store.import_text, Path(path))
+                return control.Imported(request.id, tuple(shards))
+            case control.FetchBlob(_, job, content, size, holders):
+                target = self._layout.blob(content)
+                holder = self._host.peer_id
+                if not self._store.has(content, size):
+                    item = control.Blob(job, content)
+                    holder = await self._client.fetch(item, size, holders, target, blob=True)
+                return control.Stored(request.id, str(target), holder)
+            case control.FetchFile(_, item, limit, holders, destination):
+                holder = await self._client.fetch(item, limit, holders, Path(destination))
+                return control.Stored(request.id, destination, holder)
+            case control.ListResult(_, job, holders):
+                files = await self._client.list_result(job, holders)
+                return control.Listing(request.id, files)
+            case control.Grant(_, slot, until):
+                if slot in self._slots:
+                    self._slots[slot].grant(until)
+            case control.CloseSlot(_, slot, abort):
+                if slot in self._slots:
+                    await self._slots[slot].close(abort=abort)
+            case control.Discard(_, slot, segment):
+                if slot in self._slots:
+                    self._slots[slot].discard(segment)
+        return control.Done(request.id)
+
+    def _set_peers(self, request: control.SetPeers) -> None:
+        wanted = {peer.session: peer.addresses for peer in request.peers}
+        wanted.pop(self._host.peer_id, None)
+        for session in self._kept.keys() - wanted.keys():
+            self._host.remove_peer(session)
+        for session, addresses in wanted.items():
+            if self._kept.get(session) != addresses:
+                self._host.add_peer(PeerInfo(session, addresses))
+        self._kept = wanted
+
+    def _open_slot(
+        self, request: control.OpenSlot, descriptors: tuple[int, ...], nursery: trio.Nursery
+    ) -> None:
+        if len(descriptors) != control.MAX_DESCRIPTORS or request.slot in self._slots:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise ControlError("the slot is open already, or its descriptors are missing")
+        worker, memory = descriptors
+        slot = request.slot
+        directory = self._layout.slot(slot.job, slot.lane, slot.stage)
+        server = SlotServer(
+            request, directory, memory, socket.socket(fileno=worker), self._signer, self._tell
+        )
+        self._slots[slot] = server
+        nursery.start_soon(self._serve_slot, server)
+
+    async def _serve_slot(self, server: SlotServer) -> None:
+        try:
+            await server.serve(self._host, self._link_protocol)
+        finally:
+            self._slots.pop(server.slot, None)
+
+    async def _accept_link(self, stream: Stream) -> None:
+        with trio.fail_after(HELLO_SECONDS):
+            hello = decode_message(await stream.receive(MAX_HELLO_BYTES))
+        if not isinstance(hello, Hello):
+            raise LinkRefused("a link begins with a Hello")
+        ours = hello.place.other
+        slot = self._slots.get(control.Slot(ours.job, ours.lane, ours.stage))
+        link = slot.links.get(ours.link) if slot is not None else None
+        if link is None:
+            raise LinkRefused("no such link is open here")
+        await link.answer(stream, hello)
+
+    def _still_grows(self, item: Item) -> bool:
+        if not isinstance(item, control.FramesFile):
+            return False
+        slot = self._slots.get(item.slot)
+        return slot is not None and slot.ring.is_open(item.segment, item.link, "sent")
+
+
+async def main(fd: int) -> int:
+    """Run a carrier on the control socket `fd`; gives the exit status."""
+    sock = ControlSocket(socket.socket(fileno=fd))
+    raw, _ = await sock.receive()
+    if not raw:
+        return 0
+    config = control.decode_to_carrier(raw)
+    if not isinstance(config, Configure):
+        raise ControlError("the first message must be Configure")
+    try:
+        key = read_session_key(Layout(Path(config.data_dir)).session_key)
+    except MachineError as error:
+        log.error("%s", error)
+        return EXIT_KEY
+    try:
+        async with open_host(key.seed, config.listen, gossip=False) as host:
+            await Carrier(config, key, host, sock).run()
+    except ListenFailed as error:
+        log.error("%s", error)
+        return EXIT_LISTEN
+    return 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="A tdmld carrier; started by the daemon.")
+    parser.add_argument("--control", type=int, required=True)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
+    sys.exit(trio.run(main, arguments.control))

@@ -1,0 +1,316 @@
+"""Packets and shared memory between a worker and whoever serves it; the worker's Channel.
+
+A live worker is served by the carrier, a drawing or replaying one by the daemon; the packets are
+the same. One SOCK_SEQPACKET pair carries packets of at most PACKET_BYTES (kind byte, then a fixed
+struct). Payloads lie in one memory file, cut into places of the spec's frame size:
+
+    for each link of the slot: `places` incoming ones, then `places` outgoing ones
+    places = 2 x stages + 2
+
+    server -> worker   Arrived(link, seq, place, length)   a frame lies in an incoming place
+                       Free(place)                         an outgoing place may be used again
+                       Granted(until)                      segments < until may run
+                       End()                               finish after the running operation
+    worker -> server   Sent(link, seq, place, length)      a frame lies in an outgoing place
+                       Free(place)                         an incoming place may be used again
+                       Genesis(shared, lane, data)         state drawn and saved as boundary 0
+                       Step(...)                           an optimizer step is done
+                       Segment(segment)                    list and state after it are on disk
+                       Failure(text)                       the worker's last words
+
+1F1B itself bounds how many frames are under way: a link never has more than `stages` + 1 frames
+that arrived and were not released, so `places` is never the limit among honest peers.
+"""
+
+import mmap
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tdmld.node.errors import ControlError
+
+PACKET_BYTES = 256
+LINKS = ("up", "down")
+_ALIGN = 4096
+MAX_FAILURE_TEXT = 200
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A frame lies in an incoming place."""
+
+    link: str
+    seq: int
+    place: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A frame lies in an outgoing place."""
+
+    link: str
+    seq: int
+    place: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Free:
+    """A place is free again; said by its reader."""
+
+    place: int
+
+
+@dataclass(frozen=True)
+class Granted:
+    """Segments < until may run."""
+
+    until: int
+
+
+@dataclass(frozen=True)
+class End:
+    """The worker shall end."""
+
+
+@dataclass(frozen=True)
+class Genesis:
+    """Roots of the drawn state and of the data."""
+
+    shared: bytes
+    lane: bytes
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step. `loss` is None in slots that do not see it; times are in seconds."""
+
+    step: int
+    loss: float | None
+    seconds: float
+    waiting: float
+    verifying: float
+    gradient_norm: float
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A segment's list and the state after it are on disk, synced."""
+
+    segment: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why the worker ends."""
+
+    text: str
+
+
+Packet = Arrived | Sent | Free | Granted | End | Genesis | Step | Segment | Failure
+
+_FRAME = struct.Struct("<BBQII")
+_NUMBER = struct.Struct("<BI")
+_STEP = struct.Struct("<BQ?5d")
+_ROOTS = struct.Struct("<B32s32s32s")
+_ARRIVED, _SENT, _FREE, _GRANTED, _END, _GENESIS, _STEP_KIND, _SEGMENT, _FAILURE = range(1, 10)
+
+
+def encode_packet(packet: Packet) -> bytes:
+    """The bytes of a packet."""
+    match packet:
+        case Arrived(link, seq, place, length):
+            return _FRAME.pack(_ARRIVED, LINKS.index(link), seq, place, length)
+        case Sent(link, seq, place, length):
+            return _FRAME.pack(_SENT, LINKS.index(link), seq, place, length)
+        case Free(place):
+            return _NUMBER.pack(_FREE, place)
+        case Granted(until):
+            return _NUMBER.pack(_GRANTED, until)
+        case End():
+            return bytes([_END])
+        case Genesis(shared, lane, data):
+            return _ROOTS.pack(_GENESIS, shared, lane, data)
+        case Step(step, loss, seconds, waiting, verifying, norm):
+            value = 0.0 if loss is None else loss
+            return _STEP.pack(
+                _STEP_KIND, step, loss is not None, value, seconds, waiting, verifying, norm
+            )
+        case Segment(segment):
+            return _NUMBER.pack(_SEGMENT, segment)
+        case Failure(text):
+            cut = text.encode("utf-8", "replace")[:MAX_FAILURE_TEXT].decode("utf-8", "ignore")
+            return bytes([_FAILURE]) + cut.encode()
+
+
+def decode_packet(raw: bytes) -> Packet:
+    """The packet in `raw`; ControlError when it is none."""
+    if not 1 <= len(raw) <= PACKET_BYTES:
+        raise ControlError(f"a packet of {len(raw)} bytes")
+    kind = raw[0]
+    try:
+        if kind in (_ARRIVED, _SENT):
+            _, link, seq, place, length = _FRAME.unpack(raw)
+            make = Arrived if kind == _ARRIVED else Sent
+            return make(LINKS[link], seq, place, length)
+        if kind in (_FREE, _GRANTED, _SEGMENT):
+            _, number = _NUMBER.unpack(raw)
+            return {_FREE: Free, _GRANTED: Granted, _SEGMENT: Segment}[kind](number)
+        if kind == _END and len(raw) == 1:
+            return End()
+        if kind == _GENESIS:
+            return Genesis(*_ROOTS.unpack(raw)[1:])
+        if kind == _STEP_KIND:
+            _, step, known, loss, *rest = _STEP.unpack(raw)
+            return Step(step, loss if known else None, *rest)
+        if kind == _FAILURE:
+            return Failure(raw[1:].decode("utf-8"))
+    except (struct.error, IndexError, UnicodeDecodeError) as error:
+        raise ControlError(f"malformed packet of kind {kind}: {error}") from error
+    raise ControlError(f"unknown packet kind {kind}")
+
+
+class FrameMemory:
+    """The memory file of one slot, mapped: numbered places of `frame_bytes` each."""
+
+    def __init__(self, fd: int, links: Sequence[str], stages: int, frame_bytes: int) -> None:
+        """Map `fd` (made by `create`). ControlError when it is smaller than it must be."""
+        self.links = tuple(links)
+        self.frame_bytes = frame_bytes
+        self.places = 2 * stages + 2
+        self._stride = -(-frame_bytes // _ALIGN) * _ALIGN
+        size = self.size(len(self.links), stages, frame_bytes)
+        if os.fstat(fd).st_size < size:
+            raise ControlError(f"the memory file has less than {size} bytes")
+        self._map = mmap.mmap(fd, size)
+        self._view = memoryview(self._map)
+
+    @staticmethod
+    def size(links: int, stages: int, frame_bytes: int) -> int:
+        """Bytes of the memory file; at least one page, so that it can be mapped."""
+        stride = -(-frame_bytes // _ALIGN) * _ALIGN
+        return max(links * 2 * (2 * stages + 2) * stride, _ALIGN)
+
+    @classmethod
+    def create(cls, links: int, stages: int, frame_bytes: int) -> int:
+        """A new memory file; gives its descriptor, which is not inherited."""
+        fd = os.memfd_create("tdmld-frames", os.MFD_CLOEXEC)
+        os.ftruncate(fd, cls.size(links, stages, frame_bytes))
+        return fd
+
+    def incoming(self, link: str) -> range:
+        """Places in which frames of `link` arrive."""
+        first = self.links.index(link) * 2 * self.places
+        return range(first, first + self.places)
+
+    def outgoing(self, link: str) -> range:
+        """Places for frames to send on `link`."""
+        first = (self.links.index(link) * 2 + 1) * self.places
+        return range(first, first + self.places)
+
+    def view(self, place: int, length: int) -> memoryview:
+        """The first `length` bytes of a place, in the shared memory itself. ControlError."""
+        if not 0 <= place < len(self.links) * 2 * self.places:
+            raise ControlError(f"no place {place}")
+        if not 0 < length <= self.frame_bytes:
+            raise ControlError(f"a frame of {length} bytes in a place of {self.frame_bytes}")
+        start = place * self._stride
+        return self._view[start : start + length]
+
+
+class WorkerChannel:
+    """The worker's end: `receive`, `release`, `send` for the runner, reports for the server.
+
+    Blocking, single-threaded. `receive` waits for the frame; `send` waits only while every
+    outgoing place of the link is taken. Both raise ControlError when the server is gone and
+    `Ended` when it said so.
+    """
+
+    class Ended(Exception):
+        """The server wants this worker to end; not an error."""
+
+    def __init__(self, end: socket.socket, memory: FrameMemory | None) -> None:
+        self._socket = end
+        self._memory = memory
+        self._arrived: dict[tuple[str, int], tuple[int, int]] = {}
+        self._taken: dict[tuple[str, int], int] = {}
+        self._free: dict[str, deque[int]] = {}
+        self._link_of: dict[int, str] = {}
+        self._granted = 0
+        for link in memory.links if memory else ():
+            self._free[link] = deque(memory.outgoing(link))  # type: ignore[union-attr]
+            for place in self._free[link]:
+                self._link_of[place] = link
+
+    def report(self, packet: Packet) -> None:
+        """Send a report."""
+        try:
+            self._socket.send(encode_packet(packet))
+        except OSError as error:
+            raise ControlError(f"the serving process is gone: {error}") from error
+
+    def wait_for_grant(self, segment: int) -> None:
+        """Return when `segment` may run."""
+        while self._granted <= segment:
+            self._pump()
+
+    def wait_for_end(self) -> None:
+        """Serve packets until the server ends this worker; returns then."""
+        try:
+            while True:
+                self._pump()
+        except self.Ended:
+            return
+
+    def receive(self, link: str, seq: int) -> memoryview:
+        """Frame `seq` of `link`, in place: valid until `release(link, seq)`."""
+        key = (link, seq)
+        while key not in self._arrived:
+            self._pump()
+        place, length = self._arrived.pop(key)
+        self._taken[key] = place
+        assert self._memory is not None
+        return self._memory.view(place, length)
+
+    def release(self, link: str, seq: int) -> None:
+        """The bytes of a received frame are not needed any more."""
+        self.report(Free(self._taken.pop((link, seq))))
+
+    def send(self, link: str, seq: int, payload: memoryview | bytes) -> None:
+        """Hand over a frame; its bytes are copied before this returns."""
+        assert self._memory is not None
+        free = self._free[link]
+        while not free:
+            self._pump()
+        place = free.popleft()
+        length = memoryview(payload).nbytes
+        self._memory.view(place, length)[:] = memoryview(payload).cast("B")
+        self.report(Sent(link, seq, place, length))
+
+    def _pump(self) -> None:
+        try:
+            raw = self._socket.recv(PACKET_BYTES)
+        except ConnectionError as error:
+            raise ControlError(f"the serving process is gone: {error}") from error
+        if not raw:
+            raise ControlError("the serving process is gone")
+        match decode_packet(raw):
+            case Arrived(link, seq, place, length):
+                if link not in self._free:
+                    raise ControlError(f"a frame on link {link!r}, which this slot has not")
+                self._arrived[link, seq] = (place, length)
+            case Free(place):
+                if place not in self._link_of:
+                    raise ControlError(f"place {place} is not an outgoing one")
+                self._free[self._link_of[place]].append(place)
+            case Granted(until):
+                self._granted = max(self._granted, until)
+            case End():
+                raise self.Ended
+            case other:
+                raise ControlError(f"a {type(other).__name__} packet came to a worker")

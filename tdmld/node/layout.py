@@ -1,0 +1,86 @@
+"""Where things lie in a node's directory (the machine's part of it)."""
+
+import re
+from pathlib import Path
+
+MAX_LOG_TAIL_BYTES = 4096
+_SAFE = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")
+
+
+class Layout:
+    """Paths below a data directory. Nothing is created here.
+
+    jobs/<job>/spec.json   slot-<lane>.<stage>/{ring,list,state/<boundary>}
+               standby-<lane>.<stage>/state/<boundary>   audit/<lane>.<stage>.<segment>   result/
+    content/ab/<hex of 32 bytes>   keys/session.key   logs/
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        self.data_dir = data_dir
+        self.session_key = data_dir / "keys" / "session.key"
+        self.content = data_dir / "content"
+        self.jobs = data_dir / "jobs"
+        self.logs = data_dir / "logs"
+
+    def blob(self, content: bytes) -> Path:
+        """A file of the content store."""
+        name = content.hex()
+        return self.content / name[:2] / name
+
+    def job(self, job: bytes) -> Path:
+        """A job's directory."""
+        return self.jobs / job.hex()
+
+    def spec(self, job: bytes) -> Path:
+        """The canonical spec."""
+        return self.job(job) / "spec.json"
+
+    def slot(self, job: bytes, lane: int, stage: int) -> Path:
+        """A slot that this node works on."""
+        return self.job(job) / f"slot-{lane}.{stage}"
+
+    def standby(self, job: bytes, lane: int, stage: int) -> Path:
+        """Copies of a slot that this node stands by for."""
+        return self.job(job) / f"standby-{lane}.{stage}"
+
+    def audit(self, job: bytes, lane: int, stage: int, segment: int) -> Path:
+        """Scratch directory of an audit."""
+        return self.job(job) / "audit" / f"{lane}.{stage}.{segment}"
+
+    def result(self, job: bytes) -> Path:
+        """The exported model."""
+        return self.job(job) / "result"
+
+    def states(self, job: bytes, lane: int, stage: int, boundary: int) -> tuple[Path, Path]:
+        """Where a state may lie here: as own slot, as standby copy."""
+        return (
+            state(self.slot(job, lane, stage), boundary),
+            state(self.standby(job, lane, stage), boundary),
+        )
+
+
+def state(owner: Path, boundary: int) -> Path:
+    """The state directory of a slot or standby directory."""
+    return owner / "state" / str(boundary)
+
+
+def list_file(slot: Path, segment: int) -> Path:
+    """A segment's digest list."""
+    return slot / "list" / str(segment)
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a peer may name a file of a result like this."""
+    return _SAFE.match(name) is not None
+
+
+def tail(path: Path) -> str:
+    """The last lines of a log, on one line, for an error text."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(file.seek(0, 2) - MAX_LOG_TAIL_BYTES, 0))
+            raw = file.read(MAX_LOG_TAIL_BYTES)
+    except OSError:
+        return ""
+    lines = [line.strip() for line in raw.decode("utf-8", "replace").splitlines() if line.strip()]
+    return " | ".join(lines[-4:])[-600:]
