@@ -7,11 +7,11 @@ depends on them. Money in units, roles as in `records.Earnings`.
 from tdmld.chain.codec import Record
 
 
-class JobOffered(Record, tag="job_offered"):
+class JobOffered(Record, frozen=True, tag="job_offered"):
     job: bytes
 
 
-class JobMatched(Record, tag="job_matched"):
+class JobMatched(Record, frozen=True, tag="job_matched"):
     """`workers` by slot index; each member must accept or decline."""
 
     job: bytes
@@ -20,33 +20,33 @@ class JobMatched(Record, tag="job_matched"):
     standby: bytes
 
 
-class JobUnmatched(Record, tag="job_unmatched"):
+class JobUnmatched(Record, frozen=True, tag="job_unmatched"):
     """Offered again without the nodes that declined or did not answer."""
 
     job: bytes
     without: tuple[bytes, ...]
 
 
-class JobPreparing(Record, tag="job_preparing"):
+class JobPreparing(Record, frozen=True, tag="job_preparing"):
     job: bytes
 
 
-class JobActive(Record, tag="job_active"):
+class JobActive(Record, frozen=True, tag="job_active"):
     job: bytes
 
 
-class JobFinishing(Record, tag="job_finishing"):
+class JobFinishing(Record, frozen=True, tag="job_finishing"):
     """Everything is settled; holders merge the result."""
 
     job: bytes
 
 
-class ResultKnown(Record, tag="result_known"):
+class ResultKnown(Record, frozen=True, tag="result_known"):
     job: bytes
     result: bytes
 
 
-class ResultDisputed(Record, tag="result_disputed"):
+class ResultDisputed(Record, frozen=True, tag="result_disputed"):
     """A holder attested another result than one before it."""
 
     job: bytes
@@ -54,7 +54,7 @@ class ResultDisputed(Record, tag="result_disputed"):
     result: bytes
 
 
-class JobEnded(Record, tag="job_ended"):
+class JobEnded(Record, frozen=True, tag="job_ended"):
     """`status` closed, refunded or expired; `refund` is what went back to the submitter."""
 
     job: bytes
@@ -64,25 +64,25 @@ class JobEnded(Record, tag="job_ended"):
     refund: int
 
 
-class SegmentCommitted(Record, tag="segment_committed"):
+class SegmentCommitted(Record, frozen=True, tag="segment_committed"):
     job: bytes
     slot: int
     segment: int
 
 
-class SegmentLinked(Record, tag="segment_linked"):
+class SegmentLinked(Record, frozen=True, tag="segment_linked"):
     job: bytes
     slot: int
     segment: int
 
 
-class SegmentSettled(Record, tag="segment_settled"):
+class SegmentSettled(Record, frozen=True, tag="segment_settled"):
     job: bytes
     slot: int
     segment: int
 
 
-class ProofKeyKnown(Record, tag="proof_key_known"):
+class ProofKeyKnown(Record, frozen=True, tag="proof_key_known"):
     """The standby and then the worker must prove the state after `segment` with `key`."""
 
     job: bytes
@@ -91,14 +91,14 @@ class ProofKeyKnown(Record, tag="proof_key_known"):
     key: bytes
 
 
-class ProofChecked(Record, tag="proof_checked"):
+class ProofChecked(Record, frozen=True, tag="proof_checked"):
     job: bytes
     slot: int
     segment: int
     equal: bool
 
 
-class AuditDrawn(Record, tag="audit_drawn"):
+class AuditDrawn(Record, frozen=True, tag="audit_drawn"):
     job: bytes
     slot: int
     segment: int
@@ -106,7 +106,7 @@ class AuditDrawn(Record, tag="audit_drawn"):
     attempt: int
 
 
-class AuditStep(Record, tag="audit_step"):
+class AuditStep(Record, frozen=True, tag="audit_step"):
     """An audit reached `status` (records.AuditStatus)."""
 
     job: bytes
@@ -115,21 +115,21 @@ class AuditStep(Record, tag="audit_step"):
     status: str
 
 
-class AuditPassed(Record, tag="audit_passed"):
+class AuditPassed(Record, frozen=True, tag="audit_passed"):
     job: bytes
     slot: int
     segment: int
     auditor: bytes
 
 
-class AuditMismatch(Record, tag="audit_mismatch"):
+class AuditMismatch(Record, frozen=True, tag="audit_mismatch"):
     job: bytes
     slot: int
     segment: int
     auditor: bytes
 
 
-class Unaudited(Record, tag="unaudited"):
+class Unaudited(Record, frozen=True, tag="unaudited"):
     """A drawn segment goes on without a verdict."""
 
     job: bytes
@@ -138,7 +138,7 @@ class Unaudited(Record, tag="unaudited"):
     reason: str
 
 
-class Paid(Record, tag="paid"):
+class Paid(Record, frozen=True, tag="paid"):
     job: bytes
     owner: bytes
     role: str

@@ -17,7 +17,7 @@ Maybe32 = Annotated[bytes, msgspec.Meta(max_length=32)]
 """32 bytes, or none where the thing is not known yet."""
 
 
-class Account(Record):
+class Account(Record, frozen=True):
     """An owner's money: free balance, next nonce, and the two stake buckets (only vote votes)."""
 
     balance: Amount = 0
@@ -26,7 +26,7 @@ class Account(Record):
     work_stake: Amount = 0
 
 
-class Supply(Record):
+class Supply(Record, frozen=True):
     """Where all money is. The sum of the last four is `genesis`, after every block."""
 
     genesis: Amount
@@ -36,7 +36,7 @@ class Supply(Record):
     burned: Amount
 
 
-class Facts(Record):
+class Facts(Record, frozen=True):
     """What an owner's nodes have done, the only input of `reputation`; `earned` in units."""
 
     segments: Natural = 0
@@ -47,7 +47,7 @@ class Facts(Record):
     earned: Amount = 0
 
 
-class Node(Record):
+class Node(Record, frozen=True):
     """A registered node key and what of its capacity is in use."""
 
     owner: PublicKey
@@ -57,7 +57,7 @@ class Node(Record):
     audits_open: Natural = 0
 
 
-class StandingAsk(Record):
+class StandingAsk(Record, frozen=True):
     """A node's ask in force; fields as in transactions.Ask, and the height it was made at."""
 
     session: PublicKey
@@ -100,7 +100,7 @@ class CloseReason(StrEnum):
     DEADLINE = "deadline"
 
 
-class Member(Record):
+class Member(Record, frozen=True):
     """Who stands in a role of a job. `price`: agreed units per slot and segment. `session` is
     empty until the node accepted."""
 
@@ -114,7 +114,7 @@ class Member(Record):
         return self.session != b""
 
 
-class Job(Record):
+class Job(Record, frozen=True):
     """An offer and how far it has come. Money still locked: `locked`."""
 
     id: Hash
@@ -185,7 +185,7 @@ class Job(Record):
         return slot // len(self.stages)
 
 
-class GenesisRoots(Record):
+class GenesisRoots(Record, frozen=True):
     """One member's roots of boundary 0 of a slot."""
 
     node: PublicKey
@@ -194,7 +194,7 @@ class GenesisRoots(Record):
     data: Hash
 
 
-class SlotState(Record):
+class SlotState(Record, frozen=True):
     """One slot of a matched job."""
 
     worker: Member
@@ -239,7 +239,7 @@ class ProofStatus(StrEnum):
     MISSING = "missing"
 
 
-class Segment(Record):
+class Segment(Record, frozen=True):
     """One committed segment of a slot; roots as in transactions.Commit."""
 
     worker: PublicKey
@@ -283,7 +283,7 @@ OPEN_AUDIT = frozenset(
 )
 
 
-class Audit(Record):
+class Audit(Record, frozen=True):
     """The audit of a drawn segment. `until`: height at which the present step is over."""
 
     auditor: PublicKey
@@ -309,7 +309,7 @@ class Audit(Record):
         return self.status in OPEN_AUDIT
 
 
-class Earnings(Record):
+class Earnings(Record, frozen=True):
     """What one owner was paid for one job, in units, by role."""
 
     worker: Amount = 0
@@ -321,7 +321,7 @@ class Earnings(Record):
         return self.worker + self.standby + self.auditor
 
 
-class Keys(Record):
+class Keys(Record, frozen=True):
     """A sorted set of keys: one bucket of an index."""
 
     keys: tuple[bytes, ...] = ()
@@ -342,7 +342,7 @@ class Timer(StrEnum):
     RESULT = "result"
 
 
-class Due(Record):
+class Due(Record, frozen=True):
     """A due entry. There is at most one of an identity, and the identity is all of it."""
 
     timer: Timer
@@ -351,25 +351,25 @@ class Due(Record):
     segment: Natural = 0
 
 
-class DueList(Record):
+class DueList(Record, frozen=True):
     """All entries of one height, in the order in which they were set."""
 
     entries: tuple[Due, ...]
 
 
-class Heights(Record):
+class Heights(Record, frozen=True):
     """A sorted set of heights (or of buckets of heights): the index of the due queue."""
 
     heights: tuple[Natural, ...] = ()
 
 
-class At(Record):
+class At(Record, frozen=True):
     """The height that a due entry stands at."""
 
     height: Natural
 
 
-class Head(Record):
+class Head(Record, frozen=True):
     """The newest final job."""
 
     job: Hash

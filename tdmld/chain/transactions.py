@@ -28,14 +28,14 @@ REGISTER_DOMAIN = "register"
 Text = Annotated[str, msgspec.Meta(max_length=limits.TEXT_BYTES)]
 
 
-class Stage(Record):
+class Stage(Record, frozen=True):
     """What one stage needs: its parameter count and the memory in bytes that a worker must have."""
 
     parameters: Natural
     memory: Natural
 
 
-class LinkRoots(Record):
+class LinkRoots(Record, frozen=True):
     """Merkle roots (BLAKE3) of the frames that crossed one link in one segment, by direction."""
 
     link: Annotated[str, msgspec.Meta(max_length=8)]  # "up" (to stage - 1) or "down" (to stage + 1)
@@ -43,21 +43,21 @@ class LinkRoots(Record):
     received: Hash
 
 
-class Transfer(Record, tag="transfer"):
+class Transfer(Record, frozen=True, tag="transfer"):
     """Moves `amount` from the signer to `to`."""
 
     to: PublicKey
     amount: Amount
 
 
-class Bond(Record, tag="bond"):
+class Bond(Record, frozen=True, tag="bond"):
     """Moves `amount` of the signer's balance into its stake bucket `vote` or `work`."""
 
     bucket: Annotated[str, msgspec.Meta(max_length=8)]
     amount: Amount
 
 
-class Register(Record, tag="register"):
+class Register(Record, frozen=True, tag="register"):
     """Binds a node key to the signing owner, for good. `proof`: see `sign_registration`."""
 
     node: PublicKey
@@ -65,7 +65,7 @@ class Register(Record, tag="register"):
     proof: Signature
 
 
-class Ask(Record, tag="ask"):
+class Ask(Record, frozen=True, tag="ask"):
     """A node's standing offer of work. One per node; a later one (greater `until_height`) replaces
     it.
 
@@ -83,7 +83,7 @@ class Ask(Record, tag="ask"):
     until_height: Natural
 
 
-class Offer(Record, tag="offer"):
+class Offer(Record, frozen=True, tag="offer"):
     """A job with its money (signed by the submitting owner). Its transaction id is the job id.
 
     `rounds`: segments of each slot; `segment_steps` K, `unsettled` D, `state_every` R.
@@ -114,13 +114,13 @@ class Offer(Record, tag="offer"):
     session: PublicKey
 
 
-class Fetched(Record, tag="fetched"):
+class Fetched(Record, frozen=True, tag="fetched"):
     """The submitter has the result: the job may be closed (signed by the submitting owner)."""
 
     job: Hash
 
 
-class Accept(Record, tag="accept"):
+class Accept(Record, frozen=True, tag="accept"):
     """A matched node takes its place. `slot` is a slot index, or limits.STANDBY_SLOT; `attempt` is
     Job.attempt, so that an answer to an earlier matching says nothing about a later one."""
 
@@ -130,7 +130,7 @@ class Accept(Record, tag="accept"):
     session: PublicKey
 
 
-class Decline(Record, tag="decline"):
+class Decline(Record, frozen=True, tag="decline"):
     """A matched node gives its place back before it accepted; fields as in Accept."""
 
     job: Hash
@@ -138,7 +138,7 @@ class Decline(Record, tag="decline"):
     slot: Natural
 
 
-class AttestGenesis(Record, tag="attest_genesis"):
+class AttestGenesis(Record, frozen=True, tag="attest_genesis"):
     """State roots of boundary 0 of a slot and the root of the data, as the signer made them."""
 
     job: Hash
@@ -148,7 +148,7 @@ class AttestGenesis(Record, tag="attest_genesis"):
     data: Hash
 
 
-class Commit(Record, tag="commit"):
+class Commit(Record, frozen=True, tag="commit"):
     """A worker's commitment to one finished segment (ANNEX A6).
 
     `links`: "up" then "down", those that the slot has. `seal` = BLAKE3(salt ‖ steps root).
@@ -169,9 +169,8 @@ class Commit(Record, tag="commit"):
     loss: Natural | None = None
 
 
-class StandbyProof(Record, tag="standby_proof"):
-    """Keyed hash (key: Segment.proof_key) of the state after `segment`; standby first, then worker.
-    """
+class StandbyProof(Record, frozen=True, tag="standby_proof"):
+    """Keyed hash (by Segment.proof_key) of a state; the standby speaks first, then the worker."""
 
     job: Hash
     epoch: Natural
@@ -181,7 +180,7 @@ class StandbyProof(Record, tag="standby_proof"):
     keyed_hash: Hash
 
 
-class AuditCommit(Record, tag="audit_commit"):
+class AuditCommit(Record, frozen=True, tag="audit_commit"):
     """The auditor has replayed: `hash` = BLAKE3(list root found ‖ salt ‖ auditor's node key)."""
 
     job: Hash
@@ -192,7 +191,7 @@ class AuditCommit(Record, tag="audit_commit"):
     hash: Hash
 
 
-class Open(Record, tag="open"):
+class Open(Record, frozen=True, tag="open"):
     """The audited worker opens its seal."""
 
     job: Hash
@@ -204,7 +203,7 @@ class Open(Record, tag="open"):
     steps: Hash
 
 
-class AuditOpen(Record, tag="audit_open"):
+class AuditOpen(Record, frozen=True, tag="audit_open"):
     """The auditor opens its commitment; equality with the worker's list root is the verdict."""
 
     job: Hash
@@ -216,7 +215,7 @@ class AuditOpen(Record, tag="audit_open"):
     salt: Hash
 
 
-class AuditFail(Record, tag="audit_fail"):
+class AuditFail(Record, frozen=True, tag="audit_fail"):
     """The drawn auditor could not replay, and says what was missing: another one is drawn."""
 
     job: Hash
@@ -227,7 +226,7 @@ class AuditFail(Record, tag="audit_fail"):
     missing: Annotated[str, msgspec.Meta(max_length=limits.MISSING_BYTES)]
 
 
-class AttestResult(Record, tag="attest_result"):
+class AttestResult(Record, frozen=True, tag="attest_result"):
     """A holder (standby, or worker of the last stage of lane 0) has merged and keeps the result."""
 
     job: Hash
@@ -252,7 +251,7 @@ Payload = OwnerPayload | Ask | JobPayload
 OWNER_KINDS = (Transfer, Bond, Register, Offer, Fetched)
 
 
-class Body(Record, tag="tx"):
+class Body(Record, frozen=True, tag="tx"):
     """What is signed. Sizes: `nonce` counts per signer, `fee` in units, `expiry` a height or 0."""
 
     chain_id: Hash

@@ -1,0 +1,479 @@
+"""Asks, offers and matching: who works for whom, and for how much (ANNEX A2).
+
+Matching is a reverse auction that the chain holds by itself, `match_delay` after the offer:
+
+1. An ask is *eligible* for a slot when it is in force, of the job's class, its node has the stage's
+   memory left, its owner is neither the submitter nor the source's, it did not decline this job,
+   and its price is within the ceiling: `ceil(ask price x parameters x tokens / 10^9)`.
+2. Slots choose in (lane, stage) order: lowest `price x (2,000,000 - reputation)`, then lowest
+   SHA-256(beacon ‖ job ‖ slot ‖ node). A node serves one slot of a job; owners differ in a lane.
+3. Then one standby for all slots, in the same order by the ask's price, with `standby_slots` left
+   for all of them, of an owner that works in no slot.
+
+A job of class "any" is matched in each class by itself; the lowest sum of prices wins, then the
+first class name. If some role stays empty the offer expires. When a member declines, or
+`accept_window` ends, the job is offered again without it, MATCH_TRIES times in all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from tdmld.chain import due, limits
+from tdmld.chain.closing import end, release, reserve
+from tdmld.chain.crypto import sha256
+from tdmld.chain.errors import InvalidTransaction
+from tdmld.chain.events import JobMatched, JobOffered, JobPreparing, JobUnmatched
+from tdmld.chain.execution import Execution, known_job, known_slot, require
+from tdmld.chain.genesis import Parameters
+from tdmld.chain.records import (
+    CloseReason,
+    Due,
+    Job,
+    JobStatus,
+    Member,
+    SlotState,
+    StandingAsk,
+    Timer,
+)
+from tdmld.chain.reputation import reputation
+from tdmld.chain.settlement import count
+from tdmld.chain.state import u32
+from tdmld.chain.transactions import Accept, Ask, Decline, Offer
+
+ANY_CLASS = "any"
+PRIVACY_MODES = ("open",)
+"""What this version of the protocol can carry."""
+
+
+def slot_price(ask_price: int, parameters: int, tokens: int) -> int:
+    """Units per segment of a slot, from an ask per 10^6 parameters and 10^3 tokens, rounded up."""
+    return -(-ask_price * parameters * tokens // 10**9)
+
+
+# -- asks
+
+
+def ask(run: Execution, node: bytes, wanted: Ask) -> None:
+    """Put or replace a node's standing ask."""
+    record = run.state.node(node)
+    if record is None:
+        raise InvalidTransaction("this node key is not registered: its owner must send Register")
+    require(
+        record.from_height <= run.height,
+        f"this node key is registered from height {record.from_height} on",
+    )
+    old = run.state.ask(node)
+    require(
+        old is None or wanted.until_height > old.until_height,
+        "an ask is replaced only by one with a greater until_height",
+    )
+    furthest = run.height + 2 * run.parameters.epoch_blocks
+    require(
+        run.height <= wanted.until_height <= furthest,
+        f"until_height must lie between {run.height} and {furthest}",
+    )
+    require(
+        wanted.class_id not in ("", ANY_CLASS), 'an ask names one class: not "any", not nothing'
+    )
+    require(wanted.price <= limits.PRICE, f"price: at most {limits.PRICE}")
+    require(wanted.memory <= limits.MEMORY_BYTES, f"memory: at most {limits.MEMORY_BYTES} bytes")
+    require(
+        wanted.audit_capacity <= limits.AUDIT_CAPACITY,
+        f"audit_capacity: at most {limits.AUDIT_CAPACITY}",
+    )
+    run.state.put_ask(
+        node,
+        StandingAsk(
+            session=wanted.session,
+            class_id=wanted.class_id,
+            memory=wanted.memory,
+            price=wanted.price,
+            audit_capacity=wanted.audit_capacity,
+            standby_slots=wanted.standby_slots,
+            until_height=wanted.until_height,
+            height=run.height,
+        ),
+    )
+
+
+# -- offers
+
+
+@dataclass(frozen=True, slots=True)
+class Lock:
+    """What an offer locks, in units."""
+
+    escrow: int
+    audit_budget: int
+    fees: int
+    deposit: int
+
+    @property
+    def total(self) -> int:
+        return self.escrow + self.audit_budget + self.fees + self.deposit
+
+
+def audits_expected(rate: int, slots: int, rounds: int) -> int:
+    """Audits that a rate (parts per million) draws on average, rounded up."""
+    return -(-rate * slots * rounds // limits.RATE_ONE)
+
+
+def suggested_audit_budget(rate: int, slots: int, rounds: int, price: int) -> int:
+    """A budget with room for luck and for tainted heights, at which every segment is drawn:
+    twice the expected number and four, at most one audit of every segment; 0 at rate 0."""
+    if rate == 0:
+        return 0
+    return price * min(slots * rounds, 2 * audits_expected(rate, slots, rounds) + 4)
+
+
+def transactions_expected(offer: Offer, parameters: Parameters) -> int:
+    """The most job-bound transactions that can ever succeed for a job: their fees are locked."""
+    slots = offer.lanes * len(offer.stages)
+    segments = slots * offer.rounds
+    copies = slots * -(-offer.rounds // offer.state_every)
+    audits = segments if offer.audit_rate else 0
+    return (
+        limits.MATCH_TRIES * (slots + 1)  # Accept or Decline
+        + 2 * slots  # AttestGenesis
+        + segments  # Commit
+        + 2 * copies  # StandbyProof
+        + audits * (parameters.audit_redraws + 1 + 2)  # AuditCommit or AuditFail; two openings
+        + 2  # AttestResult
+    )
+
+
+def lock_of(offer: Offer, parameters: Parameters) -> Lock:
+    """How much an offer takes from the submitter's balance besides its own fee."""
+    slots = offer.lanes * len(offer.stages)
+    return Lock(
+        escrow=offer.rounds * slots * (offer.slot_price_max + offer.standby_price),
+        audit_budget=offer.audit_budget,
+        fees=parameters.tx_fee * transactions_expected(offer, parameters),
+        deposit=parameters.offer_deposit,
+    )
+
+
+def offer(run: Execution, submitter: bytes, job_id: bytes, wanted: Offer) -> None:
+    """Open a job and lock its money."""
+    check_offer(wanted)
+    require(
+        run.height < wanted.deadline <= run.height + limits.DEADLINE_BLOCKS,
+        f"deadline: must lie between {run.height + 1} and {run.height + limits.DEADLINE_BLOCKS}",
+    )
+    source = run.state.owner_of(wanted.source)
+    require(source is not None, "source: this node key is not registered")
+    lock = lock_of(wanted, run.parameters)
+    account = run.state.account(submitter)
+    missing = lock.total - account.balance
+    require(
+        missing <= 0,
+        f"the offer locks {lock.total} (escrow {lock.escrow}, audits {lock.audit_budget}, fees "
+        f"{lock.fees}, deposit {lock.deposit}); {missing} more than the balance of "
+        f"{account.balance}",
+    )
+    run.state.put_account(submitter, replace(account, balance=account.balance - lock.total))
+    run.state.put_job(
+        Job(
+            id=job_id,
+            submitter=submitter,
+            source=wanted.source,
+            source_session=wanted.session,
+            spec_id=wanted.spec_id,
+            spec_bytes=wanted.spec_bytes,
+            stages=wanted.stages,
+            lanes=wanted.lanes,
+            rounds=wanted.rounds,
+            segment_steps=wanted.segment_steps,
+            unsettled=wanted.unsettled,
+            state_every=wanted.state_every,
+            tokens=wanted.tokens,
+            class_wanted=wanted.class_id,
+            privacy=wanted.privacy,
+            slot_price_max=wanted.slot_price_max,
+            standby_price=wanted.standby_price,
+            audit_rate=wanted.audit_rate,
+            audit_price=wanted.audit_price,
+            deadline=wanted.deadline,
+            escrow=lock.escrow,
+            audit_budget=lock.audit_budget,
+            fee_budget=lock.fees,
+            deposit=lock.deposit,
+            offered=run.height,
+        )
+    )
+    due.put(run.state, Due(Timer.MATCH, job_id), run.height + run.parameters.match_delay)
+    due.put(run.state, Due(Timer.DEADLINE, job_id), wanted.deadline)
+    run.emit(JobOffered(job_id))
+
+
+def check_offer(wanted: Offer) -> None:
+    """The rules that an offer can be judged by alone."""
+    _between("spec_bytes", wanted.spec_bytes, 1, limits.SPEC_BYTES)
+    _between("lanes", wanted.lanes, 1, limits.LANES)
+    _between("lanes x stages", wanted.lanes * len(wanted.stages), 1, limits.SLOTS)
+    _between("rounds", wanted.rounds, 1, limits.ROUNDS)
+    _between("segment_steps (K)", wanted.segment_steps, 1, limits.SEGMENT_STEPS)
+    _between("unsettled (D)", wanted.unsettled, 1, limits.UNSETTLED)
+    _between("state_every (R)", wanted.state_every, 1, limits.UNSETTLED)
+    require(
+        2 * wanted.state_every <= wanted.unsettled,
+        f"state_every (R) is {wanted.state_every} and unsettled (D) {wanted.unsettled}: "
+        "2 R must not exceed D",
+    )
+    _between("tokens", wanted.tokens, 1, limits.SEGMENT_TOKENS)
+    for stage in wanted.stages:
+        _between("parameters of a stage", stage.parameters, 1, limits.PARAMETERS)
+        _between("memory of a stage", stage.memory, 1, limits.MEMORY_BYTES)
+    require(wanted.class_id != "", 'class: name one, or "any"')
+    require(
+        wanted.privacy in PRIVACY_MODES,
+        f"privacy {wanted.privacy!r}: this protocol version knows {', '.join(PRIVACY_MODES)}",
+    )
+    _between("slot_price_max", wanted.slot_price_max, 0, limits.PRICE)
+    _between("standby_price", wanted.standby_price, 0, limits.PRICE)
+    _between("audit_rate", wanted.audit_rate, 0, limits.RATE_ONE)
+    require(
+        wanted.audit_price > 0 or wanted.audit_budget == 0,
+        "audit_price: 0 buys no audits; set a price, or a budget of 0",
+    )
+    expected = audits_expected(wanted.audit_rate, wanted.lanes * len(wanted.stages), wanted.rounds)
+    require(
+        wanted.audit_price > 0 or wanted.audit_rate == 0, "audit_price: audits are not for free"
+    )
+    require(
+        wanted.audit_budget >= expected * wanted.audit_price,
+        f"audit_budget: the rate draws {expected} audits on average, which cost "
+        f"{expected * wanted.audit_price}",
+    )
+
+
+def _between(name: str, value: int, low: int, high: int) -> None:
+    require(low <= value <= high, f"{name} is {value}: must lie between {low} and {high}")
+
+
+# -- matching
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A node that may be matched. `weight`: 2,000,000 less its owner's reputation."""
+
+    node: bytes
+    owner: bytes
+    ask: StandingAsk
+    weight: int
+    memory: int
+    standby_slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A full cast for a job, in one class."""
+
+    class_id: str
+    workers: tuple[Member, ...]
+    standby: Member
+
+    @property
+    def cost(self) -> int:
+        return sum(worker.price for worker in self.workers)
+
+
+def match(run: Execution, entry: Due) -> None:
+    """Due: cast the job, or end it."""
+    job = run.job(entry.job)
+    found = cast(job, _candidates(run, job), run.context.beacon)
+    if found is None:
+        detail = "no set of asks in force fits the offer's class, memory and prices"
+        end(run, job.id, JobStatus.EXPIRED, CloseReason.NO_MATCH, detail)
+        return
+    for slot, worker in enumerate(found.workers):
+        run.state.put_slot(job.id, slot, SlotState(worker))
+    job = replace(
+        job,
+        status=JobStatus.MATCHED,
+        class_id=found.class_id,
+        standby=found.standby,
+        matched=run.height,
+    )
+    run.state.put_job(job)
+    reserve(run, job)
+    due.put(run.state, Due(Timer.ACCEPT, job.id), run.height + run.parameters.accept_window)
+    nodes = tuple(worker.node for worker in found.workers)
+    run.emit(JobMatched(job.id, job.attempt, nodes, found.standby.node))
+
+
+def cast(job: Job, candidates: Sequence[Candidate], beacon: bytes) -> Assignment | None:
+    """The rule at the head of this module: the cheapest class's assignment."""
+    if job.class_wanted == ANY_CLASS:
+        classes = sorted({candidate.ask.class_id for candidate in candidates})
+    else:
+        classes = [job.class_wanted]
+    found = [
+        assignment
+        for class_id in classes
+        if (
+            assignment := _cast_class(
+                job, class_id, [c for c in candidates if c.ask.class_id == class_id], beacon
+            )
+        )
+        is not None
+    ]
+    return min(found, key=lambda a: (a.cost, a.class_id), default=None)
+
+
+def _cast_class(
+    job: Job, class_id: str, candidates: Sequence[Candidate], beacon: bytes
+) -> Assignment | None:
+    workers: list[Member] = []
+    for slot in range(job.slots):
+        stage = job.stages[job.stage_of(slot)]
+        lane = workers[job.lane_of(slot) * len(job.stages) :]
+        busy_nodes = {worker.node for worker in workers}
+        busy_owners = {worker.owner for worker in lane}
+
+        def order(
+            c: Candidate, slot: int = slot, size: int = stage.parameters
+        ) -> tuple[int, bytes]:
+            return slot_price(c.ask.price, size, job.tokens) * c.weight, _lot(beacon, job, slot, c)
+
+        eligible = [
+            c
+            for c in candidates
+            if c.node not in busy_nodes
+            and c.owner not in busy_owners
+            and c.memory >= stage.memory
+            and slot_price(c.ask.price, stage.parameters, job.tokens) <= job.slot_price_max
+        ]
+        if not eligible:
+            return None
+        best = min(eligible, key=order)
+        price = slot_price(best.ask.price, stage.parameters, job.tokens)
+        workers.append(Member(best.node, best.owner, price))
+    owners = {worker.owner for worker in workers}
+    holders = [c for c in candidates if c.owner not in owners and c.standby_slots >= job.slots]
+    if not holders:
+        return None
+    best = min(
+        holders,
+        key=lambda c: (c.ask.price * c.weight, _lot(beacon, job, limits.STANDBY_SLOT, c)),
+    )
+    return Assignment(class_id, tuple(workers), Member(best.node, best.owner, job.standby_price))
+
+
+def _lot(beacon: bytes, job: Job, slot: int, candidate: Candidate) -> bytes:
+    return sha256(beacon, job.id, u32(slot), candidate.node)
+
+
+def _candidates(run: Execution, job: Job) -> list[Candidate]:
+    """Nodes whose asks are in force and that may work for this job; asks that are over go."""
+    found, over = [], []
+    party = {job.submitter, run.state.owner_of(job.source)}
+    for node, standing in run.state.asks():
+        record = run.state.node(node)
+        if standing.until_height < run.height or record is None:
+            over.append(node)
+            continue
+        if record.owner in party or node in job.declined or record.from_height > run.height:
+            continue
+        weight = 2 * limits.RATE_ONE - reputation(run.state.facts(record.owner))
+        found.append(
+            Candidate(
+                node=node,
+                owner=record.owner,
+                ask=standing,
+                weight=weight,
+                memory=standing.memory - record.memory_used,
+                standby_slots=standing.standby_slots - record.standby_used,
+            )
+        )
+    for node in over:
+        run.state.put_ask(node, None)
+    return found
+
+
+# -- answers
+
+
+def accept(run: Execution, node: bytes, answer: Accept) -> None:
+    """A member takes its place; the last one to do so starts the preparation."""
+    job = known_job(run, answer.job)
+    member = _asked_member(run, job, node, answer)
+    require(len(answer.session) == 32 and any(answer.session), "session: not a key")
+    member = replace(member, session=answer.session)
+    if answer.slot == limits.STANDBY_SLOT:
+        job = replace(job, standby=member)
+        run.state.put_job(job)
+    else:
+        state = run.slot(job.id, answer.slot)
+        run.state.put_slot(job.id, answer.slot, replace(state, worker=member))
+    if _missing_answers(run, job):
+        return
+    run.state.put_job(replace(job, status=JobStatus.PREPARING))
+    due.cancel(run.state, Due(Timer.ACCEPT, job.id))
+    due.put(run.state, Due(Timer.ACTIVATE, job.id), run.height + run.parameters.activate_window)
+    run.emit(JobPreparing(job.id))
+
+
+def decline(run: Execution, node: bytes, answer: Decline) -> None:
+    """A member gives its place back: costs it nothing but its turn."""
+    job = known_job(run, answer.job)
+    _asked_member(run, job, node, answer)
+    _offer_again(run, job, (node,))
+
+
+def accept_over(run: Execution, entry: Due) -> None:
+    """Due: who did not answer in time is passed over, and that is a fault."""
+    job = run.job(entry.job)
+    silent = _missing_answers(run, job)
+    for member in silent:
+        count(run, member.owner, faults=1)
+    _offer_again(run, job, tuple(member.node for member in silent))
+
+
+def _asked_member(run: Execution, job: Job, node: bytes, answer: Accept | Decline) -> Member:
+    require(job.status is JobStatus.MATCHED, f"the job is {job.status}: it asks nobody")
+    require(
+        answer.attempt == job.attempt,
+        f"this answers matching {answer.attempt}; the present one is {job.attempt}",
+    )
+    if answer.slot == limits.STANDBY_SLOT:
+        member = job.standby
+    else:
+        member = known_slot(run, job, answer.slot).worker
+    if member is None or member.node != node:
+        raise InvalidTransaction("this node was not matched to that place")
+    require(not member.accepted, "this node has accepted already")
+    return member
+
+
+def _missing_answers(run: Execution, job: Job) -> list[Member]:
+    members = [run.slot(job.id, slot).worker for slot in range(job.slots)]
+    if job.standby is not None:
+        members.append(job.standby)
+    return [member for member in members if not member.accepted]
+
+
+def _offer_again(run: Execution, job: Job, without: tuple[bytes, ...]) -> None:
+    if job.attempt + 1 == limits.MATCH_TRIES:
+        detail = f"matched {limits.MATCH_TRIES} times, and never accepted by all"
+        end(run, job.id, JobStatus.EXPIRED, CloseReason.DECLINED, detail)
+        return
+    release(run, job)
+    for slot in range(job.slots):
+        run.state.put_slot(job.id, slot, None)
+    run.state.put_job(
+        replace(
+            job,
+            status=JobStatus.OFFERED,
+            standby=None,
+            class_id="",
+            attempt=job.attempt + 1,
+            declined=tuple(sorted({*job.declined, *without})),
+        )
+    )
+    due.cancel(run.state, Due(Timer.ACCEPT, job.id))
+    due.put(run.state, Due(Timer.MATCH, job.id), run.height + run.parameters.match_delay)
+    run.emit(JobUnmatched(job.id, without))
