@@ -7,6 +7,7 @@ environment. Whatever nobody knows is an error that names itself, wherever it st
 """
 
 import difflib
+import json
 import os
 import re
 import shlex
@@ -134,6 +135,26 @@ def load_config(
     config = Config(data_dir=data_dir.absolute(), ask=AskConfig(**ask), **plain)
     _check(config, origin)
     return config
+
+
+def config_toml(values: Mapping[str, object]) -> str:
+    """`values` (keys as for `load_config`'s flags) as the text of a tdmld.toml."""
+    plain = [(key, value) for key, value in values.items() if "." not in key]
+    ask = [(key[4:], value) for key, value in values.items() if key.startswith("ask.")]
+    # JSON's strings, integers, truth values and lists of strings are TOML's, too.
+    lines = [f"{key} = {json.dumps(value)}" for key, value in plain]
+    if ask:
+        lines += ["", "[ask]", *(f"{key} = {json.dumps(value)}" for key, value in ask)]
+    return "\n".join(lines) + "\n"
+
+
+def default_settings() -> dict[str, object]:
+    """Every key with its default, in the order of the documentation."""
+    plain = Config(data_dir=Path("/"))
+    return {
+        key: getattr(plain.ask, key[4:]) if key.startswith("ask.") else getattr(plain, key)
+        for key in _KEYS
+    }
 
 
 def _keys() -> dict[str, Any]:

@@ -21,12 +21,13 @@ _NOISY = ("libp2p", "multiaddr", "hypercorn", "httpx", "httpcore", "asyncio")
 
 
 def configure(
-    level: str = "info", *, file: Path | None = None, console: bool = True, **context: Any
+    level: str = "info", *, file: Path | None = None, console: bool | None = None, **context: Any
 ) -> None:
     """Send this process's logs to `file` (JSON lines) and, with `console`, to stderr.
 
-    `context` stands in every line (for example process="carrier"). May be called again; the last
-    call holds. Losing a log line (a full disk) never stops a process.
+    Unless said, stderr gets lines when it is a terminal or when there is no file. `context` stands
+    in every line (for example process="carrier"). May be called again; the last call holds. Losing
+    a log line (a full disk) never stops a process.
     """
     logging.raiseExceptions = False
     shared: list[Any] = [
@@ -63,7 +64,7 @@ def configure(
             )
         )
         root.addHandler(rotating)
-    if console:
+    if console if console is not None else file is None or sys.stderr.isatty():
         stream = logging.StreamHandler(sys.stderr)
         colors = sys.stderr.isatty() and "NO_COLOR" not in os.environ
         stream.setFormatter(

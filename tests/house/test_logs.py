@@ -39,7 +39,7 @@ def test_every_line_is_one_object(tmp_path: Path) -> None:
 
 
 def test_stdout_stays_empty(capsys: pytest.CaptureFixture[str]) -> None:
-    logs.configure("info")
+    logs.configure("info", console=True)
     structlog.get_logger().info("hello")
     out, err = capsys.readouterr()
     assert out == ""

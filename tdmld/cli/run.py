@@ -1,0 +1,72 @@
+"""`tdmld run`"""
+
+from tdmld import logs
+from tdmld.cli.common import DataDir, resolve_data_dir
+from tdmld.cli.exits import Exit
+from tdmld.config import load_config
+from tdmld.errors import UserError
+
+
+def run(
+    *,
+    data_dir: DataDir = None,
+    listen: tuple[str, ...] | None = None,
+    carrier_listen: str | None = None,
+    rpc_listen: str | None = None,
+    rpc_insecure: bool | None = None,
+    peers: tuple[str, ...] | None = None,
+    launcher: str | None = None,
+    log_level: str | None = None,
+    ask_enabled: bool | None = None,
+    ask_price: int | None = None,
+    ask_memory: int | None = None,
+    ask_audit_capacity: int | None = None,
+    ask_standby_slots: int | None = None,
+) -> int:
+    """Run the node until it is told to stop (Ctrl-C or SIGTERM; a second one stops at once).
+
+    What is not given here comes from TDMLD_* variables, then tdmld.toml, then defaults.
+
+    Parameters
+    ----------
+    listen: Multiaddrs of the daemon, such as /ip4/0.0.0.0/tcp/4001.
+    carrier_listen: Multiaddr for tensors and contents.
+    rpc_listen: host:port of the JSON-RPC server.
+    rpc_insecure: Allow an rpc_listen that other machines reach, without TLS.
+    peers: Daemons to dial first: /ip4/.../tcp/.../p2p/<peer id>.
+    launcher: Words put before every worker's command line, such as "nice -n 5".
+    log_level: debug, info, warning or error.
+    ask_enabled: Whether the node asks for work.
+    ask_price: Smallest price: units for 10^6 parameters times 10^3 tokens.
+    ask_memory: Bytes that a slot may use.
+    ask_audit_capacity: Audits at a time.
+    ask_standby_slots: Slots to stand by for at a time.
+    """
+    directory = resolve_data_dir(data_dir)
+    if not directory.is_dir():
+        raise UserError(
+            f"there is no directory {directory}",
+            next=f"tdmld init --data-dir {directory} --genesis FILE",
+            exit_code=Exit.USAGE,
+        )
+    flags: dict[str, object] = {
+        "listen": listen,
+        "carrier_listen": carrier_listen,
+        "rpc_listen": rpc_listen,
+        "rpc_insecure": rpc_insecure,
+        "peers": peers,
+        "launcher": launcher,
+        "log_level": log_level,
+        "ask.enabled": ask_enabled,
+        "ask.price": ask_price,
+        "ask.memory": ask_memory,
+        "ask.audit_capacity": ask_audit_capacity,
+        "ask.standby_slots": ask_standby_slots,
+    }
+    config = load_config(directory, flags)
+    logs.configure(
+        config.log_level, file=config.data_dir / "logs" / "daemon.jsonl", process="daemon"
+    )
+    from tdmld.node import daemon
+
+    return int(daemon.run(config))
