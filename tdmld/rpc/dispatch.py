@@ -55,7 +55,7 @@ class Request(msgspec.Struct):
     method: str
     jsonrpc: str
     params: list[Any] | dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
-    id: int | str | None | msgspec.UnsetType = msgspec.UNSET
+    id: int | str | msgspec.UnsetType | None = msgspec.UNSET
 
 
 @dataclass

@@ -28,6 +28,9 @@ SEND_SECONDS = 10.0
 BODY_SECONDS = 20.0
 """From the end of a request's headers to the end of its body."""
 
+GONE_SECONDS = 1.0
+"""From the end of a caller's bytes to the end of what runs for it."""
+
 STOP_SECONDS = 2.0
 """From the stop event to the forced close of what is still open."""
 

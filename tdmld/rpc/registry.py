@@ -1,9 +1,9 @@
 """Methods by name: their parameters, results and scopes, all taken from type hints.
 
 A method is declared by a function of an interface class (`Backend`) and answered by the attribute
-of that name of whatever object serves. The declaration's signature makes a msgspec Struct with which
-parameters are checked before the backend sees them; its annotations and docstring make the OpenRPC
-document. One declared as `-> AsyncIterator[T]` is a subscription.
+of that name of whatever object serves. The declaration's signature makes a msgspec Struct with
+which parameters are checked before the backend sees them; its annotations and docstring make the
+OpenRPC document. One declared as `-> AsyncIterator[T]` is a subscription.
 """
 
 import inspect

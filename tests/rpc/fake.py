@@ -1,0 +1,341 @@
+"""A node that answers from fixed values, for tests of server, client, commands and dashboard."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import trio
+
+from tdmld.rpc.errors import NotFound, Refused
+from tdmld.rpc.types import (
+    AccountInfo,
+    AskInfo,
+    AuditInfo,
+    BlockInfo,
+    ChainParameters,
+    Earnings,
+    EarningsBucket,
+    FetchedResult,
+    Head,
+    JobDetail,
+    JobEarnings,
+    JobEvent,
+    JobSummary,
+    NodeStatus,
+    PeerInfo,
+    Published,
+    ResultFile,
+    SegmentLoss,
+    SlotInfo,
+    SlotRun,
+    StandbyInfo,
+    Submitted,
+    TransactionStatus,
+    ValidatorInfo,
+    time_text,
+)
+
+NODES = tuple(
+    "12D3KooW" + letter * 40 + tail
+    for letter, tail in (("A", "k2Xq"), ("B", "9fQm"), ("C", "aaZz"), ("D", "Hn7e"))
+)
+OWNER = "12D3KooW" + "E" * 44
+JOB = "a91f" + "0" * 60
+CHAIN_ID = "c0" * 32
+GENESIS_MS = 1_767_225_600_000
+
+
+def head(height: int) -> Head:
+    return Head(
+        height=height,
+        hash=f"{height:064x}",
+        view=height + 2,
+        time=time_text(GENESIS_MS + 500 * height),
+        proposer=NODES[height % 4],
+        transactions=height % 3,
+    )
+
+
+def job_summary(state: str = "active") -> JobSummary:
+    return JobSummary(
+        id=JOB,
+        name="plays-3m",
+        state=state,  # type: ignore[arg-type]
+        submitter=OWNER,
+        height=4211,
+        offered=3990,
+        family="llama",
+        stages=2,
+        lanes=1,
+        rounds=20,
+        steps=200,
+        segments_settled=17,
+        escrow="2400000",
+        spent="714000",
+        loss=2_612_000,
+    )
+
+
+def job_detail(state: str = "active") -> JobDetail:
+    return JobDetail(
+        summary=job_summary(state),
+        spec_id="5e" * 32,
+        segment_steps=10,
+        slots=(
+            SlotInfo(
+                lane=0,
+                stage=0,
+                layers=(0, 2),
+                worker=NODES[0],
+                state="running",
+                segment=11,
+                settled=9,
+                price="31488",
+                earned="283392",
+                step=114,
+            ),
+            SlotInfo(
+                lane=0,
+                stage=1,
+                layers=(2, 4),
+                worker=NODES[1],
+                state="waiting for frames",
+                segment=10,
+                settled=8,
+                price="31488",
+                earned="251904",
+            ),
+        ),
+        standbys=(StandbyInfo(node=NODES[2], slots=((0, 0), (0, 1)), proved=8, earned="68000"),),
+        audits=(
+            AuditInfo(lane=0, stage=0, segment=2, auditor=NODES[2], state="passed", drawn=4050),
+            AuditInfo(lane=0, stage=1, segment=4, auditor=NODES[3], state="passed", drawn=4102),
+            AuditInfo(lane=0, stage=1, segment=9, auditor=NODES[3], state="committed", drawn=4200),
+        ),
+        losses=tuple(
+            SegmentLoss(lane=0, segment=segment, loss=int(1e6 * (2.2 + 3.3 * 0.75**segment)))
+            for segment in range(11)
+        ),
+        budget="2410000",
+        payments={NODES[0]: "283392", NODES[1]: "251904", NODES[2]: "116000", NODES[3]: "48000"},
+        deadline=5990,
+    )
+
+
+def job_event(number: int) -> JobEvent:
+    return JobEvent(
+        job=JOB,
+        height=4211 + number,
+        time=time_text(GENESIS_MS + 1000 * number),
+        kind="segment",
+        text=f"segment {number} of stage 0 committed",
+        lane=0,
+        stage=0,
+        segment=number,
+        loss=2_600_000 - number,
+    )
+
+
+def node_status(height: int = 4211) -> NodeStatus:
+    return NodeStatus(
+        version="0.1.0",
+        node=NODES[0],
+        owner=OWNER,
+        session=NODES[3],
+        chain="tdmld-local-1",
+        chain_id=CHAIN_ID,
+        height=height,
+        head=f"{height:064x}",
+        view=height + 2,
+        syncing=False,
+        peers=6,
+        validator=True,
+        balance="1000283392",
+        work_stake="50000000",
+        vote_stake="100000000",
+        reputation=982_000,
+        earned="283392",
+        pending="62976",
+        started=time_text(GENESIS_MS),
+        ask=AskInfo(
+            price="40",
+            device_class="cpu-x86",
+            memory=2**31,
+            audit_capacity=1,
+            standby_slots=2,
+            until=5000,
+        ),
+        tasks=(
+            SlotRun(
+                job=JOB,
+                role="worker",
+                lane=0,
+                stage=0,
+                layers=(0, 2),
+                state="running",
+                segment=11,
+                segments=20,
+                step=114,
+                steps=200,
+                settled=9,
+                earned="283392",
+                tokens_per_second=912.4,
+            ),
+        ),
+    )
+
+
+@dataclass
+class FakeBackend:
+    """A `Backend`; tests set its fields and look at what it was asked to do."""
+
+    height: int = 3
+    status: NodeStatus = field(default_factory=node_status)
+    detail: JobDetail = field(default_factory=job_detail)
+    balance: int = 1_000_000_000
+    nonce: int = 7
+    outcome: str = "ok"
+    submitted: list[str] = field(default_factory=list)
+    published: list[tuple[str, str, str]] = field(default_factory=list)
+    stopped: bool = False
+    closed_generators: int = 0
+    heads_limit: int | None = None
+    head_bytes: int = 0
+    tick: trio.Event | None = None
+
+    async def node_status(self) -> NodeStatus:
+        return self.status
+
+    async def node_earnings(self) -> Earnings:
+        return Earnings(
+            height=4211,
+            total="283392",
+            pending="62976",
+            jobs=(JobEarnings(job=JOB, worker="283392", standby="0", audit="0", pending="62976"),),
+            buckets=tuple(
+                EarningsBucket(
+                    start=time_text(GENESIS_MS + 60_000 * n), amount=str(31488 * (n * 7 % 5))
+                )
+                for n in range(30)
+            ),
+        )
+
+    async def net_peers(self) -> tuple[PeerInfo, ...]:
+        return (
+            PeerInfo(
+                node=NODES[1],
+                addresses=("/ip4/127.0.0.1/tcp/4001",),
+                connected=True,
+                validator=True,
+                height=4211,
+                round_trip_ms=1.2,
+            ),
+            PeerInfo(node=NODES[2], addresses=("/ip4/127.0.0.1/tcp/4002",), connected=False),
+        )
+
+    async def chain_head(self) -> Head:
+        return head(self.height)
+
+    async def chain_block(self, height: int) -> BlockInfo:
+        if height > self.height:
+            raise NotFound(f"there is no block {height} yet; the head is {self.height}")
+        brief = head(height)
+        return BlockInfo(
+            height=height,
+            hash=brief.hash,
+            parent=f"{max(height - 1, 0):064x}",
+            view=brief.view,
+            time=brief.time,
+            proposer=brief.proposer,
+            state_height=max(height - 1, 0),
+            state_root="ab" * 32,
+            size=812,
+        )
+
+    async def chain_account(self, address: str) -> AccountInfo:
+        return AccountInfo(
+            address=address,
+            height=self.height,
+            balance=str(self.balance),
+            nonce=self.nonce,
+            work_stake="50000000",
+        )
+
+    async def chain_transaction(self, id: str) -> TransactionStatus:
+        if not self.submitted:
+            raise NotFound("this transaction was never seen here")
+        if self.outcome == "ok":
+            return TransactionStatus(id=id, state="ok", height=self.height, block=self.height)
+        return TransactionStatus(
+            id=id, state="failed", height=self.height, block=self.height, reason=self.outcome
+        )
+
+    async def chain_submit(self, raw: str) -> Submitted:
+        if len(raw) % 2:
+            raise Refused("not whole bytes")
+        self.submitted.append(raw)
+        return Submitted(id="77" * 32, height=self.height)
+
+    async def chain_parameters(self) -> ChainParameters:
+        return ChainParameters(
+            chain="tdmld-local-1",
+            chain_id=CHAIN_ID,
+            height=self.height,
+            time=time_text(GENESIS_MS),
+            protocol=1,
+            parameters={
+                "interval_ms": 500,
+                "fee_floor": 10,
+                "tx_fee": 10,
+                "offer_deposit": 10000,
+                "match_delay": 4,
+                "unbonding": [1000, 3600],
+            },
+            validators=(ValidatorInfo(owner=OWNER, node=NODES[0], stake="100000000"),),
+        )
+
+    async def chain_subscribe_heads(self) -> AsyncIterator[Head]:
+        height = self.height
+        try:
+            while self.heads_limit is None or height < self.height + self.heads_limit:
+                brief = head(height)
+                yield brief
+                height += 1
+                if self.tick is not None:
+                    await self.tick.wait()
+                else:
+                    await trio.lowlevel.checkpoint()
+        finally:
+            self.closed_generators += 1
+
+    async def job_publish(self, spec: str, text_path: str, name: str) -> Published:
+        self.published.append((spec, text_path, name))
+        return Published(spec_id="5e" * 32, shards=2, size=1_271_402)
+
+    async def job_list(self) -> tuple[JobSummary, ...]:
+        return (self.detail.summary,)
+
+    async def job_status(self, id: str) -> JobDetail:
+        if id != JOB:
+            raise NotFound(f"this chain has no job {id[:12]}")
+        return self.detail
+
+    async def job_subscribe(self, id: str) -> AsyncIterator[JobEvent]:
+        if id != JOB:
+            raise NotFound(f"this chain has no job {id[:12]}")
+        for number in range(3):
+            yield job_event(number)
+
+    async def job_fetch(self, id: str, out_dir: str) -> FetchedResult:
+        return FetchedResult(
+            job=id,
+            result_id="9d" * 32,
+            directory=out_dir,
+            files=(
+                ResultFile(name="config.json", size=700),
+                ResultFile(name="model.safetensors", size=13_000_000),
+            ),
+            transaction="66" * 32,
+        )
+
+    async def admin_stop(self) -> None:
+        self.stopped = True
