@@ -1,0 +1,32 @@
+"""The network: authenticated connections, message streams and gossip between peers.
+
+The only package that knows libp2p, and nothing of libp2p's types leaves it. See `host` for the face, `connector`,
+`peers`, `tls`, `fastmux`, `streams` and `gossip` for what each repairs in the library, `limits` for every bound.
+"""
+
+from tdmld.p2p import errors
+from tdmld.p2p.host import Host, open_host
+from tdmld.p2p.limits import Limits
+from tdmld.p2p.streams import Stream
+from tdmld.p2p.types import (
+    GossipMessage,
+    PeerChange,
+    PeerConnected,
+    PeerDisconnected,
+    PeerInfo,
+    PeerStatus,
+)
+
+__all__ = [
+    "GossipMessage",
+    "Host",
+    "Limits",
+    "PeerChange",
+    "PeerConnected",
+    "PeerDisconnected",
+    "PeerInfo",
+    "PeerStatus",
+    "Stream",
+    "errors",
+    "open_host",
+]

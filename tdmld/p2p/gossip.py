@@ -1,0 +1,224 @@
+"""Gossip: gossipsub 1.1/1.2 with settings and wrappers under which it loses little and survives hostile input.
+
+What stock gossipsub does, and what is done here:
+
+- its spam protection drops above 10 messages a second, silently: off; publishing is paced instead
+- sequence numbers start at the second of the start, so a restarted node repeats them: they start at nanoseconds
+- message ids are (source, seqno): ours are hashes of source, topic and content
+- heartbeats every 120 s, stretched further by "adaptive" mode: every second, adaptive off
+- a validator, a malformed key or a heartbeat that raises ends the whole host: each is caught at a boundary
+- a subscriber that does not read loses everything after 32 messages: larger queue, drops counted
+- own messages come back: not here
+- a peer that reconnects before its old connection is cleaned up is never heard again: `forget`
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import trio
+from libp2p.abc import IHost
+from libp2p.exceptions import ValidationError
+from libp2p.peer.id import ID
+from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, PROTOCOL_ID_V12, GossipSub
+from libp2p.pubsub.pb import rpc_pb2
+from libp2p.pubsub.pubsub import Pubsub
+from libp2p.tools.anyio_service import background_trio_service
+
+from tdmld.p2p.errors import GossipRefused
+from tdmld.p2p.limits import Limits
+from tdmld.p2p.types import GossipMessage
+
+log = logging.getLogger(__name__)
+
+Validator = Callable[[str, bytes], bool]
+
+_HEARTBEAT_SECONDS = 1
+_SEEN_SECONDS = 120
+"""For so long a message is not delivered twice; the same bytes may be gossiped again afterwards."""
+_DEGREE, _DEGREE_LOW, _DEGREE_HIGH = 6, 4, 12
+_TOPICS_PER_PEER = 32
+_BURST = 16
+"""Publications that may go out at once: half of what libp2p queues for a peer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Topic:
+    limit: int
+    validate: Validator
+    send: trio.MemorySendChannel[GossipMessage]
+
+
+def _message_id(message: rpc_pb2.Message) -> bytes:
+    digest = hashlib.sha256()
+    for part in (message.from_id, *(topic.encode() for topic in message.topicIDs), message.data):
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.digest()
+
+
+class _Router(GossipSub):
+    """Gossipsub whose heartbeat survives its own defects."""
+
+    async def heartbeat(self) -> None:
+        while True:
+            try:
+                await super().heartbeat()
+            except Exception:
+                # Boundary: a heartbeat fed by peers' control messages must not end the host.
+                log.exception("a gossip heartbeat failed")
+                await trio.sleep(_HEARTBEAT_SECONDS)
+
+
+class _Pubsub(Pubsub):
+    """Pubsub with our size check, validation and delivery in the place of the library's."""
+
+    def __init__(self, host: IHost, router: GossipSub, limits: Limits) -> None:
+        super().__init__(
+            host,
+            router,
+            strict_signing=True,
+            seen_ttl=_SEEN_SECONDS,
+            msg_id_constructor=_message_id,
+            max_subscriptions_per_peer=_TOPICS_PER_PEER,
+        )
+        self.counter = time.time_ns()
+        self.topics: dict[str, _Topic] = {}
+        self.dropped = 0
+        self.rejected = 0
+        self._limits = limits
+
+    async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
+        """Every message, ours included, enters here; the library runs it in a task of the service."""
+        if len(msg.topicIDs) != 1 or (topic := self.topics.get(msg.topicIDs[0])) is None:
+            return
+        if len(msg.data) > topic.limit:
+            self.rejected += 1
+            return
+        try:
+            await super().push_msg(msg_forwarder, msg)
+        except Exception as error:
+            # Boundary: keys, signatures and ids in the message are hostile input, and an exception
+            # here would end pubsub and with it the host.
+            self.rejected += 1
+            log.debug("dropped a gossip message from %s: %r", msg_forwarder, error)
+
+    async def validate_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
+        topic = self.topics[msg.topicIDs[0]]
+        source = ID(msg.from_id)
+        if source == self.my_id:
+            return
+        try:
+            valid = topic.validate(str(source), msg.data)
+        except Exception:
+            # Boundary: a defect in a validator costs the message, not the host.
+            log.exception("the validator of %s failed", msg.topicIDs[0])
+            valid = False
+        if not valid:
+            raise ValidationError("the validator refused")
+
+    def notify_subscriptions(self, publish_message: rpc_pb2.Message) -> None:
+        source = ID(publish_message.from_id)
+        if source == self.my_id:
+            return
+        name = publish_message.topicIDs[0]
+        try:
+            self.topics[name].send.send_nowait(
+                GossipMessage(str(source), name, publish_message.data)
+            )
+        except trio.WouldBlock:
+            self.dropped += 1
+        except trio.BrokenResourceError:
+            pass  # the subscriber has gone; the topic is still relayed
+
+    def forget(self, peer: ID) -> None:
+        """The connection to `peer` is gone. The library forgets this when a new one comes quickly,
+        keeps a dead stream in its table and is deaf to the peer from then on."""
+        if peer in self.peers:
+            self._handle_dead_peer(peer)
+
+
+class Gossip:
+    """Gossip of one host; made by `open_gossip`."""
+
+    def __init__(self, host: IHost, limits: Limits) -> None:
+        self._router = _Router(
+            [PROTOCOL_ID_V12, PROTOCOL_ID_V11],
+            degree=_DEGREE,
+            degree_low=_DEGREE_LOW,
+            degree_high=_DEGREE_HIGH,
+            heartbeat_interval=_HEARTBEAT_SECONDS,
+            heartbeat_initial_delay=0.1,
+            prune_back_off=10,
+            spam_protection_enabled=False,
+            adaptive_gossip_enabled=False,
+            eclipse_protection_enabled=False,
+        )
+        self._pubsub = _Pubsub(host, self._router, limits)
+        self._limits = limits
+        self._pace = trio.Lock()
+        self._next = 0.0
+
+    @property
+    def dropped(self) -> int:
+        return self._pubsub.dropped
+
+    @property
+    def rejected(self) -> int:
+        return self._pubsub.rejected
+
+    async def subscribe(
+        self, topic: str, *, limit: int, validate: Validator
+    ) -> trio.MemoryReceiveChannel[GossipMessage]:
+        if topic in self._pubsub.topics:
+            raise GossipRefused(f"{topic} is subscribed already")
+        if limit > self._limits.gossip_bytes:
+            raise GossipRefused(
+                f"a gossip message has at most {self._limits.gossip_bytes} bytes, not {limit}: "
+                "announce a hash and serve the rest by stream"
+            )
+        send, receive = trio.open_memory_channel[GossipMessage](self._limits.gossip_queue)
+        self._pubsub.topics[topic] = _Topic(limit, validate, send)
+        # The library's own channel stays unread and empty: delivery is `notify_subscriptions`.
+        await self._pubsub.subscribe(topic)
+        return receive
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        known = self._pubsub.topics.get(topic)
+        if known is None:
+            raise GossipRefused(f"subscribe to {topic} before publishing on it")
+        if len(data) > known.limit:
+            raise GossipRefused(f"{topic} takes at most {known.limit} bytes, not {len(data)}")
+        await self._wait_for_turn()
+        await self._pubsub.publish(topic, data)
+
+    async def _wait_for_turn(self) -> None:
+        """A bucket of `_BURST` publications, refilled with `gossip_per_second`."""
+        interval = 1 / self._limits.gossip_per_second
+        async with self._pace:
+            now = trio.current_time()
+            self._next = max(self._next, now - _BURST * interval) + interval
+            if self._next > now:
+                await trio.sleep(self._next - now)
+
+    def forget(self, peer: ID) -> None:
+        self._pubsub.forget(peer)
+
+
+@asynccontextmanager
+async def open_gossip(host: IHost, limits: Limits) -> AsyncIterator[Gossip]:
+    """Run gossip on a running libp2p host."""
+    gossip = Gossip(host, limits)
+    try:
+        async with (
+            background_trio_service(gossip._pubsub),
+            background_trio_service(gossip._router),
+        ):
+            await gossip._pubsub.wait_until_ready()
+            yield gossip
+    finally:
+        # Joins the sweeper thread that the library leaves behind.
+        await trio.to_thread.run_sync(gossip._pubsub.seen_messages.stop)

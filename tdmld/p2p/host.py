@@ -1,0 +1,352 @@
+"""The face of the package: `open_host` and `Host`.
+
+Built from the library's swarm, identify and gossipsub; sockets, security, muxer, admission, redial, keepalive and
+message framing are ours (see the sibling modules for why). Nothing of the library leaves this package.
+"""
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import cast
+
+import libp2p
+import trio
+from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.custom_types import StreamHandlerFn, TMuxerClass, TProtocol
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.network.config import ConnectionConfig
+from libp2p.network.swarm import Swarm
+from libp2p.protocol_muxer.exceptions import ProtocolNotSupportedError
+from libp2p.protocol_muxer.multiselect_client import MultiselectClient
+from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.security.tls.transport import PROTOCOL_ID as TLS
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
+from libp2p.stream_muxer.yamux.yamux import Yamux
+from multiaddr import Multiaddr
+
+from tdmld.p2p.addresses import parse_peer_id
+from tdmld.p2p.connector import Connector, listened, open_listeners
+from tdmld.p2p.errors import DialFailed, GossipRefused, ProtocolRefused, StreamError
+from tdmld.p2p.fastmux import PROTOCOL as FASTMUX
+from tdmld.p2p.fastmux import FastMux
+from tdmld.p2p.gossip import Gossip, open_gossip
+from tdmld.p2p.limits import Limits
+from tdmld.p2p.noise import ShieldedNoise
+from tdmld.p2p.peers import Peers
+from tdmld.p2p.streams import Stream
+from tdmld.p2p.tls import FastTls
+from tdmld.p2p.types import GossipMessage, PeerChange, PeerInfo, PeerStatus
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[Stream], Awaitable[None]]
+Validator = Callable[[str, bytes], bool]
+
+_OPEN_ATTEMPTS = 3
+"""A stream may meet a connection that is just being replaced; then the next one is used."""
+_SWARM_CONNECTIONS = 65536
+"""The swarm's own bound must never bite: ours (`Limits.connections`) is checked before."""
+_RESET_SECONDS = 1.0
+
+
+def _quiet_libp2p() -> None:
+    """The library logs every refused dial and broken socket as an error; we report these ourselves."""
+    logging.getLogger("libp2p").setLevel(logging.WARNING)
+    logging.getLogger("multiaddr").setLevel(logging.WARNING)
+    for name in (
+        "network.swarm",
+        "host.basic_host",
+        "protocol_muxer",
+        "stream_muxer",
+        "security",
+        "pubsub",
+        "identity",
+        "transport",
+        "io",
+    ):
+        logging.getLogger(f"libp2p.{name}").setLevel(logging.CRITICAL)
+
+
+class _Notifee(INotifee):
+    """Tells the peer manager what the swarm registers and loses."""
+
+    def __init__(self, peers: Peers, gossip: Gossip | None) -> None:
+        self._peers = peers
+        self._gossip = gossip
+
+    async def connected(self, network: INetwork, conn: INetConn) -> None:
+        self._peers.on_connected(conn)
+
+    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
+        if self._gossip is not None:
+            self._gossip.forget(conn.muxed_conn.peer_id)
+        self._peers.on_disconnected(conn)
+
+    async def opened_stream(self, network: INetwork, stream: INetStream) -> None: ...
+
+    async def closed_stream(self, network: INetwork, stream: INetStream) -> None: ...
+
+    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None: ...
+
+    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None: ...
+
+
+class Host:
+    """A running libp2p node. Made by `open_host`; all methods belong to its trio loop."""
+
+    def __init__(
+        self, inner: IHost, addresses: tuple[str, ...], limits: Limits, gossip: Gossip | None
+    ) -> None:
+        self.peer_id: str = str(inner.get_id())
+        self.addresses = addresses
+        """Where we really listen, as multiaddrs without `/p2p/`."""
+        self.limits = limits
+        self._inner = inner
+        self._swarm = cast(Swarm, inner.get_network())
+        self._gossip = gossip
+        self._peers = Peers(inner.get_id(), limits)
+        self._connector = Connector(self._swarm, limits, self._peers)
+        self._inbound_streams: Counter[str] = Counter()
+        self._swarm.register_notifee(_Notifee(self._peers, gossip))
+        self._swarm.set_stream_handler(self._guard(self._swarm.common_stream_handler))
+
+    # Streams
+
+    def set_handler(self, protocol: str, handler: Handler) -> None:
+        """Serve a protocol. Each inbound stream runs `handler` in its own task.
+
+        When it returns, the stream is closed; when it raises, that stream is reset and the error logged, and nothing
+        else happens. A StreamError that leaves it counts as an ordinary end.
+        """
+
+        async def serve(inner: INetStream) -> None:
+            peer = self._peers.entry(inner.muxed_conn.peer_id)
+            stream = Stream(inner, peer.text, protocol, peer.traffic, self.limits.message_bytes)
+            try:
+                await handler(stream)
+            except StreamError as error:
+                log.debug("%s ended: %s", stream, error)
+                await stream.reset()
+            except Exception:
+                # Boundary: a defect in one handler must not take the host down.
+                log.exception("the handler of %s failed; the stream is reset", stream)
+                await stream.reset()
+            except BaseException:
+                await stream.reset()
+                raise
+            else:
+                await stream.close()
+
+        self._inner.set_stream_handler(TProtocol(protocol), serve)
+
+    async def open_stream(self, peer_id: str, protocol: str) -> Stream:
+        """A new stream, over the present connection or a new one if addresses are known.
+
+        Raises AddressInvalid, DialFailed (not reachable, or no answer within `Limits.open_stream_seconds`) and
+        ProtocolRefused. Cancelled, it leaves nothing behind.
+        """
+        peer = self._peers.entry(parse_peer_id(peer_id))
+        last: BaseException | None = None
+        for _ in range(_OPEN_ATTEMPTS):
+            conn = await self._peers.connect(peer)
+            try:
+                with trio.fail_after(self.limits.open_stream_seconds):
+                    inner = await _negotiate(conn, TProtocol(protocol))
+            except ProtocolNotSupportedError as error:
+                raise ProtocolRefused(f"{peer_id} does not serve {protocol}") from error
+            except trio.TooSlowError as error:
+                raise DialFailed(
+                    f"{peer_id} is connected but did not answer within "
+                    f"{self.limits.open_stream_seconds:g} s"
+                ) from error
+            except (BaseLibp2pError, UnicodeDecodeError) as error:
+                last = error
+                if conn.is_closed or conn.muxed_conn.is_closed:
+                    continue
+                raise ProtocolRefused(
+                    f"{peer_id} refused a stream for {protocol}: {error}"
+                ) from error
+            return Stream(inner, peer.text, protocol, peer.traffic, self.limits.message_bytes)
+        raise DialFailed(f"the connection to {peer_id} broke {_OPEN_ATTEMPTS} times: {last}")
+
+    # Peers
+
+    def add_peer(self, info: PeerInfo) -> None:
+        """Remember a peer and keep connected to it until `remove_peer`. AddressInvalid."""
+        self._peers.add(info)
+
+    def remove_peer(self, peer_id: str) -> None:
+        """Keep it no longer. A present connection stays; see `disconnect`."""
+        self._peers.remove(peer_id)
+
+    async def disconnect(self, peer_id: str) -> None:
+        """Close the connection, if any. A kept peer is dialled again at once."""
+        for conn in self._swarm.get_connections(parse_peer_id(peer_id)):
+            await conn.close()
+
+    def connected(self) -> frozenset[str]:
+        return self._peers.connected()
+
+    def peers(self) -> tuple[PeerStatus, ...]:
+        """Every connected and every kept peer, ordered by PeerId."""
+        return self._peers.statuses()
+
+    def changes(self) -> trio.MemoryReceiveChannel[PeerChange]:
+        """Connections that come and go from now on; it ends when the host closes."""
+        return self._peers.changes()
+
+    # Gossip
+
+    async def subscribe(
+        self, topic: str, *, limit: int, validate: Validator
+    ) -> trio.MemoryReceiveChannel[GossipMessage]:
+        """Messages of others on a topic. A topic is subscribed at most once.
+
+        `validate(source, data)` is synchronous, must be fast, and is called before a message is forwarded or
+        delivered, after the check of `limit`; what it raises counts as False and is logged. Delivery is best effort: a
+        subscriber that leaves `Limits.gossip_queue` messages unread loses the newer ones (`gossip_dropped`).
+        """
+        if self._gossip is None:
+            raise GossipRefused("gossip is switched off on this host")
+        return await self._gossip.subscribe(topic, limit=limit, validate=validate)
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        """Gossip a message; returns when handed to the mesh, paced. GossipRefused when too large."""
+        if self._gossip is None:
+            raise GossipRefused("gossip is switched off on this host")
+        await self._gossip.publish(topic, data)
+
+    @property
+    def gossip_dropped(self) -> int:
+        """Messages lost so far because a subscriber did not read."""
+        return 0 if self._gossip is None else self._gossip.dropped
+
+    # Running
+
+    def _guard(self, inner: StreamHandlerFn) -> StreamHandlerFn:
+        """Every inbound stream of every protocol, also of the library's own, passes here."""
+
+        async def handle(stream: INetStream) -> None:
+            peer = str(stream.muxed_conn.peer_id)
+            if self._inbound_streams[peer] >= self.limits.streams_per_peer:
+                log.debug("%s has too many streams open", peer)
+                await _reset(stream)
+                return
+            self._inbound_streams[peer] += 1
+            try:
+                await inner(stream)
+            except Exception as error:
+                # Boundary: the library lets a handler's exception end the whole host.
+                log.debug("a stream of %s failed: %r", peer, error)
+                await _reset(stream)
+            finally:
+                self._inbound_streams[peer] -= 1
+                if not self._inbound_streams[peer]:
+                    del self._inbound_streams[peer]
+
+        return handle
+
+    async def _run(self, nursery: trio.Nursery, listeners: list[trio.SocketListener]) -> None:
+        await nursery.start(self._peers.run, self._connector)
+        for listener in listeners:
+            nursery.start_soon(self._connector.serve, listener)
+
+    async def _goodbye(self) -> None:
+        """Close every connection, so that peers learn of it now and not by a time-out."""
+        with trio.move_on_after(self.limits.shutdown_seconds, shield=True):
+            async with trio.open_nursery() as nursery:
+                for conn in self._swarm.get_connections():
+                    nursery.start_soon(conn.close)
+
+
+@asynccontextmanager
+async def open_host(
+    seed: bytes,
+    listen: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",),
+    *,
+    gossip: bool = True,
+    limits: Limits | None = None,
+) -> AsyncIterator[Host]:
+    """Run a host whose identity is the Ed25519 key of the 32-byte `seed`.
+
+    Raises ListenFailed before anything runs. Leaving the block disconnects every peer and ends every task within two
+    seconds, also when cancelled. An exception of the block comes out as itself, not in a group.
+    """
+    limits = limits or Limits()
+    _quiet_libp2p()
+    listeners = await open_listeners(listen)
+    failure: BaseException | None = None
+    try:
+        async with AsyncExitStack() as stack:
+            for listener in listeners:
+                stack.push_async_callback(listener.aclose)
+            addresses = listened(listeners)
+            inner = _new_host(seed, addresses, limits)
+            await stack.enter_async_context(inner.run(listen_addrs=[]))
+            running = (
+                await stack.enter_async_context(open_gossip(inner, limits)) if gossip else None
+            )
+            host = Host(inner, addresses, limits, running)
+            async with trio.open_nursery() as nursery:
+                await host._run(nursery, listeners)
+                try:
+                    yield host
+                except BaseException as error:
+                    failure = error
+                    raise
+                finally:
+                    await host._goodbye()
+                    nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        if failure is not None and not isinstance(failure, trio.Cancelled):
+            raise failure from None
+        raise group from None
+
+
+def _new_host(seed: bytes, addresses: Sequence[str], limits: Limits) -> IHost:
+    key_pair = create_new_key_pair(seed)
+    muxer = functools.partial(FastMux, inbound_streams=2 * limits.streams_per_peer)
+    return libp2p.new_host(
+        key_pair=key_pair,
+        # Only these: the library's defaults accept plaintext, and with it forged identities.
+        sec_opt={TLS: FastTls(key_pair), NOISE: ShieldedNoise(key_pair)},
+        muxer_opt={FASTMUX: cast(TMuxerClass, muxer), TProtocol(YAMUX): Yamux},
+        announce_addrs=[Multiaddr(address) for address in addresses],
+        connection_config=ConnectionConfig(
+            max_connections=_SWARM_CONNECTIONS,
+            high_watermark=_SWARM_CONNECTIONS,
+            # The library's auto-connector stays idle: it would dial peers of its own choice.
+            low_watermark=0,
+            min_connections=0,
+            auto_connect_interval=3600.0,
+        ),
+        disable_identify_address_discovery=True,
+    )
+
+
+async def _negotiate(conn: INetConn, protocol: TProtocol) -> INetStream:
+    """A stream on which the peer has agreed to `protocol`."""
+    stream = await conn.new_stream()
+    agreed = False
+    try:
+        client, communicator = MultiselectClient(), MultiselectCommunicator(stream)
+        await client.handshake(communicator)
+        await client.try_select(communicator, protocol)
+        stream.set_protocol(protocol)
+        agreed = True
+        return stream
+    finally:
+        if not agreed:
+            await _reset(stream)
+
+
+async def _reset(stream: INetStream) -> None:
+    with trio.move_on_after(_RESET_SECONDS, shield=True):
+        try:
+            await stream.reset()
+        except (BaseLibp2pError, trio.ClosedResourceError):
+            pass  # it had ended already

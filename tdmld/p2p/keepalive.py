@@ -1,0 +1,52 @@
+"""Is the other end of a connection still there?"""
+
+import os
+
+import trio
+from libp2p.abc import INetConn
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.host.ping import ID as PING
+from libp2p.protocol_muxer.multiselect_client import MultiselectClient
+from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
+from libp2p.io.utils import read_exactly
+
+from tdmld.p2p.fastmux import FastMux
+
+_PING_BYTES = 32
+
+
+async def is_alive(conn: INetConn, timeout: float) -> float | None:
+    """The round trip in seconds; None when the peer is gone.
+
+    Our muxer has a ping of its own, and on it any byte received in time proves life: an answer may queue behind
+    bulk data. Foreign peers get the standard ping protocol.
+    """
+    started = trio.current_time()
+    muxed = conn.muxed_conn
+    with trio.move_on_after(timeout):
+        try:
+            return await (muxed.ping() if isinstance(muxed, FastMux) else _ping_by_stream(conn))
+        except BaseLibp2pError:
+            return None
+    if isinstance(muxed, FastMux) and muxed.last_received > started:
+        return timeout
+    return None
+
+
+async def _ping_by_stream(conn: INetConn) -> float:
+    stream = await conn.new_stream()
+    done = False
+    try:
+        client, communicator = MultiselectClient(), MultiselectCommunicator(stream)
+        await client.handshake(communicator)
+        await client.try_select(communicator, PING)
+        payload = os.urandom(_PING_BYTES)
+        started = trio.current_time()
+        await stream.write(payload)
+        await read_exactly(stream, _PING_BYTES)
+        latency = trio.current_time() - started
+        done = True
+        return latency
+    finally:
+        with trio.move_on_after(1, shield=True):
+            await (stream.close() if done else stream.reset())
