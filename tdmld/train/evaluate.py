@@ -1,0 +1,92 @@
+"""Judging a result: held-out loss and a sample of text.
+
+Both load the result directory the way any user would, by `AutoModelForCausalLM.from_pretrained`.
+"""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from tdmld.train.data import Tokens
+from tdmld.train.model import token_loss
+from tdmld.train.numerics import ATTENTION
+from tdmld.train.spec import Spec
+
+HELDOUT_WINDOWS = 256
+"""At most so many windows are read, spread evenly over the held-out text."""
+_BATCH = 16
+
+
+def load_model(directory: Path) -> Any:
+    """The model of a result directory, from local files only, without running code from it."""
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        attn_implementation=ATTENTION,
+        dtype=torch.float32,
+    )
+    return cast(Any, model).eval()
+
+
+def heldout_starts(first: int, count: int, sequence: int) -> list[int]:
+    """Where the windows begin: adjacent ones, or HELDOUT_WINDOWS of them evenly spread."""
+    windows = (count - 1) // sequence
+    taken = min(windows, HELDOUT_WINDOWS)
+    return [first + sequence * (number * windows // taken) for number in range(taken)]
+
+
+def heldout_loss(directory: Path, spec: Spec, data: Tokens) -> float:
+    """Mean loss in nats a token (byte) over the held-out text, in windows of the spec's sequence.
+
+    ValueError when the spec holds nothing out, or less than one window.
+    """
+    length = spec.data.sequence
+    starts = heldout_starts(spec.train_tokens, spec.heldout_tokens, length)
+    if not starts:
+        raise ValueError(f"{spec.heldout_tokens} held-out tokens are less than one window")
+    model = load_model(directory)
+    total = 0.0
+    with torch.no_grad():
+        for at in range(0, len(starts), _BATCH):
+            rows = [list(data.window(start, length + 1)) for start in starts[at : at + _BATCH]]
+            tokens = torch.tensor(rows, dtype=torch.long)
+            logits = model(input_ids=tokens[:, :-1].contiguous(), use_cache=False).logits
+            total += float(token_loss(logits, tokens[:, 1:].contiguous())) * len(rows)
+    return total / len(starts)
+
+
+def sample_text(
+    directory: Path,
+    prompt: str,
+    length: int = 200,
+    *,
+    temperature: float = 0.8,
+    seed: int = 0,
+    context: int | None = None,
+) -> str:
+    """`prompt` and `length` bytes that the model continues it with.
+
+    Temperature 0 takes the likeliest byte; otherwise bytes are drawn by a generator seeded with
+    `seed`. At most `context` bytes (the model's longest sequence by default) are looked back at.
+    Bytes that are no UTF-8 appear as replacement characters.
+    """
+    model = load_model(directory)
+    span = context or cast(int, model.config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(prompt.encode()) or [10]
+    with torch.no_grad():
+        for _ in range(length):
+            window = torch.tensor([tokens[-span:]], dtype=torch.long)
+            logits = model(input_ids=window, use_cache=False).logits[0, -1]
+            if temperature <= 0:
+                tokens.append(int(logits.argmax()))
+                continue
+            chances = torch.softmax(logits / temperature, dim=-1)
+            tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
+    return bytes(tokens).decode("utf-8", errors="replace")
