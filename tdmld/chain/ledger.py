@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from tdmld.chain import audits, due, jobs, limits, market, segments, settlement
+from tdmld.chain import audits, due, jobs, limits, market, offers, segments, settlement
 from tdmld.chain.codec import decode
 from tdmld.chain.crypto import verify
 from tdmld.chain.errors import InvalidTransaction, InvariantViolation
@@ -198,7 +198,7 @@ def _effect(run: Execution, transaction: Transaction) -> None:
         case Register():
             _register(run, signer, payload)
         case Offer():
-            market.offer(run, signer, transaction.id, payload)
+            offers.offer(run, signer, transaction.id, payload)
         case Fetched():
             jobs.fetched(run, signer, payload)
         case Ask():

@@ -24,9 +24,8 @@ from tdmld.chain import due, limits
 from tdmld.chain.closing import end, release, reserve
 from tdmld.chain.crypto import sha256
 from tdmld.chain.errors import InvalidTransaction
-from tdmld.chain.events import JobMatched, JobOffered, JobPreparing, JobUnmatched
+from tdmld.chain.events import JobMatched, JobPreparing, JobUnmatched
 from tdmld.chain.execution import Execution, known_job, known_slot, require
-from tdmld.chain.genesis import Parameters
 from tdmld.chain.records import (
     CloseReason,
     Due,
@@ -40,11 +39,9 @@ from tdmld.chain.records import (
 from tdmld.chain.reputation import reputation
 from tdmld.chain.settlement import count
 from tdmld.chain.state import u32
-from tdmld.chain.transactions import Accept, Ask, Decline, Offer
+from tdmld.chain.transactions import Accept, Ask, Decline
 
 ANY_CLASS = "any"
-PRIVACY_MODES = ("open",)
-"""What this version of the protocol can carry."""
 
 
 def slot_price(ask_price: int, parameters: int, tokens: int) -> int:
@@ -96,161 +93,6 @@ def ask(run: Execution, node: bytes, wanted: Ask) -> None:
             height=run.height,
         ),
     )
-
-
-# -- offers
-
-
-@dataclass(frozen=True, slots=True)
-class Lock:
-    """What an offer locks, in units."""
-
-    escrow: int
-    audit_budget: int
-    fees: int
-    deposit: int
-
-    @property
-    def total(self) -> int:
-        return self.escrow + self.audit_budget + self.fees + self.deposit
-
-
-def audits_expected(rate: int, slots: int, rounds: int) -> int:
-    """Audits that a rate (parts per million) draws on average, rounded up."""
-    return -(-rate * slots * rounds // limits.RATE_ONE)
-
-
-def suggested_audit_budget(rate: int, slots: int, rounds: int, price: int) -> int:
-    """A budget with room for luck and for tainted heights, at which every segment is drawn:
-    twice the expected number and four, at most one audit of every segment; 0 at rate 0."""
-    if rate == 0:
-        return 0
-    return price * min(slots * rounds, 2 * audits_expected(rate, slots, rounds) + 4)
-
-
-def transactions_expected(offer: Offer, parameters: Parameters) -> int:
-    """The most job-bound transactions that can ever succeed for a job: their fees are locked."""
-    slots = offer.lanes * len(offer.stages)
-    segments = slots * offer.rounds
-    copies = slots * -(-offer.rounds // offer.state_every)
-    audits = segments if offer.audit_rate else 0
-    return (
-        limits.MATCH_TRIES * (slots + 1)  # Accept or Decline
-        + 2 * slots  # AttestGenesis
-        + segments  # Commit
-        + 2 * copies  # StandbyProof
-        + audits * (parameters.audit_redraws + 1 + 2)  # AuditCommit or AuditFail; two openings
-        + 2  # AttestResult
-    )
-
-
-def lock_of(offer: Offer, parameters: Parameters) -> Lock:
-    """How much an offer takes from the submitter's balance besides its own fee."""
-    slots = offer.lanes * len(offer.stages)
-    return Lock(
-        escrow=offer.rounds * slots * (offer.slot_price_max + offer.standby_price),
-        audit_budget=offer.audit_budget,
-        fees=parameters.tx_fee * transactions_expected(offer, parameters),
-        deposit=parameters.offer_deposit,
-    )
-
-
-def offer(run: Execution, submitter: bytes, job_id: bytes, wanted: Offer) -> None:
-    """Open a job and lock its money."""
-    check_offer(wanted)
-    require(
-        run.height < wanted.deadline <= run.height + limits.DEADLINE_BLOCKS,
-        f"deadline: must lie between {run.height + 1} and {run.height + limits.DEADLINE_BLOCKS}",
-    )
-    source = run.state.owner_of(wanted.source)
-    require(source is not None, "source: this node key is not registered")
-    lock = lock_of(wanted, run.parameters)
-    account = run.state.account(submitter)
-    missing = lock.total - account.balance
-    require(
-        missing <= 0,
-        f"the offer locks {lock.total} (escrow {lock.escrow}, audits {lock.audit_budget}, fees "
-        f"{lock.fees}, deposit {lock.deposit}); {missing} more than the balance of "
-        f"{account.balance}",
-    )
-    run.state.put_account(submitter, replace(account, balance=account.balance - lock.total))
-    run.state.put_job(
-        Job(
-            id=job_id,
-            submitter=submitter,
-            source=wanted.source,
-            source_session=wanted.session,
-            spec_id=wanted.spec_id,
-            spec_bytes=wanted.spec_bytes,
-            stages=wanted.stages,
-            lanes=wanted.lanes,
-            rounds=wanted.rounds,
-            segment_steps=wanted.segment_steps,
-            unsettled=wanted.unsettled,
-            state_every=wanted.state_every,
-            tokens=wanted.tokens,
-            class_wanted=wanted.class_id,
-            privacy=wanted.privacy,
-            slot_price_max=wanted.slot_price_max,
-            standby_price=wanted.standby_price,
-            audit_rate=wanted.audit_rate,
-            audit_price=wanted.audit_price,
-            deadline=wanted.deadline,
-            escrow=lock.escrow,
-            audit_budget=lock.audit_budget,
-            fee_budget=lock.fees,
-            deposit=lock.deposit,
-            offered=run.height,
-        )
-    )
-    due.put(run.state, Due(Timer.MATCH, job_id), run.height + run.parameters.match_delay)
-    due.put(run.state, Due(Timer.DEADLINE, job_id), wanted.deadline)
-    run.emit(JobOffered(job_id))
-
-
-def check_offer(wanted: Offer) -> None:
-    """The rules that an offer can be judged by alone."""
-    _between("spec_bytes", wanted.spec_bytes, 1, limits.SPEC_BYTES)
-    _between("lanes", wanted.lanes, 1, limits.LANES)
-    _between("lanes x stages", wanted.lanes * len(wanted.stages), 1, limits.SLOTS)
-    _between("rounds", wanted.rounds, 1, limits.ROUNDS)
-    _between("segment_steps (K)", wanted.segment_steps, 1, limits.SEGMENT_STEPS)
-    _between("unsettled (D)", wanted.unsettled, 1, limits.UNSETTLED)
-    _between("state_every (R)", wanted.state_every, 1, limits.UNSETTLED)
-    require(
-        2 * wanted.state_every <= wanted.unsettled,
-        f"state_every (R) is {wanted.state_every} and unsettled (D) {wanted.unsettled}: "
-        "2 R must not exceed D",
-    )
-    _between("tokens", wanted.tokens, 1, limits.SEGMENT_TOKENS)
-    for stage in wanted.stages:
-        _between("parameters of a stage", stage.parameters, 1, limits.PARAMETERS)
-        _between("memory of a stage", stage.memory, 1, limits.MEMORY_BYTES)
-    require(wanted.class_id != "", 'class: name one, or "any"')
-    require(
-        wanted.privacy in PRIVACY_MODES,
-        f"privacy {wanted.privacy!r}: this protocol version knows {', '.join(PRIVACY_MODES)}",
-    )
-    _between("slot_price_max", wanted.slot_price_max, 0, limits.PRICE)
-    _between("standby_price", wanted.standby_price, 0, limits.PRICE)
-    _between("audit_rate", wanted.audit_rate, 0, limits.RATE_ONE)
-    require(
-        wanted.audit_price > 0 or wanted.audit_budget == 0,
-        "audit_price: 0 buys no audits; set a price, or a budget of 0",
-    )
-    expected = audits_expected(wanted.audit_rate, wanted.lanes * len(wanted.stages), wanted.rounds)
-    require(
-        wanted.audit_price > 0 or wanted.audit_rate == 0, "audit_price: audits are not for free"
-    )
-    require(
-        wanted.audit_budget >= expected * wanted.audit_price,
-        f"audit_budget: the rate draws {expected} audits on average, which cost "
-        f"{expected * wanted.audit_price}",
-    )
-
-
-def _between(name: str, value: int, low: int, high: int) -> None:
-    require(low <= value <= high, f"{name} is {value}: must lie between {low} and {high}")
 
 
 # -- matching

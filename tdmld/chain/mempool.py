@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from tdmld.chain.errors import InvalidTransaction
 from tdmld.chain.genesis import Genesis, Parameters
 from tdmld.chain.ledger import check_transaction
-from tdmld.chain.market import lock_of
+from tdmld.chain.offers import lock_of
 from tdmld.chain.state import State
 from tdmld.chain.transactions import OWNER_KINDS, Ask, Bond, Offer, Transaction, Transfer
 
@@ -246,6 +246,6 @@ class Mempool:
 
 def _group(transaction: Transaction) -> bytes:
     payload = transaction.payload
-    if isinstance(payload, OWNER_KINDS) or isinstance(payload, Ask):
+    if isinstance(payload, (OWNER_KINDS, Ask)):
         return transaction.signer
     return payload.job
