@@ -1,7 +1,8 @@
 """The network: authenticated connections, message streams and gossip between peers.
 
-The only package that knows libp2p, and nothing of libp2p's types leaves it. See `host` for the face, `connector`,
-`peers`, `tls`, `fastmux`, `streams` and `gossip` for what each repairs in the library, `limits` for every bound.
+The only package that knows libp2p, and nothing of libp2p's types leaves it. See `host` for the
+face, `connector`, `peers`, `tls`, `fastmux`, `streams` and `gossip` for what each repairs in the
+library, `limits` for every bound.
 """
 
 from tdmld.p2p import errors

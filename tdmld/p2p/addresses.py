@@ -1,4 +1,5 @@
-"""PeerIds and multiaddrs from outside, checked and turned into what can be dialled or listened on."""
+"""PeerIds and multiaddrs from outside, checked and turned into what can be dialled or listened
+on."""
 
 from dataclasses import dataclass
 
@@ -33,7 +34,8 @@ def parse_peer_id(text: str) -> ID:
 
 
 def parse_address(text: str) -> TcpAddress:
-    """`/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT`, AddressInvalid otherwise. A `/p2p/` suffix is refused."""
+    """`/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT`, AddressInvalid otherwise. A `/p2p/` suffix is
+    refused."""
     if len(text) > _TEXT_LIMIT:
         raise AddressInvalid(f"an address has at most {_TEXT_LIMIT} characters, not {len(text)}")
     try:

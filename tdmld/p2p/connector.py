@@ -1,12 +1,13 @@
 """From a TCP socket to an admitted connection, in both directions.
 
-The library's own accept and dial paths are not used. Its listener shares ports silently (SO_REUSEPORT), keeps a task
-and a slot of a fixed budget for every connection that ever came in, and its dialler waits 250 ms at each
-success and refuses a peer for 60 s after one failure. Here we open the sockets and call the library's
-public upgrade steps: security, muxer, `add_conn`.
+The library's own accept and dial paths are not used. Its listener shares ports silently
+(SO_REUSEPORT), keeps a task and a slot of a fixed budget for every connection that ever came in,
+and its dialler waits 250 ms at each success and refuses a peer for 60 s after one failure. Here we
+open the sockets and call the library's public upgrade steps: security, muxer, `add_conn`.
 
-Admission keeps one invariant: **a peer has at most one registered connection.** Gossipsub goes deaf towards
-a peer that has two. `decide` says what to do with a second one; both ends come to the same answer.
+Admission keeps one invariant: **a peer has at most one registered connection.** Gossipsub goes
+deaf towards a peer that has two. `decide` says what to do with a second one; both ends come to the
+same answer.
 """
 
 import errno
@@ -15,6 +16,7 @@ import os
 import socket
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Literal, Protocol
 
 import trio
@@ -28,6 +30,7 @@ from libp2p.peer.id import ID
 from tdmld.p2p.addresses import TcpAddress, format_address, parse_address
 from tdmld.p2p.errors import AddressInvalid, DialFailed, ListenFailed
 from tdmld.p2p.limits import Limits
+from tdmld.p2p.shield import shielded
 from tdmld.p2p.types import Direction
 
 log = logging.getLogger(__name__)
@@ -48,8 +51,9 @@ def decide(
 ) -> Literal["replace", "refuse"]:
     """What to do with a second connection to a peer, as seen from one side.
 
-    A peer that dials us again has lost the first connection, whether we have noticed or not: replace. Only when both
-    sides dialled at the same time is there a choice, and then the dial of the smaller PeerId stays.
+    A peer that dials us again has lost the first connection, whether we have noticed or not:
+    replace. Only when both sides dialled at the same time is there a choice, and then the dial of
+    the smaller PeerId stays.
     """
     if new == existing:
         return "replace" if new == "inbound" else "refuse"
@@ -152,7 +156,8 @@ class Connector:
                     nursery.start_soon(self.accept, stream)
 
     async def accept(self, stream: trio.SocketStream) -> None:
-        """Upgrade one accepted socket; never raises but cancellation. Run it in a task of its own."""
+        """Upgrade one accepted socket; never raises but cancellation. Run it in a task of its
+        own."""
         try:
             host = str(stream.socket.getpeername()[0])
         except OSError:
@@ -201,7 +206,8 @@ class Connector:
     # Outbound
 
     async def dial(self, peer: ID, addresses: Sequence[TcpAddress]) -> None:
-        """Connect to `peer` at the first address that works; on return there is or was a connection.
+        """Connect to `peer` at the first address that works; on return there is or was a
+        connection.
 
         Raises DialFailed with the reason for each address.
         """
@@ -284,11 +290,8 @@ class Connector:
 
 
 async def _close_raw(raw: RawConnection) -> None:
-    with trio.move_on_after(_CLOSE_SECONDS, shield=True):
-        try:
-            await raw.close()
-        except (OSError, BaseLibp2pError, trio.ClosedResourceError):
-            pass  # closed is closed
+    with shielded(_CLOSE_SECONDS), suppress(OSError, BaseLibp2pError, trio.ClosedResourceError):
+        await raw.close()
 
 
 def _describe(error: BaseException) -> str:

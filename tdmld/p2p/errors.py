@@ -1,14 +1,14 @@
 """Everything `tdmld.p2p` raises. No error of libp2p or of a socket leaves this package.
 
 P2PError
-├── AddressInvalid     a PeerId or multiaddr that nobody could dial; fix the configuration or drop the record
-├── ListenFailed       our own address cannot be opened (port in use, no such address); stop and tell the operator
-├── DialFailed         the peer cannot be reached now; expected, try again later
-├── ProtocolRefused    connected, but the peer does not speak this protocol (or not any more)
-├── GossipRefused      our own message is too large or gossip is switched off; a bug of the caller
-└── StreamError        this stream is over; reconnect and resume
-    ├── StreamClosed   it ended cleanly, between two messages
-    ├── StreamBroken   it was reset, the connection died, or a message was cut
+├── AddressInvalid       a PeerId or multiaddr that nobody could dial; fix the configuration
+├── ListenFailed         our own address cannot be opened (port in use); tell the operator
+├── DialFailed           the peer cannot be reached now; expected, try again later
+├── ProtocolRefused      connected, but the peer does not serve this protocol
+├── GossipRefused        our own message is too large, or gossip is off: a bug of the caller
+└── StreamError          this stream is over; reconnect and resume
+    ├── StreamClosed     it ended cleanly, between two messages
+    ├── StreamBroken     it was reset, the connection died, or a message was cut
     └── MessageTooLarge  the peer announced more than we allow; the stream has been reset
 """
 
@@ -22,7 +22,8 @@ class AddressInvalid(P2PError):
 
 
 class ListenFailed(P2PError):
-    """A listen address cannot be opened; `str(error)` names the address, the cause and the remedy."""
+    """A listen address cannot be opened; `str(error)` names the address, the cause and the
+    remedy."""
 
 
 class DialFailed(P2PError):

@@ -1,28 +1,32 @@
 """The light muxer that our own nodes speak: `/tdmld/fastmux/1.0.0`. Others fall back to Yamux.
 
-Wire: frames of a 9-byte header (type u8, stream u32, value u32, big endian); DATA is followed by `value`
-bytes, at most `FRAME_BYTES`. The dialler opens odd stream numbers, the listener even ones.
+Wire: frames of a 9-byte header (type u8, stream u32, value u32, big endian); DATA is followed by
+`value` bytes, at most `FRAME_BYTES`. The dialler opens odd stream numbers, the listener even ones.
 
     DATA n     n bytes of the stream          FIN      the sender will write no more
     OPEN       the stream begins              RST      the sender forgot the stream
     CREDIT n   n more bytes may be sent       PING n / PONG n   liveness and round trip
 
-Flow control: a stream starts with `WINDOW_BYTES` of credit; what the application has taken is granted
-again, and a reader that awaits a large message may widen its window to `WINDOW_MAX_BYTES` (`expect`), so that
-a peer can never park more than it was granted. A peer that overruns breaks the connection.
+Flow control: a stream starts with `WINDOW_BYTES` of credit; what the application has taken is
+granted again, and a reader that awaits a large message may widen its window to `WINDOW_MAX_BYTES`
+(`expect`), so that a peer can never park more than it was granted. A peer that overruns breaks the
+connection.
 
-Cancellation: a frame is written whole or not at all (the secure session shields its writes). Waiting for credit
-can be cancelled. Control frames never wait in a caller: they are queued, sent with the next data or by the
-flusher, and so a reset costs nothing and cannot block. Small messages of other streams pass between frames.
+Cancellation: a frame is written whole or not at all (the secure session shields its writes).
+Waiting for credit can be cancelled. Control frames never wait in a caller: they are queued, sent
+with the next data or by the flusher, and so a reset costs nothing and cannot block. Small messages
+of other streams pass between frames.
 """
 
 import struct
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any, Protocol, cast
+from contextlib import suppress
+from typing import Protocol, cast
 
 import trio
-from libp2p.abc import ConnectionType, IMuxedConn, IMuxedStream, ISecureConn
+from libp2p.abc import IMuxedConn, IMuxedStream, ISecureConn
+from libp2p.connection_types import ConnectionType
 from libp2p.custom_types import TProtocol
 from libp2p.io.exceptions import IOException
 from libp2p.network.connection.exceptions import RawConnError
@@ -35,10 +39,13 @@ from libp2p.stream_muxer.exceptions import (
 )
 from multiaddr import Multiaddr
 
+from tdmld.p2p.shield import shielded
+
 PROTOCOL = TProtocol("/tdmld/fastmux/1.0.0")
 
 FRAME_BYTES = 512 * 1024
-"""Large enough to amortize a system call and a lock, small enough that others wait under a millisecond."""
+"""Large enough to amortize a system call and a lock, small enough that others wait under a
+millisecond."""
 WINDOW_BYTES = 1024 * 1024
 WINDOW_MAX_BYTES = 8 * 1024 * 1024
 INBOUND_STREAMS = 256
@@ -47,11 +54,15 @@ _CONTROL_FRAMES = 4096
 """Control frames waiting because the peer does not read: more means it never will."""
 _SMALL_BYTES = 16 * 1024
 """Below this a frame is joined with its header: one TLS record instead of several."""
+_DIE_SECONDS = 2.0
 _CLOSE_SECONDS = 0.2
 """Time for the last FIN frames when a connection is closed in good order."""
 
 _HEADER = struct.Struct("!BII")
 _DATA, _OPEN, _CREDIT, _FIN, _RST, _PING, _PONG = range(7)
+
+_BROKEN = (IOException, RawConnError, trio.ClosedResourceError)
+"""How a secure session fails."""
 
 Buffer = bytes | memoryview
 
@@ -64,7 +75,8 @@ class FastMuxStream(IMuxedStream):
     """One stream. One reader at a time; writers are serialized, a write is contiguous."""
 
     def __init__(self, conn: "FastMux", number: int) -> None:
-        self.muxed_conn = conn
+        self.muxed_conn: IMuxedConn = conn
+        self._mux = conn
         self._number = number
         self._chunks: deque[bytes] = deque()
         self._head = 0
@@ -129,7 +141,7 @@ class FastMuxStream(IMuxedStream):
 
     def _grant(self, size: int) -> None:
         self._granted += size
-        self.muxed_conn.queue_control(_CREDIT, self._number, size)
+        self._mux.queue_control(_CREDIT, self._number, size)
 
     # Writing
 
@@ -156,7 +168,7 @@ class FastMuxStream(IMuxedStream):
                 size = min(left, self._credit, FRAME_BYTES)
                 self._credit -= size
                 left -= size
-                await self.muxed_conn.send_data(self._number, size, _take(views, size))
+                await self._mux.send_data(self._number, size, _take(views, size))
 
     async def close(self) -> None:
         """Say FIN and read no more; a peer that goes on sending gets a reset. Never blocks."""
@@ -172,24 +184,23 @@ class FastMuxStream(IMuxedStream):
             return
         self._closed = True
         self._writable.set()
-        self.muxed_conn.queue_control(_FIN, self._number, 0)
+        self._mux.queue_control(_FIN, self._number, 0)
         if self._ended:
-            self.muxed_conn.forget(self._number)
+            self._mux.forget(self._number)
 
     async def reset(self) -> None:
         """Drop the stream in both directions. Never blocks."""
         if not self._reset:
             self._break()
             self._discard()
-            self.muxed_conn.queue_control(_RST, self._number, 0)
-            self.muxed_conn.forget(self._number)
+            self._mux.queue_control(_RST, self._number, 0)
+            self._mux.forget(self._number)
 
-    def set_deadline(self, ttl: int) -> bool:
+    def set_deadline(self, ttl: int) -> None:
         """Not supported: use a cancel scope."""
-        return False
 
     def get_remote_address(self) -> tuple[str, int] | None:
-        return self.muxed_conn.get_remote_address()
+        return self._mux.get_remote_address()
 
     async def __aenter__(self) -> "FastMuxStream":
         return self
@@ -233,7 +244,7 @@ class FastMuxStream(IMuxedStream):
         self._ended = True
         self._readable.set()
         if self._closed:
-            self.muxed_conn.forget(self._number)
+            self._mux.forget(self._number)
 
     def on_break(self) -> None:
         """RST or the connection's end. Data before a FIN stay readable, others are worthless."""
@@ -310,7 +321,7 @@ class FastMux(IMuxedConn):
         finally:
             self.event_started.set()
             # Shielded: the swarm and the peers must learn of the end even while we are cancelled.
-            with trio.move_on_after(2, shield=True):
+            with shielded(_DIE_SECONDS):
                 await self._die()
 
     async def open_stream(self) -> FastMuxStream:
@@ -329,7 +340,8 @@ class FastMux(IMuxedConn):
             raise MuxedConnUnavailable("the connection is closed") from None
 
     async def ping(self) -> float:
-        """Seconds for a round trip. Cancel it to give up; MuxedConnUnavailable when the end comes."""
+        """Seconds for a round trip. Cancel it to give up; MuxedConnUnavailable when the end
+        comes."""
         if self._dead:
             raise MuxedConnUnavailable("the connection is closed")
         number = self._next_ping
@@ -348,12 +360,9 @@ class FastMux(IMuxedConn):
     async def close(self) -> None:
         """Send what control frames wait, then close. Takes at most `_CLOSE_SECONDS`."""
         if not self._dead and self.event_started.is_set() and self._control:
-            with trio.move_on_after(_CLOSE_SECONDS, shield=True):
-                try:
-                    async with self._write_lock:
-                        await self._write(())
-                except (IOException, RawConnError, trio.ClosedResourceError):
-                    pass  # the connection is ending anyway
+            with shielded(_CLOSE_SECONDS), suppress(*_BROKEN):
+                async with self._write_lock:
+                    await self._write(())
         await self._die()
 
     def get_remote_address(self) -> tuple[str, int] | None:
@@ -379,7 +388,7 @@ class FastMux(IMuxedConn):
                     raise MuxedStreamReset("the connection is closed")
                 try:
                     await self._write(parts)
-                except (IOException, RawConnError, trio.ClosedResourceError) as error:
+                except _BROKEN as error:
                     await self._die()
                     raise MuxedStreamReset(f"the connection broke: {error}") from error
 
@@ -409,7 +418,7 @@ class FastMux(IMuxedConn):
             try:
                 async with self._write_lock:
                     await self._write(())
-            except (IOException, RawConnError, trio.ClosedResourceError):
+            except _BROKEN:
                 await self._session.close()  # the reader notices and ends the connection
                 return
 
@@ -424,7 +433,7 @@ class FastMux(IMuxedConn):
                     await self._on_data(number, value)
                 elif not self._on_control(kind, number, value):
                     return
-        except (IOException, RawConnError, EOFError, trio.ClosedResourceError):
+        except (*_BROKEN, EOFError):
             return  # the usual end of a connection; `_die` tells everybody
 
     async def _exactly(self, size: int) -> bytes:
@@ -512,10 +521,7 @@ class FastMux(IMuxedConn):
             answered.set()
         self._control.clear()
         self._control_added.set()
-        try:
+        with suppress(*_BROKEN):
             await self._session.close()
-        except (IOException, RawConnError, trio.ClosedResourceError):
-            pass  # closed is closed
-        callback: Any = self.on_close
-        if callback is not None:
-            await callback()
+        if self.on_close is not None:
+            await self.on_close()

@@ -1,12 +1,15 @@
-"""Gossip: gossipsub 1.1/1.2 with settings and wrappers under which it loses little and survives hostile input.
+"""Gossip: gossipsub 1.1/1.2 with settings and wrappers under which it loses little and survives
+hostile input.
 
 What stock gossipsub does, and what is done here:
 
 - its spam protection drops above 10 messages a second, silently: off; publishing is paced instead
-- sequence numbers start at the second of the start, so a restarted node repeats them: they start at nanoseconds
+- sequence numbers start at the second of the start, so a restarted node repeats them: they start
+  at nanoseconds
 - message ids are (source, seqno): ours are hashes of source, topic and content
 - heartbeats every 120 s, stretched further by "adaptive" mode: every second, adaptive off
-- a validator, a malformed key or a heartbeat that raises ends the whole host: each is caught at a boundary
+- a validator, a malformed key or a heartbeat that raises ends the whole host: each is caught at a
+  boundary
 - a subscriber that does not read loses everything after 32 messages: larger queue, drops counted
 - own messages come back: not here
 - a peer that reconnects before its old connection is cleaned up is never heard again: `forget`
@@ -92,7 +95,8 @@ class _Pubsub(Pubsub):
         self._limits = limits
 
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
-        """Every message, ours included, enters here; the library runs it in a task of the service."""
+        """Every message, ours included, enters here; the library runs it in a task of the
+        service."""
         if len(msg.topicIDs) != 1 or (topic := self.topics.get(msg.topicIDs[0])) is None:
             return
         if len(msg.data) > topic.limit:

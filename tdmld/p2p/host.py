@@ -1,14 +1,15 @@
 """The face of the package: `open_host` and `Host`.
 
-Built from the library's swarm, identify and gossipsub; sockets, security, muxer, admission, redial, keepalive and
-message framing are ours (see the sibling modules for why). Nothing of the library leaves this package.
+Built from the library's swarm, identify and gossipsub; sockets, security, muxer, admission,
+redial, keepalive and message framing are ours (see the sibling modules for why). Nothing of the
+library leaves this package.
 """
 
 import functools
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import cast
 
 import libp2p
@@ -37,6 +38,7 @@ from tdmld.p2p.gossip import Gossip, open_gossip
 from tdmld.p2p.limits import Limits
 from tdmld.p2p.noise import ShieldedNoise
 from tdmld.p2p.peers import Peers
+from tdmld.p2p.shield import shielded
 from tdmld.p2p.streams import Stream
 from tdmld.p2p.tls import FastTls
 from tdmld.p2p.types import GossipMessage, PeerChange, PeerInfo, PeerStatus
@@ -54,7 +56,8 @@ _RESET_SECONDS = 1.0
 
 
 def _quiet_libp2p() -> None:
-    """The library logs every refused dial and broken socket as an error; we report these ourselves."""
+    """The library logs every refused dial and broken socket as an error; we report these
+    ourselves."""
     logging.getLogger("libp2p").setLevel(logging.WARNING)
     logging.getLogger("multiaddr").setLevel(logging.WARNING)
     for name in (
@@ -119,8 +122,8 @@ class Host:
     def set_handler(self, protocol: str, handler: Handler) -> None:
         """Serve a protocol. Each inbound stream runs `handler` in its own task.
 
-        When it returns, the stream is closed; when it raises, that stream is reset and the error logged, and nothing
-        else happens. A StreamError that leaves it counts as an ordinary end.
+        When it returns, the stream is closed; when it raises, that stream is reset and the error
+        logged, and nothing else happens. A StreamError that leaves it counts as an ordinary end.
         """
 
         async def serve(inner: INetStream) -> None:
@@ -146,8 +149,8 @@ class Host:
     async def open_stream(self, peer_id: str, protocol: str) -> Stream:
         """A new stream, over the present connection or a new one if addresses are known.
 
-        Raises AddressInvalid, DialFailed (not reachable, or no answer within `Limits.open_stream_seconds`) and
-        ProtocolRefused. Cancelled, it leaves nothing behind.
+        Raises AddressInvalid, DialFailed (not reachable, or no answer within
+        `Limits.open_stream_seconds`) and ProtocolRefused. Cancelled, it leaves nothing behind.
         """
         peer = self._peers.entry(parse_peer_id(peer_id))
         last: BaseException | None = None
@@ -206,16 +209,18 @@ class Host:
     ) -> trio.MemoryReceiveChannel[GossipMessage]:
         """Messages of others on a topic. A topic is subscribed at most once.
 
-        `validate(source, data)` is synchronous, must be fast, and is called before a message is forwarded or
-        delivered, after the check of `limit`; what it raises counts as False and is logged. Delivery is best effort: a
-        subscriber that leaves `Limits.gossip_queue` messages unread loses the newer ones (`gossip_dropped`).
+        `validate(source, data)` is synchronous, must be fast, and is called before a message is
+        forwarded or delivered, after the check of `limit`; what it raises counts as False and is
+        logged. Delivery is best effort: a subscriber that leaves `Limits.gossip_queue` messages
+        unread loses the newer ones (`gossip_dropped`).
         """
         if self._gossip is None:
             raise GossipRefused("gossip is switched off on this host")
         return await self._gossip.subscribe(topic, limit=limit, validate=validate)
 
     async def publish(self, topic: str, data: bytes) -> None:
-        """Gossip a message; returns when handed to the mesh, paced. GossipRefused when too large."""
+        """Gossip a message; returns when handed to the mesh, paced. GossipRefused when too
+        large."""
         if self._gossip is None:
             raise GossipRefused("gossip is switched off on this host")
         await self._gossip.publish(topic, data)
@@ -250,17 +255,19 @@ class Host:
 
         return handle
 
-    async def _run(self, nursery: trio.Nursery, listeners: list[trio.SocketListener]) -> None:
-        await nursery.start(self._peers.run, self._connector)
+    def _start(self, nursery: trio.Nursery, listeners: list[trio.SocketListener]) -> None:
+        self._peers.start(self._connector, nursery)
         for listener in listeners:
             nursery.start_soon(self._connector.serve, listener)
 
     async def _goodbye(self) -> None:
         """Close every connection, so that peers learn of it now and not by a time-out."""
-        with trio.move_on_after(self.limits.shutdown_seconds, shield=True):
+        self._peers.stop()
+        with shielded(self.limits.shutdown_seconds):
             async with trio.open_nursery() as nursery:
                 for conn in self._swarm.get_connections():
                     nursery.start_soon(conn.close)
+        self._peers.close()
 
 
 @asynccontextmanager
@@ -273,8 +280,9 @@ async def open_host(
 ) -> AsyncIterator[Host]:
     """Run a host whose identity is the Ed25519 key of the 32-byte `seed`.
 
-    Raises ListenFailed before anything runs. Leaving the block disconnects every peer and ends every task within two
-    seconds, also when cancelled. An exception of the block comes out as itself, not in a group.
+    Raises ListenFailed before anything runs. Leaving the block disconnects every peer and ends
+    every task within two seconds, also when cancelled. An exception of the block comes out as
+    itself, not in a group.
     """
     limits = limits or Limits()
     _quiet_libp2p()
@@ -292,7 +300,7 @@ async def open_host(
             )
             host = Host(inner, addresses, limits, running)
             async with trio.open_nursery() as nursery:
-                await host._run(nursery, listeners)
+                host._start(nursery, listeners)
                 try:
                     yield host
                 except BaseException as error:
@@ -345,8 +353,5 @@ async def _negotiate(conn: INetConn, protocol: TProtocol) -> INetStream:
 
 
 async def _reset(stream: INetStream) -> None:
-    with trio.move_on_after(_RESET_SECONDS, shield=True):
-        try:
-            await stream.reset()
-        except (BaseLibp2pError, trio.ClosedResourceError):
-            pass  # it had ended already
+    with shielded(_RESET_SECONDS), suppress(BaseLibp2pError, trio.ClosedResourceError):
+        await stream.reset()

@@ -6,31 +6,32 @@ import trio
 from libp2p.abc import INetConn
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.host.ping import ID as PING
+from libp2p.io.utils import read_exactly
 from libp2p.protocol_muxer.multiselect_client import MultiselectClient
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
-from libp2p.io.utils import read_exactly
 
 from tdmld.p2p.fastmux import FastMux
+from tdmld.p2p.shield import shielded
 
 _PING_BYTES = 32
 
 
-async def is_alive(conn: INetConn, timeout: float) -> float | None:
+async def is_alive(conn: INetConn, seconds: float) -> float | None:
     """The round trip in seconds; None when the peer is gone.
 
-    Our muxer has a ping of its own, and on it any byte received in time proves life: an answer may queue behind
-    bulk data. Foreign peers get the standard ping protocol.
+    Our muxer has a ping of its own, and on it any byte received in time proves life: an answer may
+    queue behind bulk data. Foreign peers get the standard ping protocol.
     """
     started = trio.current_time()
     muxed = conn.muxed_conn
-    with trio.move_on_after(timeout):
+    latency: float | None = None
+    with trio.move_on_after(seconds) as scope:
         try:
-            return await (muxed.ping() if isinstance(muxed, FastMux) else _ping_by_stream(conn))
-        except BaseLibp2pError:
+            latency = await (muxed.ping() if isinstance(muxed, FastMux) else _ping_by_stream(conn))
+        except (BaseLibp2pError, UnicodeDecodeError):
             return None
-    if isinstance(muxed, FastMux) and muxed.last_received > started:
-        return timeout
-    return None
+    late = scope.cancelled_caught and isinstance(muxed, FastMux) and muxed.last_received > started
+    return seconds if late else latency
 
 
 async def _ping_by_stream(conn: INetConn) -> float:
@@ -48,5 +49,5 @@ async def _ping_by_stream(conn: INetConn) -> float:
         done = True
         return latency
     finally:
-        with trio.move_on_after(1, shield=True):
+        with shielded(1):
             await (stream.close() if done else stream.reset())

@@ -26,7 +26,8 @@ class Limits:
     keepalive_seconds: float = 10.0
     """Interval between pings on a connection."""
     keepalive_timeout_seconds: float = 8.0
-    """No byte from the peer for so long after a ping: disconnected. 10 + 8 s detect a frozen peer within 20 s."""
+    """No byte from the peer for so long after a ping: disconnected. 10 + 8 s detect a frozen peer
+    within 20 s."""
     redial_first_seconds: float = 0.1
     redial_last_seconds: float = 5.0
     """Exponential back-off of redials of a kept peer, with jitter."""
@@ -35,7 +36,8 @@ class Limits:
     gossip_bytes: int = 256 * 1024
     """Largest gossip message of any topic; larger things are announced and fetched by stream."""
     gossip_queue: int = 512
-    """Messages waiting for a slow subscriber before the oldest-first reader drops new ones (counted)."""
+    """Messages waiting for a slow subscriber before the oldest-first reader drops new ones
+    (counted)."""
     gossip_per_second: float = 50.0
     """Pace of our own publications: above it libp2p's 32-message queues drop silently."""
 

@@ -5,7 +5,8 @@ the connection dies. The handshake itself is the library's.
 """
 
 import trio
-from libp2p.abc import ConnectionType, IRawConnection, ISecureConn, ISecureTransport
+from libp2p.abc import IRawConnection, ISecureConn, ISecureTransport
+from libp2p.connection_types import ConnectionType
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as create_x25519
 from libp2p.network.connection.exceptions import RawConnError
@@ -16,6 +17,7 @@ from libp2p.security.noise.transport import Transport
 from multiaddr import Multiaddr
 
 from tdmld.p2p.limits import WRITE_SECONDS
+from tdmld.p2p.shield import shielded
 
 
 class NoiseSession(BaseSession):
@@ -33,7 +35,7 @@ class NoiseSession(BaseSession):
         self._write_lock = trio.Lock()
 
     async def write(self, data: bytes) -> None:
-        with trio.move_on_after(WRITE_SECONDS, shield=True) as scope:
+        with shielded(WRITE_SECONDS) as scope:
             async with self._write_lock:
                 await self._inner.write(data)
         if scope.cancelled_caught:

@@ -1,8 +1,9 @@
 """The peer manager: whom we know, whom we keep connected, who is here, and telling others about it.
 
-A kept peer (`add`) has a task that dials it whenever it is away: at once when the connection drops, then with
-exponential back-off and jitter. Every connection has a keepalive task; without it a peer that vanished (power,
-network, SIGSTOP) would stay listed for ever. The library reconnects nobody and notices nothing of this.
+A kept peer (`add`) has a task that dials it whenever it is away: at once when the connection
+drops, then with exponential back-off and jitter. Every connection has a keepalive task; without it
+a peer that vanished (power, network, SIGSTOP) would stay listed for ever. The library reconnects
+nobody and notices nothing of this.
 """
 
 import logging
@@ -27,7 +28,8 @@ log = logging.getLogger(__name__)
 _CHANGES_WAITING = 1024
 """Changes that a subscriber may leave unread; more are dropped with a warning."""
 _LIVED_SECONDS = 1.0
-"""A connection that lived shorter does not reset the back-off: the peer takes us and throws us out."""
+"""A connection that lived shorter does not reset the back-off: the peer takes us and throws us
+out."""
 _FORGOTTEN_PEERS = 4096
 """Entries of strangers that are no longer connected, kept for their traffic counters."""
 
@@ -56,7 +58,7 @@ class _Peer:
 
 
 class Peers:
-    """All peers of one host. `run` must be running."""
+    """All peers of one host. Between `start` and `stop` it redials."""
 
     def __init__(self, me: ID, limits: Limits) -> None:
         self._me = me
@@ -66,23 +68,23 @@ class Peers:
         self._nursery: trio.Nursery | None = None
         self._connector: Connector | None = None
 
-    async def run(
-        self,
-        connector: Connector,
-        *,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
-        """Until cancelled: redial and ping."""
+    def start(self, connector: Connector, nursery: trio.Nursery) -> None:
+        """Redial and ping from now on, in tasks of `nursery`."""
         self._connector = connector
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                task_status.started()
-                await trio.sleep_forever()
-        finally:
-            self._nursery = None
-            for subscriber in self._subscribers:
-                subscriber.close()
+        self._nursery = nursery
+
+    def stop(self) -> None:
+        """Dial no more; before the last connections are closed."""
+        self._nursery = None
+        self._connector = None
+        for peer in self._peers.values():
+            if peer.kept is not None:
+                peer.kept.cancel()
+
+    def close(self) -> None:
+        """End the subscriptions."""
+        for subscriber in self._subscribers:
+            subscriber.close()
 
     # Whom we keep
 
@@ -141,7 +143,7 @@ class Peers:
                         continue
                     except DialFailed as error:
                         log.debug("%s", error)
-                with trio.move_on_after(delay * random.uniform(0.5, 1.0)):  # noqa: S311
+                with trio.move_on_after(delay * random.uniform(0.5, 1.0)):
                     await changed.wait()
                 delay = min(delay * 2, self._limits.redial_last_seconds)
 
@@ -250,7 +252,8 @@ class Peers:
                 return
             if peer.conn is conn:
                 peer.latency = latency
-            with trio.move_on_after(self._limits.keepalive_seconds * random.uniform(0.8, 1.0)):  # noqa: S311
+            pause = self._limits.keepalive_seconds * random.uniform(0.8, 1.0)
+            with trio.move_on_after(pause):
                 await closed.wait()
 
     # Telling others

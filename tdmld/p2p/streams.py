@@ -5,6 +5,7 @@ One `Stream` may be used by one receiving task and any number of sending tasks a
 
 import struct
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -18,6 +19,7 @@ from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
 
 from tdmld.p2p.errors import MessageTooLarge, StreamBroken, StreamClosed
 from tdmld.p2p.fastmux import FastMuxStream
+from tdmld.p2p.shield import shielded
 
 _LENGTH = struct.Struct("!I")
 _FOREIGN_READ_BYTES = 64 * 1024
@@ -69,9 +71,9 @@ class Stream:
     async def send(self, *parts: Part) -> None:
         """Send one message made of the parts; they are not joined, and may be reused on return.
 
-        Blocks while the peer does not take the data. Cancelled while other tasks send: nothing was sent.
-        Cancelled later: the stream is reset, so that the peer never takes half a message for one.
-        Delivery is not acknowledged: that is the protocol's business.
+        Blocks while the peer does not take the data. Cancelled while other tasks send: nothing was
+        sent. Cancelled later: the stream is reset, so that the peer never takes half a message for
+        one. Delivery is not acknowledged: that is the protocol's business.
         """
         size = sum(memoryview(part).nbytes for part in parts)
         if size > self._most:
@@ -92,8 +94,9 @@ class Stream:
     async def receive(self, limit: int) -> bytes:
         """The next message, of at most `limit` bytes.
 
-        A larger one is refused before its body is read: MessageTooLarge, and the stream is reset. Cancelled,
-        it loses nothing: the next call continues. StreamClosed when the peer closed between two messages.
+        A larger one is refused before its body is read: MessageTooLarge, and the stream is reset.
+        Cancelled, it loses nothing: the next call continues. StreamClosed when the peer closed
+        between two messages.
         """
         if self._receiving:
             raise RuntimeError("two tasks receive from one stream")
@@ -117,7 +120,8 @@ class Stream:
         return body
 
     async def close(self) -> None:
-        """End the stream in good order. What was sent still arrives. Idempotent, takes at most 1 s."""
+        """End the stream in good order. What was sent still arrives. Idempotent, takes at most 1
+        s."""
         if self._finished is None:
             self._end(StreamClosed("the stream was closed here"))
             await self._quietly(self._inner.close)
@@ -169,7 +173,8 @@ class Stream:
         (size,) = _LENGTH.unpack(await self._receive_exactly(_LENGTH.size))
         if size > limit:
             refusal = MessageTooLarge(
-                f"{self.peer_id} announced {size} bytes on {self.protocol}; {limit} are allowed here"
+                f"{self.peer_id} announced {size} bytes on {self.protocol}; "
+                f"{limit} are allowed here"
             )
             self._finished = refusal
             await self._reset_shielded()
@@ -212,11 +217,8 @@ class Stream:
 
     async def _quietly(self, ending: _Ending) -> None:
         """End the stream even while cancelled; a foreign muxer may block, so not for long."""
-        with trio.move_on_after(_CLOSE_SECONDS, shield=True):
-            try:
-                await ending()
-            except _BROKEN:
-                pass  # it had ended already
+        with shielded(_CLOSE_SECONDS), suppress(*_BROKEN):
+            await ending()
 
 
 def _after_failure(error: BaseException) -> StreamClosed | StreamBroken:

@@ -1,10 +1,12 @@
 """TLS 1.3 bound to a libp2p identity: `/tls/1.0.0` on the wire, our own machinery inside.
 
-The library's transport works but reads sockets 4 KiB at a time, writes its private key to a temporary
-file at every handshake, lets a cancelled write tear a record, and puts an X.509 extension before the
-libp2p one, which js-libp2p refuses. Here: one context per direction made at start, OpenSSL over memory
+The library's transport works but reads sockets 4 KiB at a time, writes its private key to a
+temporary file at every handshake, lets a cancelled write tear a record, and puts an X.509
+extension before the libp2p one, which js-libp2p refuses. Here: one context per direction made at
+start, OpenSSL over memory
 BIOs, 256 KiB socket reads, one socket write per flush, shielded writes, a bare certificate.
-Source: libp2p specs, tls/tls.md; the certificate's libp2p extension is made and checked by the library.
+Source: libp2p specs, tls/tls.md; the certificate's libp2p extension is made and checked by the
+library.
 """
 
 import datetime
@@ -17,7 +19,8 @@ from pathlib import Path
 import trio
 from cryptography import x509
 from cryptography.x509.oid import NameOID
-from libp2p.abc import ConnectionType, IRawConnection, ISecureConn, ISecureTransport
+from libp2p.abc import IRawConnection, ISecureConn, ISecureTransport
+from libp2p.connection_types import ConnectionType
 from libp2p.crypto.keys import KeyPair
 from libp2p.io.exceptions import IOException
 from libp2p.network.connection.exceptions import RawConnError
@@ -33,6 +36,7 @@ from libp2p.security.tls.openssl_verify import install_skip_pkix_peer_verificati
 from multiaddr import Multiaddr
 
 from tdmld.p2p.limits import WRITE_SECONDS
+from tdmld.p2p.shield import shielded
 
 _SOCKET_READ_BYTES = 256 * 1024
 _RECORD_BYTES = 16 * 1024
@@ -42,7 +46,8 @@ _CERTIFICATE_DAYS = 3650
 
 
 def _certificate_template() -> x509.CertificateBuilder:
-    """A certificate without extensions: the libp2p one must stand first (js-libp2p reads index 0)."""
+    """A certificate without extensions: the libp2p one must stand first (js-libp2p reads index
+    0)."""
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "libp2p")])
     now = datetime.datetime.now(datetime.UTC)
     return (
@@ -107,7 +112,7 @@ class TlsSession(BaseSession):
     async def write_parts(self, parts: Sequence[bytes | memoryview]) -> None:
         """Encrypt and send the parts in order, without joining them first."""
         # A record cut by cancellation would poison the whole connection, hence the shield.
-        with trio.move_on_after(WRITE_SECONDS, shield=True) as scope:
+        with shielded(WRITE_SECONDS) as scope:
             async with self._write_lock:
                 try:
                     for part in parts:

@@ -8,7 +8,8 @@ Direction = Literal["inbound", "outbound"]
 
 @dataclass(frozen=True, slots=True)
 class PeerInfo:
-    """Where a peer can be dialled: multiaddr strings such as `/ip4/1.2.3.4/tcp/4001`, without `/p2p/`."""
+    """Where a peer can be dialled: multiaddr strings such as `/ip4/1.2.3.4/tcp/4001`, without
+    `/p2p/`."""
 
     peer_id: str
     addresses: tuple[str, ...] = ()
