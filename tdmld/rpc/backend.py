@@ -94,7 +94,8 @@ class Backend(Protocol):
     async def job_fetch(self, id: HexId, out_dir: PathText) -> FetchedResult:
         """Fetch and verify a finished job's model into `out_dir` on the node's machine (waits).
 
-        Refused while the job has no result; NotFound.
+        Refused while the job has no result; NotFound. The receipt (a Fetched transaction) is the
+        submitter's to sign: commands do it, with chain_submit.
         """
 
     async def admin_stop(self) -> None:

@@ -363,8 +363,6 @@ class FetchedResult(Wire, frozen=True):
     result_id: HexId
     directory: str
     files: tuple[ResultFile, ...]
-    transaction: str = ""
-    """Id of the receipt that the node sent for it; empty when the submitter must sign it."""
 
 
 class PeerInfo(Wire, frozen=True):

@@ -334,7 +334,6 @@ class FakeBackend:
                 ResultFile(name="config.json", size=700),
                 ResultFile(name="model.safetensors", size=13_000_000),
             ),
-            transaction="66" * 32,
         )
 
     async def admin_stop(self) -> None:
