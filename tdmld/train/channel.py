@@ -7,6 +7,7 @@ or a verification it is a log. The segment runner is the same code in all of the
 
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -91,11 +92,12 @@ class LogChannel:
         self.sent[link].append((seq, digest(payload)))
 
     def close(self) -> None:
-        """Unmap the logs. Buffers that `receive` gave must be gone."""
+        """Unmap the logs, at once or when the last buffer that `receive` gave is dropped."""
         for view in self._views.values():
             view.release()
         for mapped in self._maps.values():
-            mapped.close()
+            with suppress(BufferError):
+                mapped.close()
         self._views.clear()
         self._maps.clear()
 

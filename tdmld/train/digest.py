@@ -7,9 +7,9 @@ Everything is BLAKE3-256. Integers inside hashed bytes are big-endian, of the wi
                       gradient root ‖ loss bits u32)
     steps root      merkle(step leaves)
     link root       merkle(seq u64 ‖ digest) of one direction of one link, in order of seq
-    list root       H("tdmld list 1" ‖ job ‖ slot u32 ‖ segment u32 ‖ start shared ‖ start lane ‖
-                      end shared ‖ end lane ‖ for "up", then "down": present u8 [‖ sent root ‖
-                      received root] ‖ steps root)
+    list root       H(job ‖ lane u32 ‖ stage u32 ‖ segment u64 ‖ start shared ‖ start lane ‖
+                      end shared ‖ end lane ‖ for "up", then "down", where the slot has it: sent
+                      root ‖ received root ‖ steps root); the chain computes the same
     state root      merkle(leaf) over the tensors of one part sorted by name, leaf = part, name,
                       dtype, shape, H(bytes); every string u16 length + ASCII, shape u8 count + u64
 
@@ -26,7 +26,6 @@ DIGEST_BYTES = 32
 ZERO_DIGEST = bytes(DIGEST_BYTES)
 LINKS = ("up", "down")
 """The links of a slot: to the stage before it and to the stage after it."""
-LIST_DOMAIN = b"tdmld list 1"
 
 Buffer = bytes | bytearray | memoryview
 
@@ -77,7 +76,8 @@ def link_root(frames: Iterable[tuple[int, bytes]]) -> bytes:
 
 def list_root(
     job: bytes,
-    slot: int,
+    lane: int,
+    stage: int,
     segment: int,
     *,
     start: tuple[bytes, bytes],
@@ -87,14 +87,11 @@ def list_root(
 ) -> bytes:
     """The one value that an audit compares.
 
-    `slot` is lane * stages + stage; `start` and `end` are (shared root, lane root); `links` maps
-    "up" and "down", where the slot has them, to (sent root, received root).
+    `start` and `end` are (shared root, lane root); `links` maps "up" and "down", where the slot
+    has them, to (sent root, received root).
     """
-    parts: list[bytes] = [LIST_DOMAIN, job, struct.pack("!II", slot, segment), *start, *end]
-    for link in LINKS:
-        roots = links.get(link)
-        parts.extend((b"\0",) if roots is None else (b"\1", *roots))
-    return digest(*parts, steps)
+    roots = [root for link in LINKS if link in links for root in links[link]]
+    return digest(job, struct.pack("!IIQ", lane, stage, segment), *start, *end, *roots, steps)
 
 
 @dataclass(frozen=True, order=True)

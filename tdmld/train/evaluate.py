@@ -22,7 +22,7 @@ _BATCH = 16
 
 def load_model(directory: Path) -> Any:
     """The model of a result directory, from local files only, without running code from it."""
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     model = AutoModelForCausalLM.from_pretrained(
         directory,
         local_files_only=True,

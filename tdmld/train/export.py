@@ -44,20 +44,11 @@ def merge_states(spec: Spec, shared_files: Sequence[Path], out: Path) -> Result:
         tensors: list[TensorData] = []
         for stage, path in enumerate(shared_files):
             found = list(stack.enter_context(StateFile(path)))
-            stack.callback(_release, found)
             expected = [(w.name, "F32", w.shape) for w in spec.weights(stage)]
             if [tensor[:3] for tensor in found] != expected:
                 raise FileError(f"{path} does not hold the weights of stage {stage}")
             tensors.extend(found)
-        result = write_result(spec, tensors, out)
-        tensors.clear()
-        return result
-
-
-def _release(tensors: list[TensorData]) -> None:
-    for tensor in tensors:
-        if isinstance(tensor.data, memoryview):
-            tensor.data.release()
+        return write_result(spec, tensors, out)
 
 
 def write_result(spec: Spec, tensors: Sequence[TensorData], out: Path) -> Result:

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 U32 = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
-Number = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class StepDigests(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -91,11 +91,12 @@ class SegmentRecord(msgspec.Struct, array_like=True, frozen=True, forbid_unknown
         """Mean loss of the segment in millionths of a nat, for the commitment."""
         return round(1e6 * sum(self.losses) / len(self.losses)) if self.losses else None
 
-    def list_root(self, job: bytes, slot: int) -> bytes:
-        """The value that worker and auditor must both find. `slot` = lane * stages + stage."""
+    def list_root(self, job: bytes, stage: int, lane: int = 0) -> bytes:
+        """The value that worker and auditor must both find."""
         return digest.list_root(
             job,
-            slot,
+            lane,
+            stage,
             self.segment,
             start=(self.start_shared, self.start_lane),
             end=(self.end_shared, self.end_lane),

@@ -117,7 +117,6 @@ class Slot:
                 if [tensor[:3] for tensor in found] != wanted:
                     raise FileError(f"{file.path} is no state of stage {self.stage} of this job")
                 self._take(part, found)
-                found.clear()
         self.touch()
         return self.roots()
 

@@ -9,6 +9,7 @@ import json
 import mmap
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -59,16 +60,17 @@ def part_file(part: str) -> str:
     return f"{part}.safetensors"
 
 
-def _header(tensors: Sequence[TensorData], metadata: Mapping[str, str]) -> bytes:
+def _header(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bytes:
+    """The header for tensors (name, dtype, shape), sorted by name."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for tensor in tensors:
-        size = prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
-        if memoryview(tensor.data).nbytes != size or tensor.name in entries:
-            raise ValueError(f"tensor {tensor.name}: wrong size or a second of this name")
-        entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
+    for name, dtype, shape in tensors:
+        size = prod(shape) * ITEM_BYTES[dtype]
+        entries[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
             "data_offsets": [offset, offset + size],
         }
         offset += size
@@ -84,7 +86,11 @@ def write_safetensors(
     ValueError for a tensor whose bytes do not fit its shape; OSError leaves an old file in place.
     """
     ordered = sorted(tensors, key=lambda tensor: tensor.name)
-    header = _header(ordered, metadata or {})
+    for before, tensor in zip([None, *ordered], ordered, strict=False):
+        size = prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+        if memoryview(tensor.data).nbytes != size or (before and before.name == tensor.name):
+            raise ValueError(f"tensor {tensor.name}: wrong size, or the second of this name")
+    header = _header([tensor[:3] for tensor in ordered], metadata or {})
     chunks: list[bytes | memoryview] = [_LENGTH.pack(len(header)), header]
     chunks += [memoryview(tensor.data) for tensor in ordered]
     write_durably(path, chunks)
@@ -94,7 +100,7 @@ class StateFile:
     """A snapshot file, mapped. Iterates over its tensors in the order of names, without copying.
 
     FileError when the file is not of the form that `write_safetensors` makes, or larger than
-    `limit` bytes. Close it when no tensor's data is in use any more.
+    `limit` bytes.
     """
 
     def __init__(self, path: Path, limit: int = limits.STATE_FILE_BYTES) -> None:
@@ -128,27 +134,19 @@ class StateFile:
             raise FileError(f"{path} is no snapshot: {error}; fetch it again") from error
         if len(entries) > limits.STATE_TENSORS:
             raise FileError(f"{path}: {len(entries)} tensors, at most {limits.STATE_TENSORS}")
-        offset, tensors = 0, []
-        for name, entry in sorted(entries, key=lambda pair: pair[0]):
+        entries.sort(key=lambda pair: pair[0])
+        offset = 0
+        for name, entry in entries:
             size = prod(entry.shape) * ITEM_BYTES.get(entry.dtype, 0)
             if entry.data_offsets != (offset, offset + size) or entry.dtype not in ITEM_BYTES:
                 raise FileError(f"{path}: tensor {name[:64]} has a wrong dtype, size or place")
             if not name.isascii() or not 0 < len(name) <= _NAME_CHARACTERS:
                 raise FileError(f"{path}: a tensor's name must be short ASCII")
-            tensors.append(
-                TensorData(
-                    name,
-                    entry.dtype,
-                    entry.shape,
-                    view[8 + length + offset : 8 + length + offset + size]
-                    if 8 + length + offset + size <= len(view)
-                    else b"",
-                )
-            )
             offset += size
-        if 8 + length + offset != len(view) or _header(tensors, names) != raw:
-            raise FileError(f"{path} is not written canonically or is truncated; fetch it again")
-        return sorted(entries, key=lambda pair: pair[0]), 8 + length
+        shapes = [(name, entry.dtype, entry.shape) for name, entry in entries]
+        if 8 + length + offset != len(view) or _header(shapes, names) != raw:
+            raise FileError(f"{path} is truncated or not written canonically; fetch it again")
+        return entries, 8 + length
 
     def __iter__(self) -> Iterator[TensorData]:
         for name, entry in self._entries:
@@ -168,9 +166,10 @@ class StateFile:
         return Manifest(leaves, state_root(leaves))
 
     def close(self) -> None:
-        """Unmap the file."""
+        """Unmap the file, at once or when the last tensor's data that was given out is dropped."""
         self._view.release()
-        self._map.close()
+        with suppress(BufferError):
+            self._map.close()
 
     def __enter__(self) -> "StateFile":
         return self
@@ -208,7 +207,5 @@ def keyed_state_hash(key: bytes, files: Sequence[Path]) -> bytes:
     hasher = blake3(key=key)
     for path in files:
         with StateFile(path) as file:
-            data = file.data()
-            hasher.update(data)
-            data.release()
+            hasher.update(file.data())
     return hasher.digest()

@@ -1,0 +1,172 @@
+"""A tiny job, and a pipeline of threads that runs it without any network."""
+
+import json
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tdmld.train.data import Tokens, cut_shards, shard_id
+from tdmld.train.digest import data_root
+from tdmld.train.families import FAMILIES
+from tdmld.train.framelog import FrameLogWriter, frame_log_name
+from tdmld.train.segment import SegmentRecord
+from tdmld.train.spec import Spec, decode_spec
+
+TEXT = b"".join(b"%d squared is %d, and that is that.\n" % (n, n * n) for n in range(900))
+CONFIG = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "max_position_embeddings": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 4,
+    "vocab_size": 256,
+}
+
+
+def spec_document(text: bytes = TEXT, **changes: Any) -> dict[str, Any]:
+    """A small spec as JSON values; `changes` name fields by dotted paths (dots as `__`)."""
+    shards = [(shard_id(shard), len(shard)) for shard in cut_shards(text)]
+    document: dict[str, Any] = {
+        "version": 1,
+        "family": "llama",
+        "config": FAMILIES["llama"].canonical(CONFIG),
+        "seed": 7,
+        "init": {"kind": "seed"},
+        "privacy": "open",
+        "class": "any",
+        "clip": {"kind": "stage", "norm": "1.0"},
+        "data": {
+            "tokenizer": "bytes",
+            "sequence": 12,
+            "heldout": "0.1",
+            "tokens": len(text),
+            "shards": [[name.hex(), size] for name, size in shards],
+            "root": data_root(shards).hex(),
+        },
+        "train": {
+            "steps": 6,
+            "micro_batches": 4,
+            "micro_batch_size": 2,
+            "precision": "fp32",
+            "wire": "bf16",
+            "optimizer": {
+                "name": "adamw",
+                "lr": "1e-2",
+                "betas": ["0.9", "0.95"],
+                "eps": "1e-8",
+                "weight_decay": "0.1",
+            },
+            "schedule": {"kind": "linear", "warmup": 2, "decay_from": 4, "floor": "0.1"},
+        },
+        "pipeline": {
+            "cuts": [0, 2, 4],
+            "lanes": {"count": 1, "mode": "sync"},
+            "segment_steps": 3,
+            "unsettled": 4,
+            "state_every": 2,
+        },
+    }
+    for path, value in changes.items():
+        *way, last = path.split("__")
+        place = document
+        for key in way:
+            place = place[key]
+        place[last] = value
+    return document
+
+
+def encode_document(document: Mapping[str, Any]) -> bytes:
+    """Canonical JSON of a spec document."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+
+
+def make_spec(**changes: Any) -> Spec:
+    """The small spec with changes."""
+    return decode_spec(encode_document(spec_document(**changes)))
+
+
+def tokens_of(spec: Spec, text: bytes = TEXT) -> Tokens:
+    """The data of the small job."""
+    return Tokens(spec, list(cut_shards(text)))
+
+
+Boxes = Mapping[tuple[int, str], "queue.SimpleQueue[tuple[int, bytes]]"]
+
+
+class QueueChannel:
+    """A slot's links to the slots in other threads; received frames go to its frame log."""
+
+    def __init__(self, stage: int, boxes: Boxes, logs: Mapping[str, FrameLogWriter]) -> None:
+        self.stage, self.boxes, self.logs = stage, boxes, logs
+        self.held: dict[tuple[str, int], bytes] = {}
+
+    def receive(self, link: str, seq: int) -> memoryview:
+        number, payload = self.boxes[self.stage, link].get(timeout=60)
+        assert number == seq
+        self.logs[link].append(seq, bytes(64), payload)
+        self.held[link, seq] = payload
+        return memoryview(payload)
+
+    def release(self, link: str, seq: int) -> None:
+        del self.held[link, seq]
+
+    def send(self, link: str, seq: int, payload: memoryview) -> None:
+        other = self.stage + (1 if link == "down" else -1)
+        back = "up" if link == "down" else "down"
+        self.boxes[other, back].put((seq, bytes(payload)))
+
+
+def run_pipeline(
+    spec: Spec, data: Tokens, root: Path, prepare: Callable[[Any], None] | None = None
+) -> list[list[SegmentRecord]]:
+    """Run a job, one thread a stage: records by stage and segment.
+
+    Under `root` appear `<stage>/state/<boundary>` and `<stage>/ring/<segment>.<link>.received`.
+    """
+    from tdmld.train.runner import run_segment
+    from tdmld.train.slot import Slot
+
+    boxes: Boxes = defaultdict(queue.SimpleQueue)
+    for stage in range(spec.stages):
+        for link in ("up", "down"):
+            boxes[stage, link]  # made here: threads must not race to make them
+    records: list[list[SegmentRecord]] = [[] for _ in range(spec.stages)]
+    errors: list[BaseException] = []
+
+    def work(stage: int) -> None:
+        place = root / str(stage)
+        (place / "ring").mkdir(parents=True)
+        slot = Slot.create(spec, stage, 0, data)
+        slot.init_from_seed()
+        slot.save(place / "state" / "0")
+        if prepare is not None:
+            prepare(slot)
+        for segment in range(spec.rounds):
+            logs = {
+                link: FrameLogWriter(
+                    place / "ring" / frame_log_name(segment, link, "received"), spec.frame_bytes
+                )
+                for link in spec.links(stage)
+            }
+            records[stage].append(run_segment(slot, segment, QueueChannel(stage, boxes, logs)))
+            for log in logs.values():
+                log.close()
+            slot.save(place / "state" / str(segment + 1))
+
+    def guarded(stage: int) -> None:
+        try:
+            work(stage)
+        except BaseException as error:  # carried to the test's own thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(n,)) for n in range(spec.stages)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return records
