@@ -297,8 +297,10 @@ def _spoken_of(
 ) -> tuple[Job, Segment, Audit]:
     job = known_job(run, spoken.job)
     require(job.status is JobStatus.ACTIVE, f"the job is {job.status}, not active")
-    slot = known_slot(run, job, spoken.slot)
-    segments.require_current(job, slot, spoken.epoch, spoken.incarnation)
+    known_slot(run, job, spoken.slot)
+    require(
+        spoken.epoch == job.epoch, f"this speaks of epoch {spoken.epoch}; in force is {job.epoch}"
+    )
     segment = run.state.segment(job.id, spoken.slot, spoken.segment)
     audit = run.state.audit(job.id, spoken.slot, spoken.segment)
     if segment is None or audit is None:

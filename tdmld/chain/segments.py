@@ -5,9 +5,9 @@
 
 Byte layouts (BLAKE3-256 throughout; integers big-endian), the same in `tdmld.train`:
 
-    list root = H(job 32 ‖ lane u32 ‖ stage u32 ‖ segment u64 ‖ start shared ‖ start lane ‖
-                  end shared ‖ end lane ‖ for "up", then "down", where the slot has it:
-                  sent root ‖ received root ‖ steps root)
+    list root = H("tdmld list 1" ‖ job ‖ slot u32 ‖ segment u32 ‖ start shared ‖ start lane ‖
+                  end shared ‖ end lane ‖ for "up", then "down": present u8 [‖ sent root ‖
+                  received root] ‖ steps root)
     seal      = H(salt ‖ steps root)
     commit of an auditor = H(list root ‖ salt ‖ auditor's node key)
 
@@ -45,9 +45,11 @@ from tdmld.chain.records import (
     Timer,
 )
 from tdmld.chain.settlement import arm_settlement, arm_stall, copy_due_after, count
-from tdmld.chain.state import u32, u64
+from tdmld.chain.state import u32
 from tdmld.chain.transactions import Commit, LinkRoots, StandbyProof
 
+LIST_DOMAIN = b"tdmld list 1"
+LINKS = ("up", "down")
 OPPOSITE = {"up": "down", "down": "up"}
 
 
@@ -65,12 +67,13 @@ def neighbour(slot: int, link: str) -> int:
 
 def audit_list_root(job: Job, slot: int, number: int, segment: Segment, steps: bytes) -> bytes:
     """The list root that follows from a worker's Commit and its opened steps root."""
-    hasher = blake3(job.id)
-    hasher.update(u32(job.lane_of(slot)) + u32(job.stage_of(slot)) + u64(number))
+    hasher = blake3(LIST_DOMAIN + job.id + u32(slot) + u32(number))
     hasher.update(segment.start_shared + segment.start_lane)
     hasher.update(segment.end_shared + segment.end_lane)
-    for link in segment.links:
-        hasher.update(link.sent + link.received)
+    present = {link.link: link for link in segment.links}
+    for name in LINKS:
+        link = present.get(name)
+        hasher.update(b"\0" if link is None else b"\1" + link.sent + link.received)
     hasher.update(steps)
     return hasher.digest()
 
@@ -86,7 +89,7 @@ def commit(run: Execution, node: bytes, sworn: Commit) -> None:
     require(job.status is JobStatus.ACTIVE, f"the job is {job.status}, not active")
     slot = known_slot(run, job, sworn.slot)
     require(slot.worker.node == node, "this node does not work in that slot")
-    require_current(job, slot, sworn.epoch, sworn.incarnation)
+    require_current(job, sworn.epoch, slot.incarnation, sworn.incarnation)
     require(
         sworn.segment == slot.committed and sworn.segment < job.rounds,
         f"segment {sworn.segment} is not the next one: that is {slot.committed} of {job.rounds}",
@@ -133,12 +136,12 @@ def commit(run: Execution, node: bytes, sworn: Commit) -> None:
     _compare_links(run, job, sworn.slot, sworn.segment)
 
 
-def require_current(job: Job, slot: SlotState, epoch: int, incarnation: int) -> None:
+def require_current(job: Job, epoch: int, expected: int, incarnation: int) -> None:
     """Transactions of before a rollback or a replacement are void (S7)."""
     require(
-        (epoch, incarnation) == (job.epoch, slot.incarnation),
-        f"epoch {epoch}, incarnation {incarnation}: the job is at epoch {job.epoch}, "
-        f"the slot at incarnation {slot.incarnation}",
+        (epoch, incarnation) == (job.epoch, expected),
+        f"this speaks of epoch {epoch}, incarnation {incarnation}; "
+        f"in force are {job.epoch} and {expected}",
     )
 
 
@@ -210,10 +213,10 @@ def standby_proof(run: Execution, node: bytes, proof: StandbyProof) -> None:
     job = known_job(run, proof.job)
     require(job.status is JobStatus.ACTIVE, f"the job is {job.status}, not active")
     slot = known_slot(run, job, proof.slot)
-    require_current(job, slot, proof.epoch, proof.incarnation)
     segment = run.state.segment(job.id, proof.slot, proof.segment)
     if segment is None:
         raise InvalidTransaction("that segment is not committed")
+    require_current(job, proof.epoch, segment.incarnation, proof.incarnation)
     require(
         segment.proof is ProofStatus.WAITING,
         f"the copy after segment {proof.segment} waits for no proof: {segment.proof}",

@@ -170,7 +170,8 @@ class Commit(Record, frozen=True, tag="commit"):
 
 
 class StandbyProof(Record, frozen=True, tag="standby_proof"):
-    """Keyed hash (by Segment.proof_key) of a state; the standby speaks first, then the worker."""
+    """Keyed hash (by Segment.proof_key) of the state after `segment`, which was committed by
+    `incarnation`; the standby speaks first, then the worker."""
 
     job: Hash
     epoch: Natural
@@ -186,7 +187,6 @@ class AuditCommit(Record, frozen=True, tag="audit_commit"):
     job: Hash
     epoch: Natural
     slot: Natural
-    incarnation: Natural
     segment: Natural
     hash: Hash
 
@@ -197,7 +197,6 @@ class Open(Record, frozen=True, tag="open"):
     job: Hash
     epoch: Natural
     slot: Natural
-    incarnation: Natural
     segment: Natural
     salt: Hash
     steps: Hash
@@ -209,7 +208,6 @@ class AuditOpen(Record, frozen=True, tag="audit_open"):
     job: Hash
     epoch: Natural
     slot: Natural
-    incarnation: Natural
     segment: Natural
     list_root: Hash
     salt: Hash
@@ -221,7 +219,6 @@ class AuditFail(Record, frozen=True, tag="audit_fail"):
     job: Hash
     epoch: Natural
     slot: Natural
-    incarnation: Natural
     segment: Natural
     missing: Annotated[str, msgspec.Meta(max_length=limits.MISSING_BYTES)]
 
