@@ -73,8 +73,8 @@ def _unknown_command(error: UnknownCommandError) -> int:
     near = difflib.get_close_matches(name, known, n=2)
     chain = " ".join(["tdmld", *(error.command_chain or ())])
     _tell(
-        f"{chain} knows no command {name!r}",
-        why=f"it knows {', '.join(known)}",
+        f"there is no command `{chain} {name}`",
+        why=f"there are {', '.join(known)}",
         next=f"{chain} {near[0]}" if near else f"{chain} --help",
     )
     return Exit.USAGE
