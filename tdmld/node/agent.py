@@ -1,0 +1,569 @@
+"""The market agent: does for its node what the chain expects of it.
+
+It looks at the finalized state after each block, asks `duties` what stands, and starts what is not
+yet under way. Each duty runs as a task of its own; one that failed, or whose transaction never came
+to stand in a block, is tried again some blocks later for as long as the chain still expects it. A
+fault in one duty never disturbs another or the daemon.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+from blake3 import blake3
+
+from tdmld.chain import limits as chain_limits
+from tdmld.chain.crypto import KeyPair, address, public_key
+from tdmld.chain.errors import DecodeError, InvalidTransaction
+from tdmld.chain.records import Job, JobStatus, Segment, SlotState
+from tdmld.chain.state import State
+from tdmld.chain.transactions import (
+    Accept,
+    Ask,
+    AttestGenesis,
+    AttestResult,
+    AuditCommit,
+    AuditFail,
+    AuditOpen,
+    Commit,
+    Decline,
+    LinkRoots,
+    Open,
+    Payload,
+    StandbyProof,
+    sign_transaction,
+)
+from tdmld.node import duties as duty
+from tdmld.node.chainservice import ChainService
+from tdmld.node.errors import AuditImpossible, MachineError
+from tdmld.node.layout import Layout, list_file
+from tdmld.node.machine import (
+    AuditTask,
+    LinkSource,
+    Machine,
+    SegmentDone,
+    SlotAssignment,
+    SlotFailed,
+    SlotId,
+    StateRoots,
+    StateSource,
+    StepDone,
+)
+from tdmld.node.offers import OfferMismatch, check_offer
+from tdmld.node.peers import PeerBook
+from tdmld.p2p import PeerInfo
+from tdmld.train.errors import TrainError
+from tdmld.train.segment import SegmentRecord, read_list
+from tdmld.train.spec import Spec, decode_spec
+
+log = logging.getLogger(__name__)
+
+RETRY_BLOCKS = 6
+"""A duty that still stands this many blocks after it was done or failed is done again."""
+SlotKey = tuple[bytes, int]
+
+
+@dataclass(frozen=True)
+class AskPolicy:
+    """What this node's owner offers at the market; see transactions.Ask."""
+
+    class_id: str
+    memory: int
+    price: int
+    audit_capacity: int
+    standby_slots: int
+
+
+@dataclass
+class Progress:
+    """What this node knows of a slot that it runs, beyond the chain. For people."""
+
+    step: int = 0
+    loss: float | None = None
+    seconds: float = 0.0
+    phase: str = "waiting"
+    failed: str = ""
+
+
+@dataclass
+class _Attempt:
+    running: bool = True
+    height: int = 0
+
+
+@dataclass
+class Agent:
+    """One node's market agent. `run` serves until cancelled.
+
+    `progress` and `on_step` are for status displays: the newest step of each slot that this node
+    runs, and a callback for each step.
+    """
+
+    key: KeyPair
+    chain_id: bytes
+    chain: ChainService
+    machine: Machine
+    book: PeerBook
+    data_dir: Path
+    ask: AskPolicy | None
+    ask_blocks: int
+    """How far ahead an ask runs; it is renewed at the half."""
+    on_step: Callable[[StepDone], None] = lambda step: None
+    progress: dict[SlotKey, Progress] = field(default_factory=dict)
+    auditing: dict[tuple[bytes, int, int], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._attempts: dict[object, _Attempt] = {}
+        self._records: dict[tuple[bytes, int, int], SegmentRecord] = {}
+        self._found: dict[tuple[bytes, int, int], bytes] = {}
+        self._specs: dict[bytes, tuple[bytes, Spec]] = {}
+        self._stages: dict[bytes, int] = {}
+        self._open: set[SlotKey] = set()
+        self._known: set[bytes] = set()
+        self._members: dict[bytes, frozenset[str]] = {}
+        self._told: dict[SlotKey, int] = {}
+        self._peers: frozenset[PeerInfo] = frozenset()
+        self._salt_key = blake3(self.key.seed, derive_key_context="tdmld 1 salts").digest()
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._follow_machine, nursery)
+            async with self.chain.heads() as heads:
+                await self._look(nursery)
+                async for _ in heads:
+                    await self._look(nursery)
+
+    # what stands -----------------------------------------------------------------------------
+
+    async def _look(self, nursery: trio.Nursery) -> None:
+        """Start every duty that stands and is not under way."""
+        state = self.chain.state()
+        height = self.chain.height
+        if self.ask is not None and self._ask_is_due(state, height):
+            self._start(nursery, "ask", height, self._publish_ask)
+        active = set(state.active_jobs())
+        standing: set[object] = {"ask"}
+        for job_id in sorted(active | self._known):
+            job = state.job(job_id)
+            if job is None:
+                continue
+            await self._tell_members(state, job)
+            for todo in duty.duties(state, self.key.public, job):
+                if isinstance(todo, duty.CloseJob):
+                    if job_id not in self._known:
+                        continue
+                    self._known.discard(job_id)
+                standing.add(todo)
+                self._start(nursery, todo, height, self._action(state, job, todo))
+        for gone in [key for key, a in self._attempts.items() if key not in standing]:
+            if not self._attempts[gone].running:
+                del self._attempts[gone]
+
+    def _start(
+        self,
+        nursery: trio.Nursery,
+        key: object,
+        height: int,
+        action: Callable[[], Awaitable[None]],
+    ) -> None:
+        attempt = self._attempts.get(key)
+        if attempt is not None and (attempt.running or height < attempt.height + RETRY_BLOCKS):
+            return
+        self._attempts[key] = _Attempt()
+        nursery.start_soon(self._perform, key, action)
+
+    async def _perform(self, key: object, action: Callable[[], Awaitable[None]]) -> None:
+        """The boundary of a duty: what it raises is logged, and the duty is tried again later."""
+        try:
+            await action()
+        except (MachineError, TrainError, DecodeError, InvalidTransaction, OSError) as error:
+            log.warning("%s: %s", _describe(key), error)
+        finally:
+            self._attempts[key] = _Attempt(running=False, height=self.chain.height)
+
+    def _action(self, state: State, job: Job, todo: duty.Duty) -> Callable[[], Awaitable[None]]:
+        """The coroutine function that does `todo`."""
+        match todo:
+            case duty.TakePlace():
+                return lambda: self._take_place(job, todo)
+            case duty.PrepareSlot():
+                return lambda: self._prepare_slot(state, job, todo.slot)
+            case duty.PrepareCopy():
+                return lambda: self._prepare_copy(state, job, todo.slot)
+            case duty.RunSegments():
+                return lambda: self._run_segments(job, todo)
+            case duty.CommitSegment():
+                return lambda: self._commit(job, todo.slot, todo.segment)
+            case duty.HoldState():
+                return lambda: self._hold_state(state, job, todo.slot, todo.segment)
+            case duty.ProveState():
+                return lambda: self._prove_state(state, job, todo.slot, todo.segment)
+            case duty.ReplaySegment():
+                return lambda: self._replay(state, job, todo)
+            case duty.OpenSeal():
+                return lambda: self._open_seal(job, todo.slot, todo.segment)
+            case duty.OpenVerdict():
+                return lambda: self._open_verdict(state, job, todo)
+            case duty.ForgetSegments():
+                return lambda: self._forget(job, todo)
+            case duty.MakeResult():
+                return lambda: self._make_result(state, job)
+            case duty.CloseJob():
+                return lambda: self._close_job(job)
+            case _:
+                raise AssertionError(f"no action for {todo}")
+
+    # the node itself -------------------------------------------------------------------------
+
+    def _ask_is_due(self, state: State, height: int) -> bool:
+        if state.node(self.key.public) is None:
+            return False
+        ask = state.ask(self.key.public)
+        return (
+            ask is None
+            or ask.until_height < height + self.ask_blocks // 2
+            or ask.session != self._session
+        )
+
+    async def _publish_ask(self) -> None:
+        assert self.ask is not None
+        policy = self.ask
+        await self._submit(
+            Ask(
+                session=self._session,
+                class_id=policy.class_id,
+                memory=policy.memory,
+                price=policy.price,
+                audit_capacity=policy.audit_capacity,
+                standby_slots=policy.standby_slots,
+                until_height=self.chain.height + self.ask_blocks,
+            )
+        )
+
+    @property
+    def _session(self) -> bytes:
+        return public_key(self.machine.session)
+
+    # preparing -------------------------------------------------------------------------------
+
+    async def _take_place(self, job: Job, todo: duty.TakePlace) -> None:
+        self._known.add(job.id)
+        try:
+            raw, spec = await self._spec(job)
+            check_offer(job, raw, spec)
+        except (OfferMismatch, TrainError) as error:
+            log.warning("job %s: declined, %s", job.id.hex()[:12], error)
+            await self._submit(Decline(job.id, todo.attempt, todo.slot))
+            return
+        await self._submit(Accept(job.id, todo.attempt, todo.slot, self._session))
+
+    async def _prepare_slot(self, state: State, job: Job, index: int) -> None:
+        raw, spec = await self._spec(job)
+        slot = SlotId.of(index, spec.stages)
+        if (job.id, index) in self._open:
+            await self.machine.close_slot(job.id, slot, "prepared again")
+        self._set_phase(job.id, index, "fetching data")
+        await self.machine.fetch_data(job.id, raw, self._holders_of_data(state, job))
+        self._set_phase(job.id, index, "drawing weights")
+        roots = await self.machine.open_slot(
+            SlotAssignment(
+                job=job.id,
+                spec=raw,
+                slot=slot,
+                epoch=job.epoch,
+                incarnation=self._slot_state(state, job, index).incarnation,
+                up=self._neighbour(state, job, index, -1),
+                down=self._neighbour(state, job, index, +1),
+                members=self._members.get(job.id, frozenset()),
+            )
+        )
+        self._open.add((job.id, index))
+        self._set_phase(job.id, index, "ready")
+        await self._submit(AttestGenesis(job.id, index, roots.shared, roots.lane, roots.data))
+
+    async def _prepare_copy(self, state: State, job: Job, index: int) -> None:
+        raw, spec = await self._spec(job)
+        await self.machine.fetch_data(job.id, raw, self._holders_of_data(state, job))
+        roots = await self.machine.genesis_roots(job.id, raw, SlotId.of(index, spec.stages))
+        await self._submit(AttestGenesis(job.id, index, roots.shared, roots.lane, roots.data))
+
+    # running ---------------------------------------------------------------------------------
+
+    async def _run_segments(self, job: Job, todo: duty.RunSegments) -> None:
+        key = (job.id, todo.slot)
+        if key not in self._open:
+            if self._progress(*key).failed == "":
+                self._fail(key, "this node was restarted; its worker is gone")
+            return
+        await self.machine.grant(job.id, self._slot(job, todo.slot), todo.until)
+
+    async def _commit(self, job: Job, index: int, number: int) -> None:
+        record = self._records.get((job.id, index, number))
+        if record is None:
+            return
+        await self._submit(
+            Commit(
+                job=job.id,
+                epoch=job.epoch,
+                slot=index,
+                incarnation=0,
+                segment=number,
+                start_shared=record.start_shared,
+                start_lane=record.start_lane,
+                end_shared=record.end_shared,
+                end_lane=record.end_lane,
+                links=tuple(LinkRoots(r.link, r.sent, r.received) for r in record.link_roots),
+                seal=blake3(self._salt(job, index, number) + record.steps_root).digest(),
+                loss=record.loss_micro,
+            )
+        )
+
+    async def _hold_state(self, state: State, job: Job, index: int, number: int) -> None:
+        raw, _ = await self._spec(job)
+        segment = self._segment(state, job, index, number)
+        worker = self._slot_state(state, job, index).worker
+        await self.machine.hold_state(
+            job.id,
+            raw,
+            self._slot(job, index),
+            number + 1,
+            [address(worker.session)],
+            StateRoots(segment.end_shared, segment.end_lane),
+        )
+
+    async def _prove_state(self, state: State, job: Job, index: int, number: int) -> None:
+        segment = self._segment(state, job, index, number)
+        if job.standby is not None and job.standby.node == self.key.public:
+            await self._hold_state(state, job, index, number)
+        value = await self.machine.keyed_hash(
+            job.id, self._slot(job, index), number + 1, segment.proof_key
+        )
+        incarnation = segment.incarnation
+        await self._submit(StandbyProof(job.id, job.epoch, index, incarnation, number, value))
+
+    async def _forget(self, job: Job, todo: duty.ForgetSegments) -> None:
+        key = (job.id, todo.slot)
+        for number in range(self._told.get(key, 0), todo.settled):
+            await self.machine.settled(job.id, self._slot(job, todo.slot), number)
+            self._told[key] = number + 1
+            self._records.pop((job.id, todo.slot, number), None)
+
+    # audits ----------------------------------------------------------------------------------
+
+    async def _replay(self, state: State, job: Job, todo: duty.ReplaySegment) -> None:
+        at = (job.id, todo.slot, todo.segment)
+        self._known.add(job.id)
+        self.auditing[at] = trio.current_time()
+        try:
+            found = await self._find(state, job, todo.slot, todo.segment)
+        except AuditImpossible as error:
+            log.warning("audit %s: %s", _describe(todo), error)
+            missing = str(error)[: chain_limits.MISSING_BYTES]
+            await self._submit(AuditFail(job.id, job.epoch, todo.slot, todo.segment, missing))
+            return
+        finally:
+            del self.auditing[at]
+        salt = self._salt(job, todo.slot, todo.segment)
+        commitment = blake3(found + salt + self.key.public).digest()
+        await self._submit(AuditCommit(job.id, job.epoch, todo.slot, todo.segment, commitment))
+
+    async def _find(self, state: State, job: Job, index: int, number: int) -> bytes:
+        """The list root that the replay of a segment gives."""
+        at = (job.id, index, number)
+        if at not in self._found:
+            raw, spec = await self._spec(job)
+            segment = self._segment(state, job, index, number)
+            worker = self._slot_state(state, job, index).worker
+            standby = [job.standby] if job.standby is not None else []
+            links = {
+                roots.link: LinkSource(
+                    roots.received,
+                    (self._neighbour(state, job, index, -1 if roots.link == "up" else 1) or "",),
+                )
+                for roots in segment.links
+            }
+            record = await self.machine.audit(
+                AuditTask(
+                    job=job.id,
+                    spec=raw,
+                    slot=SlotId.of(index, spec.stages),
+                    segment=number,
+                    start=StateRoots(segment.start_shared, segment.start_lane),
+                    links=links,
+                    state_holders=tuple(
+                        address(m.session) for m in [worker, *standby] if m.session
+                    ),
+                    data_holders=tuple(self._holders_of_data(state, job)),
+                )
+            )
+            self._found[at] = record.list_root(job.id, index)
+        return self._found[at]
+
+    async def _open_seal(self, job: Job, index: int, number: int) -> None:
+        record = self._records.get((job.id, index, number))
+        if record is None:
+            directory = Layout(self.data_dir).slot(job.id, *self._slot(job, index))
+            path = list_file(directory, number)
+            stored = await trio.to_thread.run_sync(read_list, path)
+            record = stored.record
+        salt = self._salt(job, index, number)
+        await self._submit(Open(job.id, job.epoch, index, number, salt, record.steps_root))
+
+    async def _open_verdict(self, state: State, job: Job, todo: duty.OpenVerdict) -> None:
+        found = await self._find(state, job, todo.slot, todo.segment)
+        salt = self._salt(job, todo.slot, todo.segment)
+        await self._submit(AuditOpen(job.id, job.epoch, todo.slot, todo.segment, found, salt))
+
+    # the end ---------------------------------------------------------------------------------
+
+    async def _make_result(self, state: State, job: Job) -> None:
+        raw, spec = await self._spec(job)
+        final: dict[SlotId, StateSource] = {}
+        for index in range(spec.stages):
+            segment = self._segment(state, job, index, job.rounds - 1)
+            holders = [self._slot_state(state, job, index).worker]
+            if job.standby is not None:
+                holders.append(job.standby)
+            final[SlotId.of(index, spec.stages)] = StateSource(
+                segment.end_shared, tuple(address(member.session) for member in holders)
+            )
+        result = await self.machine.make_result(job.id, raw, final)
+        await self._submit(AttestResult(job.id, result.result_id))
+
+    async def _close_job(self, job: Job) -> None:
+        log.info("job %s is %s %s", job.id.hex()[:12], job.status, job.reason)
+        await self.machine.close_job(job.id, f"{job.status}: {job.detail or job.reason}")
+        self._open = {key for key in self._open if key[0] != job.id}
+        for cache in (self._records, self._found):
+            for at in [at for at in cache if at[0] == job.id]:
+                del cache[at]
+        for slot in [slot for slot in self._told if slot[0] == job.id]:
+            del self._told[slot]
+
+    # what the machine says -------------------------------------------------------------------
+
+    async def _follow_machine(self, nursery: trio.Nursery) -> None:
+        async for event in self.machine.events:
+            match event:
+                case StepDone(job=job, slot=slot):
+                    progress = self._progress(job, self._index(job, slot))
+                    progress.phase, progress.step = "running", event.step + 1
+                    progress.loss, progress.seconds = event.loss, event.seconds
+                    self.on_step(event)
+                case SegmentDone(job=job, slot=slot, record=record):
+                    index = self._index(job, slot)
+                    self._records[job, index, record.segment] = record
+                    todo = duty.CommitSegment(job, index, record.segment)
+                    if not (a := self._attempts.get(todo)) or not a.running:
+                        self._attempts.pop(todo, None)
+                    await self._look(nursery)
+                case SlotFailed(job=job, slot=slot, reason=reason):
+                    self._open.discard((job, self._index(job, slot)))
+                    self._fail((job, self._index(job, slot)), reason)
+                case _:
+                    log.info("machine: %s", event)
+
+    # small things ----------------------------------------------------------------------------
+
+    async def _submit(self, payload: Payload) -> None:
+        await self.chain.submit(sign_transaction(self.key, self.chain_id, payload))
+
+    async def _spec(self, job: Job) -> tuple[bytes, Spec]:
+        if job.id not in self._specs:
+            raw = await self.chain.fetch_spec(job.spec_id)
+            self._specs[job.id] = (raw, decode_spec(raw))
+        return self._specs[job.id]
+
+    async def _tell_members(self, state: State, job: Job) -> None:
+        """Tell the carrier who belongs to a job that concerns this node, and where they are."""
+        if job.final and job.status is not JobStatus.CLOSED:
+            return
+        sessions = {job.source_session}
+        nodes = {job.source}
+        if job.standby is not None:
+            sessions.add(job.standby.session)
+            nodes.add(job.standby.node)
+        if job.status is not JobStatus.OFFERED:
+            for index, slot in enumerate(duty.assigned(state, job)):
+                sessions.add(slot.worker.session)
+                nodes.add(slot.worker.node)
+                for number in range(slot.settled, slot.committed):
+                    audit = state.audit(job.id, index, number)
+                    if audit is not None and audit.open:
+                        sessions.add(audit.session)
+                        nodes.add(audit.auditor)
+        sessions.discard(b"")
+        if self.key.public not in nodes:
+            return
+        self._known.add(job.id) if not job.final else None
+        self._stages[job.id] = len(job.stages)
+        members = frozenset(address(session) for session in sessions)
+        if self._members.get(job.id) != members:
+            self._members[job.id] = members
+            await self.machine.set_members(job.id, members)
+        await self._tell_peers()
+
+    async def _tell_peers(self) -> None:
+        wanted = frozenset().union(*self._members.values()) - {self.machine.session}
+        peers = frozenset(
+            PeerInfo(address(record.session), record.session_addresses)
+            for record in self.book.records()
+            if address(record.session) in wanted
+        )
+        if peers != self._peers:
+            self._peers = peers
+            await self.machine.set_peers(sorted(peers, key=lambda info: info.peer_id))
+
+    def _holders_of_data(self, state: State, job: Job) -> list[str]:
+        workers = [slot.worker.session for slot in duty.assigned(state, job)]
+        sessions = [job.source_session, *workers]
+        mine = self.machine.session
+        return [a for s in dict.fromkeys(sessions) if s and (a := address(s)) != mine]
+
+    def _neighbour(self, state: State, job: Job, index: int, offset: int) -> str | None:
+        stage = job.stage_of(index) + offset
+        if not 0 <= stage < len(job.stages):
+            return None
+        return address(self._slot_state(state, job, index + offset).worker.session)
+
+    def _segment(self, state: State, job: Job, index: int, number: int) -> Segment:
+        segment = state.segment(job.id, index, number)
+        assert segment is not None, "duties speak of committed segments only"
+        return segment
+
+    def _slot_state(self, state: State, job: Job, index: int) -> SlotState:
+        slot = state.slot(job.id, index)
+        assert slot is not None, "duties speak of matched slots only"
+        return slot
+
+    def _slot(self, job: Job, index: int) -> SlotId:
+        return SlotId.of(index, len(job.stages))
+
+    def _index(self, job: bytes, slot: SlotId) -> int:
+        return slot.index(self._stages[job])
+
+    def _salt(self, job: Job, index: int, number: int) -> bytes:
+        """The salt of our commitment: the same after a restart, and nobody else's to guess."""
+        what = job.id + index.to_bytes(4, "big") + number.to_bytes(8, "big")
+        return blake3(what, key=self._salt_key).digest()
+
+    def _progress(self, job: bytes, index: int) -> Progress:
+        return self.progress.setdefault((job, index), Progress())
+
+    def _set_phase(self, job: bytes, index: int, phase: str) -> None:
+        self._progress(job, index).phase = phase
+
+    def _fail(self, key: SlotKey, reason: str) -> None:
+        progress = self._progress(*key)
+        progress.phase, progress.failed = "failed", reason
+        log.error("job %s slot %d failed: %s", key[0].hex()[:12], key[1], reason)
+
+
+def _describe(key: object) -> str:
+    """A duty in words for the log."""
+    if not isinstance(key, duty.Duty):
+        return str(key)
+    rest = [f"{name} {getattr(key, name)}" for name in key.__dataclass_fields__ if name != "job"]
+    return " ".join([type(key).__name__, "of job", key.job.hex()[:12], *rest])

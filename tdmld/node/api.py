@@ -1,0 +1,611 @@
+"""Answers the RPC from the finalized state; implements `tdmld.rpc.backend.Backend`."""
+
+import json
+import logging
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import trio
+
+from tdmld import __version__, files, keys
+from tdmld.chain import events as happened
+from tdmld.chain.crypto import KeyPair, address, public_key
+from tdmld.chain.errors import ChainError, DecodeError, InvalidTransaction
+from tdmld.chain.genesis import Genesis, chain_id, protocol_at
+from tdmld.chain.market import lock_of
+from tdmld.chain.records import Job
+from tdmld.chain.reputation import reputation
+from tdmld.chain.state import State
+from tdmld.chain.transactions import Offer, decode_transaction
+from tdmld.errors import UserError
+from tdmld.node import provenance, views
+from tdmld.node.agent import Agent
+from tdmld.node.chainerrors import ServiceBusy, SpecUnavailable, StoreError
+from tdmld.node.chainservice import ChainService
+from tdmld.node.duties import assigned
+from tdmld.node.errors import MachineError
+from tdmld.node.machine import Machine, StepDone
+from tdmld.node.peers import PeerService
+from tdmld.node.store import AppliedBlock, ChainStore
+from tdmld.p2p import Host
+from tdmld.rpc.errors import InvalidParams, NotFound, NotReady, Refused
+from tdmld.rpc.types import (
+    AccountInfo,
+    AskInfo,
+    BlockInfo,
+    ChainParameters,
+    Earnings,
+    EarningsBucket,
+    FetchedResult,
+    Head,
+    JobDetail,
+    JobEarnings,
+    JobEvent,
+    JobSummary,
+    NodeStatus,
+    PeerInfo,
+    Published,
+    ResultFile,
+    Role,
+    SlotRun,
+    Submitted,
+    TransactionLine,
+    TransactionStatus,
+    ValidatorInfo,
+    time_text,
+)
+from tdmld.train.errors import SpecError, TrainError
+from tdmld.train.spec import Spec, decode_spec
+
+log = logging.getLogger(__name__)
+
+BUCKET_SECONDS = 60
+BUCKETS = 60
+FINAL_JOBS_SHOWN = 200
+EVENTS_BUFFERED = 256
+NAMES_BYTES = 1 << 20
+
+
+@dataclass
+class Api:
+    """One node's answers. `run` follows the chain and must be running."""
+
+    key: KeyPair
+    genesis: Genesis
+    host: Host
+    chain: ChainService
+    store: ChainStore
+    machine: Machine
+    agent: Agent
+    peers: PeerService
+    data_dir: Path
+    stop: trio.Event
+    started: str = ""
+    _buckets: deque[list[int]] = field(default_factory=lambda: deque(maxlen=BUCKETS))
+    _specs: dict[bytes, Spec] = field(default_factory=dict)
+    _offers: dict[bytes, Offer] = field(default_factory=dict)
+    _steps: set[trio.MemorySendChannel[StepDone]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.started = time_text(int(self.peers.now_ms()))
+        self._chain_id = chain_id(self.genesis)
+        self._names = self._load_names()
+        self.agent.on_step = self._pass_on
+
+    async def run(self) -> None:
+        """Count what this node's owner earns, minute by minute."""
+        async with self.chain.heads() as heads:
+            async for applied in heads:
+                mine = self._owner()
+                earned = sum(
+                    entry.amount
+                    for entry in applied.events
+                    if isinstance(entry, happened.Paid) and entry.owner == mine
+                )
+                minute = applied.block.header.time_ms // 1000 // BUCKET_SECONDS
+                while not self._buckets or self._buckets[-1][0] < minute:
+                    last = self._buckets[-1][0] if self._buckets else minute - 1
+                    start = max(last + 1, minute - BUCKETS + 1)
+                    self._buckets.append([start, 0])
+                self._buckets[-1][1] += earned
+
+    # the node --------------------------------------------------------------------------------
+
+    async def node_status(self) -> NodeStatus:
+        state, owner = self.chain.state(), self._owner()
+        account, facts = state.account(owner), state.facts(owner)
+        ask = state.ask(self.key.public)
+        jobs = self._active(state)
+        tasks = tuple(run for job in jobs for run in self._tasks(state, job))
+        head = self.store.head
+        return NodeStatus(
+            version=__version__,
+            node=self.key.address,
+            owner=address(owner),
+            session=self.machine.session,
+            chain=self.genesis.chain,
+            chain_id=self._chain_id.hex(),
+            height=head.height,
+            head=head.hash.hex(),
+            view=self.chain.view,
+            syncing=self.chain.syncing,
+            peers=len(self.host.connected()),
+            validator=any(v.node == self.key.public for v in self.genesis.validators),
+            balance=str(account.balance),
+            work_stake=str(account.work_stake),
+            vote_stake=str(account.vote_stake),
+            reputation=reputation(facts),
+            earned=str(facts.earned),
+            pending=str(sum(self._pending(state, job, owner) for job in jobs)),
+            started=self.started,
+            ask=None
+            if ask is None
+            else AskInfo(
+                price=str(ask.price),
+                device_class=ask.class_id,
+                memory=ask.memory,
+                audit_capacity=ask.audit_capacity,
+                standby_slots=ask.standby_slots,
+                until=ask.until_height,
+            ),
+            tasks=tasks,
+            why_not_earning="" if tasks else self._why_not_earning(state, jobs),
+        )
+
+    def _why_not_earning(self, state: State, jobs: list[Job]) -> str:
+        if not self.host.connected() and len(self.genesis.validators) > 1:
+            return "no peer is connected: check `peers` in tdmld.toml and this node's network"
+        if self.chain.syncing:
+            return "still fetching the chain; work starts when it has caught up"
+        if state.node(self.key.public) is None:
+            return "this node key is not registered to an owner: send Register with the owner key"
+        if self.agent.ask is None:
+            return "this node does not ask for work: set enabled = true in [ask] of tdmld.toml"
+        if state.ask(self.key.public) is None:
+            return "the ask is on its way to the chain"
+        if not jobs:
+            return "nobody offers a job at the moment; the node is ready"
+        return "the jobs that run were matched to other nodes: lower [ask] price, or wait"
+
+    def _tasks(self, state: State, job: Job) -> list[SlotRun]:
+        slots, spec, owner = assigned(state, job), self._spec(job), self._owner()
+        earned = state.earnings(job.id, owner)
+
+        def line(role: Role, index: int, phase: str, segment: int, paid: int) -> SlotRun:
+            stage, slot = job.stage_of(index), slots[index]
+            progress = self.agent.progress.get((job.id, index)) if role == "worker" else None
+            per_second = 0.0
+            if progress is not None and progress.seconds > 0:
+                per_second = job.tokens / job.segment_steps / progress.seconds
+            return SlotRun(
+                job=job.id.hex(),
+                role=role,
+                lane=job.lane_of(index),
+                stage=stage,
+                layers=spec.layers(stage) if spec is not None else (0, 0),
+                state=phase,
+                segment=segment,
+                segments=job.rounds,
+                step=progress.step if progress is not None else segment * job.segment_steps,
+                steps=job.rounds * job.segment_steps,
+                settled=slot.settled,
+                earned=str(paid),
+                tokens_per_second=per_second,
+            )
+
+        found = []
+        for index, slot in enumerate(slots):
+            if slot.worker.node == self.key.public:
+                progress = self.agent.progress.get((job.id, index))
+                phase = "waiting" if progress is None else progress.failed or progress.phase
+                found.append(line("worker", index, phase, slot.committed, earned.worker))
+            if job.standby is not None and job.standby.node == self.key.public:
+                each = earned.standby // len(slots)
+                found.append(line("standby", index, "holding copies", slot.committed, each))
+        for job_id, index, number in list(self.agent.auditing):
+            if job_id == job.id and index < len(slots):
+                found.append(line("auditor", index, "replaying", number, earned.auditor))
+        return found
+
+    async def node_earnings(self) -> Earnings:
+        state, owner = self.chain.state(), self._owner()
+        rows = []
+        for job in self._all(state):
+            paid = state.earnings(job.id, owner)
+            pending = 0 if job.final else self._pending(state, job, owner)
+            if paid.total or pending:
+                rows.append(
+                    JobEarnings(
+                        job=job.id.hex(),
+                        worker=str(paid.worker),
+                        standby=str(paid.standby),
+                        audit=str(paid.auditor),
+                        pending=str(pending),
+                    )
+                )
+        return Earnings(
+            height=self.chain.height,
+            total=str(state.facts(owner).earned),
+            pending=str(sum(int(row.pending) for row in rows)),
+            jobs=tuple(rows),
+            buckets=tuple(
+                EarningsBucket(start=time_text(minute * BUCKET_SECONDS * 1000), amount=str(amount))
+                for minute, amount in self._buckets
+            ),
+            bucket_seconds=BUCKET_SECONDS,
+        )
+
+    def _pending(self, state: State, job: Job, owner: bytes) -> int:
+        return sum(
+            (slot.committed - slot.settled) * slot.worker.price
+            for slot in assigned(state, job)
+            if slot.worker.owner == owner
+        )
+
+    async def net_peers(self) -> tuple[PeerInfo, ...]:
+        state = self.chain.state()
+        status = {peer.peer_id: peer for peer in self.host.peers()}
+        known = {address(r.node): r.addresses for r in self.peers.book.records()}
+        known |= {p: status[p].addresses for p in status if p not in known}
+        validators = {address(v.node) for v in self.genesis.validators}
+        rows = []
+        for node, addresses in known.items():
+            if node == self.key.address:
+                continue
+            peer = status.get(node)
+            owner = state.owner_of(public_key(node))
+            rows.append(
+                PeerInfo(
+                    node=node,
+                    addresses=tuple(addresses),
+                    connected=node in self.host.connected(),
+                    validator=node in validators,
+                    owner=address(owner) if owner is not None else "",
+                    round_trip_ms=peer.latency_ms if peer is not None else None,
+                )
+            )
+        return tuple(sorted(rows, key=lambda row: (not row.connected, row.node)))
+
+    async def admin_stop(self) -> None:
+        self.stop.set()
+
+    # the chain -------------------------------------------------------------------------------
+
+    async def chain_head(self) -> Head:
+        head = self.store.head
+        block = self.store.block(head.height)
+        return Head(
+            height=head.height,
+            hash=head.hash.hex(),
+            view=head.view,
+            time=time_text(head.header.time_ms),
+            proposer=address(head.header.proposer),
+            transactions=0 if block is None else len(block.transactions),
+        )
+
+    async def chain_subscribe_heads(self) -> AsyncIterator[Head]:
+        async with self.chain.heads() as heads:
+            yield await self.chain_head()
+            async for applied in heads:
+                header = applied.block.header
+                yield Head(
+                    height=applied.height,
+                    hash=applied.hash.hex(),
+                    view=header.view,
+                    time=time_text(header.time_ms),
+                    proposer=address(header.proposer),
+                    transactions=len(applied.block.transactions),
+                )
+
+    async def chain_block(self, height: int) -> BlockInfo:
+        block = self.store.block(height)
+        if block is None:
+            raise NotFound(
+                f"no block {height}: the head is {self.store.height}"
+                + (" (genesis has no block)" if height == 0 else "")
+            )
+        lines = []
+        for raw in block.transactions:
+            tx = decode_transaction(raw, self._chain_id)
+            receipt = self.store.receipt(tx.id)
+            lines.append(
+                TransactionLine(
+                    id=tx.id.hex(),
+                    kind=type(tx.payload).__name__,
+                    signer=address(tx.signer),
+                    ok=receipt is not None and receipt.ok,
+                    reason="" if receipt is None else receipt.reason,
+                )
+            )
+        header = block.header
+        return BlockInfo(
+            height=height,
+            hash=block.id.hex(),
+            parent=header.parent.hex(),
+            view=header.view,
+            time=time_text(header.time_ms),
+            proposer=address(header.proposer),
+            state_height=header.state_height,
+            state_root=header.state_root.hex(),
+            size=len(msgspec.msgpack.encode(block)),
+            transactions=tuple(lines),
+        )
+
+    async def chain_account(self, address: str) -> AccountInfo:
+        return views.account(self.chain.state(), self.genesis, _key(address), self.chain.height)
+
+    async def chain_transaction(self, id: str) -> TransactionStatus:
+        receipt = self.store.receipt(bytes.fromhex(id))
+        if receipt is None:
+            if not self.chain.is_pending(bytes.fromhex(id)):
+                raise NotFound(f"no transaction {id} waits here or stands in a block")
+            return TransactionStatus(id=id, state="pending", height=self.chain.height)
+        return TransactionStatus(
+            id=id,
+            state="ok" if receipt.ok else "failed",
+            height=self.chain.height,
+            block=receipt.height,
+            reason=receipt.reason,
+        )
+
+    async def chain_submit(self, raw: str) -> Submitted:
+        try:
+            tx_id = await self.chain.submit(bytes.fromhex(raw))
+        except (InvalidTransaction, DecodeError) as error:
+            raise Refused(str(error)) from error
+        except ServiceBusy as error:
+            raise NotReady(str(error)) from error
+        return Submitted(id=tx_id.hex(), height=self.chain.height)
+
+    async def chain_parameters(self) -> ChainParameters:
+        parameters = self.genesis.parameters
+        values = {
+            name: list(value) if isinstance(value := getattr(parameters, name), tuple) else value
+            for name in type(parameters).__struct_fields__
+        }
+        return ChainParameters(
+            chain=self.genesis.chain,
+            chain_id=self._chain_id.hex(),
+            height=self.chain.height,
+            time=time_text(self.genesis.time_ms),
+            protocol=protocol_at(self.genesis, self.chain.height),
+            parameters=values,
+            validators=tuple(
+                ValidatorInfo(owner=address(v.owner), node=address(v.node), stake=str(v.stake))
+                for v in self.genesis.validators
+            ),
+        )
+
+    # jobs ------------------------------------------------------------------------------------
+
+    async def job_publish(self, spec: str, text_path: str, name: str = "") -> Published:
+        raw = spec.encode()
+        try:
+            wanted = decode_spec(raw)
+        except SpecError as error:
+            raise Refused(f"the spec is malformed: {error}") from error
+        try:
+            shards = await self.machine.import_text(Path(text_path))
+        except MachineError as error:
+            raise Refused(f"{text_path}: {error}") from error
+        if tuple(shards) != tuple(wanted.shards):
+            raise Refused(f"{text_path} is not the text of the spec: it was changed meanwhile")
+        try:
+            spec_id = await self.chain.publish_spec(raw)
+        except (StoreError, ServiceBusy) as error:
+            raise NotReady(str(error)) from error
+        if name:
+            self._names[spec_id.hex()] = name
+            files.write_file(self._names_path, json.dumps(self._names).encode())
+        return Published(
+            spec_id=spec_id.hex(), shards=len(shards), size=sum(size for _, size in shards)
+        )
+
+    async def job_list(self) -> tuple[JobSummary, ...]:
+        state = self.chain.state()
+        jobs = sorted(self._all(state), key=lambda job: (-job.offered, job.id))
+        return tuple(
+            views.summary(
+                state,
+                job,
+                self.chain.height,
+                spec=self._spec(job),
+                name=self._names.get(job.spec_id.hex(), ""),
+                lock=self._lock(job)[0],
+            )
+            for job in jobs
+        )
+
+    async def job_status(self, id: str) -> JobDetail:
+        state = self.chain.state()
+        job = self._job(state, id)
+        lock, deposit = self._lock(job)
+        return views.detail(
+            state,
+            job,
+            self.chain.height,
+            spec=self._spec(job),
+            name=self._names.get(job.spec_id.hex(), ""),
+            lock=lock,
+            deposit=deposit,
+        )
+
+    async def job_subscribe(self, id: str) -> AsyncIterator[JobEvent]:
+        job = self._job(self.chain.state(), id)
+        if job.final:
+            return
+        send, receive = trio.open_memory_channel[JobEvent | None](EVENTS_BUFFERED)
+        steps, new_steps = trio.open_memory_channel[StepDone](EVENTS_BUFFERED)
+        self._steps.add(steps)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._chain_events, job.id, send)
+                nursery.start_soon(self._step_events, job, new_steps, send)
+                async for event in receive:
+                    if event is None:
+                        break
+                    yield event
+                nursery.cancel_scope.cancel()
+        finally:
+            self._steps.discard(steps)
+
+    async def _chain_events(
+        self, job_id: bytes, out: trio.MemorySendChannel[JobEvent | None]
+    ) -> None:
+        async with self.chain.heads() as heads:
+            async for applied in heads:
+                for event in self._events_of(applied, job_id):
+                    await out.send(event)
+                job = self.chain.state().job(job_id)
+                if job is not None and job.final:
+                    await out.send(None)
+                    return
+
+    def _events_of(self, applied: AppliedBlock, job_id: bytes) -> list[JobEvent]:
+        state, time = self.chain.state(), time_text(applied.block.header.time_ms)
+        found = [views.event(state, e, job_id, applied.height, time) for e in applied.events]
+        return [event for event in found if event is not None]
+
+    async def _step_events(
+        self,
+        job: Job,
+        steps: trio.MemoryReceiveChannel[StepDone],
+        out: trio.MemorySendChannel[JobEvent | None],
+    ) -> None:
+        async for step in steps:
+            if step.job != job.id:
+                continue
+            loss = None if step.loss is None else round(step.loss * 1e6)
+            told = "" if step.loss is None else f", loss {step.loss:.4f}"
+            await out.send(
+                JobEvent(
+                    job=job.id.hex(),
+                    height=self.chain.height,
+                    time=time_text(self.peers.now_ms()),
+                    kind="step",
+                    text=f"Step {step.step + 1} of stage {step.slot.stage}{told}.",
+                    lane=step.slot.lane,
+                    stage=step.slot.stage,
+                    step=step.step,
+                    loss=loss,
+                )
+            )
+
+    def _pass_on(self, step: StepDone) -> None:
+        for channel in self._steps:
+            try:
+                channel.send_nowait(step)
+            except trio.WouldBlock:
+                log.debug("a subscriber misses a step")
+
+    async def job_fetch(self, id: str, out_dir: str) -> FetchedResult:
+        state = self.chain.state()
+        job = self._job(state, id)
+        if not job.result:
+            raise Refused(
+                f"job {id} has no result: it is {job.status}"
+                + (f" ({job.detail or job.reason})" if job.final else ", come back later")
+            )
+        holders = {node for node, result in job.results if result == job.result}
+        members = [slot.worker for slot in assigned(state, job)]
+        if job.standby is not None:
+            members.append(job.standby)
+        sessions = [address(member.session) for member in members if member.node in holders]
+        out = Path(out_dir)
+        try:
+            result = await self.machine.fetch_result(job.id, job.result, sessions, out)
+            spec = await self.chain.fetch_spec(job.spec_id)
+        except (MachineError, SpecUnavailable) as error:
+            raise NotReady(f"the result cannot be fetched now: {error}") from error
+        content = provenance.document(
+            state, job, self.genesis.chain, self._chain_id, self.chain.height, spec
+        )
+        signed = provenance.sign(self.key, self._chain_id, content)
+        files.write_file(out / "provenance.json", signed)
+        rows = (*result.files, ("provenance.json", len(signed)))
+        return FetchedResult(
+            job=id,
+            result_id=job.result.hex(),
+            directory=str(out),
+            files=tuple(ResultFile(name=name, size=size) for name, size in rows),
+        )
+
+    # small things ----------------------------------------------------------------------------
+
+    def _owner(self) -> bytes:
+        """Who owns this node: by the chain, else by the key file here, else the node itself."""
+        owner = self.chain.state().owner_of(self.key.public)
+        if owner is not None:
+            return owner
+        try:
+            return public_key(keys.owner_address(self.data_dir / "keys" / "owner.json"))
+        except (UserError, DecodeError):
+            return self.key.public
+
+    def _active(self, state: State) -> list[Job]:
+        found = (state.job(job_id) for job_id in state.active_jobs())
+        return [job for job in found if job is not None]
+
+    def _all(self, state: State) -> list[Job]:
+        jobs = self._active(state)
+        for job in state.final_jobs():
+            if len(jobs) >= FINAL_JOBS_SHOWN:
+                break
+            jobs.append(job)
+        return jobs
+
+    def _job(self, state: State, text: str) -> Job:
+        job = state.job(bytes.fromhex(text))
+        if job is None:
+            raise NotFound(f"no job {text} on this chain (as of block {self.chain.height})")
+        return job
+
+    def _spec(self, job: Job) -> Spec | None:
+        """The job's spec when it is here."""
+        if job.spec_id not in self._specs:
+            raw = self.store.get_spec(job.spec_id)
+            if raw is None:
+                return None
+            try:
+                self._specs[job.spec_id] = decode_spec(raw)
+            except TrainError:
+                return None
+        return self._specs[job.spec_id]
+
+    def _lock(self, job: Job) -> tuple[int, int]:
+        """What the offer locked besides the deposit, and the deposit."""
+        if job.id not in self._offers:
+            block = self.store.block(job.offered)
+            for raw in block.transactions if block is not None else ():
+                tx = decode_transaction(raw, self._chain_id)
+                if tx.id == job.id and isinstance(tx.payload, Offer):
+                    self._offers[job.id] = tx.payload
+        offer = self._offers.get(job.id)
+        if offer is None:
+            return job.locked, 0
+        lock = lock_of(offer, self.genesis.parameters)
+        return lock.total - lock.deposit, lock.deposit
+
+    @property
+    def _names_path(self) -> Path:
+        return self.data_dir / "names.json"
+
+    def _load_names(self) -> dict[str, str]:
+        try:
+            raw = files.read_file(self._names_path, NAMES_BYTES)
+            return msgspec.json.decode(raw, type=dict[str, str])
+        except FileNotFoundError:
+            return {}
+        except (OSError, msgspec.MsgspecError) as error:
+            log.warning("names of jobs are lost: %s", error)
+            return {}
+
+
+def _key(text: str) -> bytes:
+    try:
+        return public_key(text)
+    except ChainError as error:
+        raise InvalidParams(f"address: {error}") from error

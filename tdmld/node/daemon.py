@@ -1,0 +1,246 @@
+"""`tdmld run`: puts one node together and takes it apart again.
+
+Everything of the node lives in one nursery: the chain service, the peer service, the machine with
+its carrier, the market agent and the RPC server. SIGTERM and SIGINT (or `admin_stop`) set one
+event; then the RPC says goodbye, the others are cancelled, children end, the database is closed. A
+second signal cancels at once. Nothing depends on this: kill -9 loses nothing that was final.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import trio
+
+from tdmld import keys, logs
+from tdmld.chain.crypto import KeyPair, public_key
+from tdmld.chain.errors import ChainError
+from tdmld.chain.genesis import GENESIS_BYTES_MAX, Genesis, chain_id, load_genesis
+from tdmld.config import Config
+from tdmld.errors import UserError
+from tdmld.files import FileTooLarge, read_file
+from tdmld.node.agent import Agent, AskPolicy
+from tdmld.node.api import Api
+from tdmld.node.chainerrors import ChainSideError
+from tdmld.node.chainservice import ChainService
+from tdmld.node.errors import MachineError
+from tdmld.node.machine import Machine, open_machine
+from tdmld.node.machineclass import machine_class
+from tdmld.node.peers import PeerService
+from tdmld.node.store import ChainStore
+from tdmld.p2p import PeerInfo, open_host
+from tdmld.p2p.errors import P2PError
+from tdmld.rpc.access import Scope, clear_access, write_access
+from tdmld.rpc.server import ListenFailed, Server
+
+log = logging.getLogger(__name__)
+
+FREE_BYTES_MIN = 256 << 20
+"""A node does not start with less free disk: a chain that cannot write cannot vote."""
+ANNOUNCE_SECONDS = 600.0
+"""The own peer record is signed anew this often, for nodes that lost it."""
+
+
+def run(config: Config) -> int:
+    """Run a node until it is told to stop; the exit code. UserError when it cannot start."""
+    if not config.data_dir.is_dir():
+        raise UserError(
+            f"there is no node in {config.data_dir}",
+            next=f"make one: tdmld init --data-dir {config.data_dir} --genesis FILE",
+        )
+    with _locked(config.data_dir):
+        logs.configure(
+            config.log_level,
+            file=config.data_dir / "logs" / "daemon.jsonl",
+            console=sys.stderr.isatty(),
+            process="daemon",
+        )
+        genesis = _genesis(config.data_dir / "genesis.json")
+        key = keys.load_node_key(config.data_dir / "keys" / "node.key")
+        _check_disk(config.data_dir)
+        try:
+            server = Server(config.rpc_listen, {}, insecure=config.rpc_insecure)
+        except ListenFailed as error:
+            raise UserError(
+                f"the RPC server cannot listen on {config.rpc_listen}",
+                why=str(error),
+                next="stop what uses the port, or choose another: tdmld run --rpc-listen HOST:PORT",
+            ) from error
+        server.close()
+        node = _Node(config, genesis, key)
+        try:
+            trio.run(node.main)
+        except* (P2PError, MachineError, ChainSideError, ChainError, ListenFailed) as group:
+            error = _first(group)
+            log.critical("stopped: %s", error)
+            raise UserError("the node stopped", why=str(error)) from error
+    return 0
+
+
+class _Node:
+    """One run of a node."""
+
+    def __init__(self, config: Config, genesis: Genesis, key: KeyPair) -> None:
+        self._config = config
+        self._genesis = genesis
+        self._chain_id = chain_id(genesis)
+        self._key = key
+        self._stop = trio.Event()
+
+    async def main(self) -> None:
+        config, key = self._config, self._key
+        tokens: dict[str, Scope] = {}
+        server = Server(config.rpc_listen, tokens, insecure=config.rpc_insecure)
+        store = ChainStore(config.data_dir / "chain", self._genesis)
+        try:
+            async with (
+                open_host(key.seed, config.listen) as host,
+                open_machine(
+                    config.data_dir,
+                    chain_id=self._chain_id,
+                    listen=(config.carrier_listen,),
+                    launcher=config.launcher,
+                ) as machine,
+                trio.open_nursery() as nursery,
+            ):
+                nursery.start_soon(self._signals, nursery)
+                peers = PeerService(
+                    host,
+                    key,
+                    self._chain_id,
+                    config.data_dir / "peers.json",
+                    [PeerInfo(peer_id, addresses) for peer_id, addresses in config.bootstrap()],
+                )
+                chain = ChainService(host, store, self._genesis, key)
+                agent = Agent(
+                    key=key,
+                    chain_id=self._chain_id,
+                    chain=chain,
+                    machine=machine,
+                    book=peers.book,
+                    data_dir=config.data_dir,
+                    ask=self._ask(),
+                    ask_blocks=2 * self._genesis.parameters.epoch_blocks,
+                )
+                api = Api(
+                    key=key,
+                    genesis=self._genesis,
+                    host=host,
+                    chain=chain,
+                    store=store,
+                    machine=machine,
+                    agent=agent,
+                    peers=peers,
+                    data_dir=config.data_dir,
+                    stop=self._stop,
+                )
+                await nursery.start(chain.run)
+                nursery.start_soon(peers.run)
+                nursery.start_soon(self._announce, peers, machine)
+                nursery.start_soon(agent.run)
+                nursery.start_soon(api.run)
+                tokens[write_access(config.data_dir, server.url)] = Scope.ADMIN
+                log.info(
+                    "node %s of chain %s listens on %s, RPC on %s",
+                    key.address,
+                    self._genesis.chain,
+                    ", ".join(host.addresses),
+                    server.url,
+                )
+                await server.serve(api, self._stop)
+                nursery.cancel_scope.cancel()
+        finally:
+            clear_access(config.data_dir)
+            store.close()
+        log.info("stopped")
+
+    def _ask(self) -> AskPolicy | None:
+        ask = self._config.ask
+        if not ask.enabled:
+            return None
+        return AskPolicy(
+            class_id=machine_class(),
+            memory=ask.memory,
+            price=ask.price,
+            audit_capacity=ask.audit_capacity,
+            standby_slots=ask.standby_slots,
+        )
+
+    async def _announce(self, peers: PeerService, machine: Machine) -> None:
+        while True:
+            session = public_key(machine.session)
+            peers.announce(session, machine.addresses, peers.now_ms())
+            await trio.sleep(ANNOUNCE_SECONDS)
+
+    async def _signals(self, nursery: trio.Nursery) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+            async for number in received:
+                if self._stop.is_set():
+                    log.warning("second signal: stopping at once")
+                    nursery.cancel_scope.cancel()
+                log.info("%s: stopping", signal.Signals(number).name)
+                self._stop.set()
+
+
+def _genesis(path: Path) -> Genesis:
+    try:
+        return load_genesis(read_file(path, GENESIS_BYTES_MAX))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path} is missing", next="copy the network's genesis.json there"
+        ) from error
+    except FileTooLarge as error:
+        raise UserError(f"{path} is no genesis document", why=str(error)) from error
+    except ChainError as error:
+        raise UserError(
+            f"{path} is no genesis document",
+            why=str(error),
+            next="copy the network's genesis.json there again",
+        ) from error
+
+
+def _check_disk(data_dir: Path) -> None:
+    free = shutil.disk_usage(data_dir).free
+    if free < FREE_BYTES_MIN:
+        raise UserError(
+            f"the disk of {data_dir} is full: {free >> 20} MiB are free",
+            why=f"a node needs {FREE_BYTES_MIN >> 20} MiB to start",
+            next="free some space, or move the directory to a larger disk",
+        )
+
+
+@contextmanager
+def _locked(data_dir: Path) -> Iterator[None]:
+    """Hold the directory's lock file; UserError when another daemon holds it."""
+    descriptor = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            holder = os.read(descriptor, 32).decode("ascii", "replace").strip()
+            raise UserError(
+                f"another daemon runs in {data_dir}" + (f" (process {holder})" if holder else ""),
+                next="stop it first, or give this one a directory of its own with --data-dir",
+            ) from error
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first plain exception inside a group."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,42 @@
+"""Whether an offer says what its spec says.
+
+The chain knows of a job only the numbers in its Offer. A member compares them with the spec before
+it accepts: a submitter who promised little work and specified much is declined.
+"""
+
+from tdmld.chain.crypto import sha256
+from tdmld.chain.records import Job
+from tdmld.chain.transactions import Stage
+from tdmld.train.spec import Spec, stage_memory, stage_parameters
+
+
+class OfferMismatch(Exception):
+    """The offer and its spec disagree; the text names the field."""
+
+
+def offered_stages(spec: Spec) -> tuple[Stage, ...]:
+    """The stages of an Offer for `spec`."""
+    return tuple(
+        Stage(stage_parameters(spec, stage), stage_memory(spec, stage))
+        for stage in range(spec.stages)
+    )
+
+
+def check_offer(job: Job, raw: bytes, spec: Spec) -> None:
+    """Raise OfferMismatch unless the numbers of `job` are those of its spec (`raw` its bytes)."""
+    pairs = {
+        "spec_id": (job.spec_id, sha256(raw)),
+        "spec_bytes": (job.spec_bytes, len(raw)),
+        "stages": (job.stages, offered_stages(spec)),
+        "lanes": (job.lanes, spec.lanes),
+        "rounds": (job.rounds, spec.rounds),
+        "segment_steps": (job.segment_steps, spec.pipeline.segment_steps),
+        "unsettled": (job.unsettled, spec.pipeline.unsettled),
+        "state_every": (job.state_every, spec.pipeline.state_every),
+        "tokens": (job.tokens, spec.tokens_per_segment),
+        "class": (job.class_wanted, spec.class_),
+        "privacy": (job.privacy, spec.privacy),
+    }
+    for name, (offered, specified) in pairs.items():
+        if offered != specified:
+            raise OfferMismatch(f"the offer says {name} = {offered!r}, its spec {specified!r}")

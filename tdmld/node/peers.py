@@ -1,0 +1,269 @@
+"""Who is where: signed peer records, how they spread, and which peers the daemon keeps.
+
+Addresses of machines never stand on the chain. Every node signs one record of its own (where its
+daemon and its carrier listen); daemons exchange the records they know over `/tdmld/<n>/peers/1` and
+pass on what is new, so that whoever reaches one member of the network learns all of it. A record
+with a higher sequence replaces an older one of the same node; nobody can speak for another.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import trio
+
+from tdmld import files
+from tdmld.chain.codec import Hash, Natural, PublicKey, Record, Signature, decode, encode
+from tdmld.chain.crypto import KeyPair, address, verify
+from tdmld.chain.errors import DecodeError
+from tdmld.p2p import Host, PeerConnected, PeerInfo, Stream
+from tdmld.p2p.errors import P2PError
+
+log = logging.getLogger(__name__)
+
+MAX_RECORDS = 4096
+"""Records in one book; a network of this size outgrows full exchange and needs another way."""
+MAX_RECORDS_PER_MESSAGE = 64
+MAX_MESSAGE_BYTES = 1 << 17
+MAX_BOOK_BYTES = 1 << 22
+MAX_KEPT_PEERS = 48
+"""Connections that the daemon itself keeps up; beyond that it still accepts."""
+
+_Address = Annotated[str, msgspec.Meta(max_length=256)]
+_Addresses = Annotated[tuple[_Address, ...], msgspec.Meta(max_length=8)]
+
+
+class PeerRecord(Record, tag="peer"):
+    """Where a node's two listening processes are. `sequence` is the signer's clock in ms."""
+
+    node: PublicKey
+    sequence: Natural
+    addresses: _Addresses
+    session: PublicKey
+    session_addresses: _Addresses
+
+
+class SignedRecord(Record, tag="signed"):
+    record: Annotated[bytes, msgspec.Meta(max_length=8192)]
+    signature: Signature
+
+
+class Records(Record, tag="records"):
+    """The only message of the protocol; both sides send it whenever they learn something new."""
+
+    records: Annotated[tuple[SignedRecord, ...], msgspec.Meta(max_length=MAX_RECORDS_PER_MESSAGE)]
+
+
+class PeerBook:
+    """The verified records of one chain. Pure: no clock, no network."""
+
+    def __init__(self, chain_id: Hash) -> None:
+        self._chain_id = chain_id
+        self._records: dict[bytes, tuple[PeerRecord, SignedRecord]] = {}
+        self._sessions: dict[bytes, bytes] = {}
+
+    def add(self, signed: SignedRecord) -> PeerRecord | None:
+        """Take a record; returns it when it was new, None when it was known, old or one too many.
+
+        Raises DecodeError when the record is malformed or its signature wrong.
+        """
+        record = decode(PeerRecord, signed.record, 8192)
+        if not verify(record.node, "peer", self._chain_id, signed.record, signed.signature):
+            raise DecodeError(f"peer record of {address(record.node)} has a wrong signature")
+        known = self._records.get(record.node)
+        if known is not None and known[0].sequence >= record.sequence:
+            return None
+        if known is None and len(self._records) >= MAX_RECORDS:
+            return None
+        if known is not None:
+            self._sessions.pop(known[0].session, None)
+        self._records[record.node] = (record, signed)
+        self._sessions[record.session] = record.node
+        return record
+
+    def sign(self, key: KeyPair, record: PeerRecord) -> SignedRecord:
+        """Sign this node's own record and keep it."""
+        raw = encode(record)
+        signed = SignedRecord(raw, key.sign("peer", self._chain_id, raw))
+        self.add(signed)
+        return signed
+
+    def node(self, node: bytes) -> PeerRecord | None:
+        found = self._records.get(node)
+        return found[0] if found else None
+
+    def session(self, session: bytes) -> PeerRecord | None:
+        """The record of the node whose carrier has the key `session`."""
+        node = self._sessions.get(session)
+        return self.node(node) if node is not None else None
+
+    def records(self) -> list[PeerRecord]:
+        return [record for record, _ in self._records.values()]
+
+    def signed(self) -> list[SignedRecord]:
+        return [signed for _, signed in self._records.values()]
+
+
+def load_book(path: Path, chain_id: Hash) -> PeerBook:
+    """The book kept on disk; records that do not verify are dropped with a warning."""
+    book = PeerBook(chain_id)
+    try:
+        size = path.stat().st_size
+        raw = path.read_bytes() if size <= MAX_BOOK_BYTES else b""
+    except FileNotFoundError:
+        return book
+    try:
+        rows = msgspec.json.decode(raw, type=list[tuple[bytes, bytes]])
+    except msgspec.MsgspecError as error:
+        log.warning("address book %s is unreadable and starts anew: %s", path, error)
+        return book
+    for record, signature in rows:
+        try:
+            book.add(SignedRecord(record, signature))
+        except DecodeError as error:
+            log.warning("dropped from the address book: %s", error)
+    return book
+
+
+def save_book(path: Path, book: PeerBook) -> None:
+    rows = [(signed.record, signed.signature) for signed in book.signed()]
+    files.write_file(path, msgspec.json.encode(rows))
+
+
+class PeerService:
+    """Keeps the daemon connected and its book current.
+
+    `on_record` is called with every record that is new, after it stands in the book.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        key: KeyPair,
+        chain_id: Hash,
+        path: Path,
+        bootstrap: Iterable[PeerInfo],
+        *,
+        on_record: Callable[[PeerRecord], None] = lambda record: None,
+    ) -> None:
+        self.book = load_book(path, chain_id)
+        self._host = host
+        self._key = key
+        self._path = path
+        self._bootstrap = tuple(bootstrap)
+        self._on_record = on_record
+        self._protocol = f"/tdmld/{chain_id.hex()[:8]}/peers/1"
+        self._outboxes: dict[str, trio.MemorySendChannel[list[SignedRecord]]] = {}
+        self._kept: set[str] = set()
+
+    @staticmethod
+    def now_ms() -> int:
+        """The wall clock in ms: sequences of records, times shown to people."""
+        return time.time_ns() // 1_000_000
+
+    def announce(
+        self, session: bytes, session_addresses: tuple[str, ...], sequence: int
+    ) -> PeerRecord:
+        """Sign and spread this node's own record; `sequence` must grow from call to call."""
+        record = PeerRecord(
+            self._key.public, sequence, self._host.addresses, session, session_addresses
+        )
+        self._spread([self.book.sign(self._key, record)], sender=None)
+        return record
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        self._host.set_handler(self._protocol, self._serve)
+        changes = self._host.changes()
+        for info in self._bootstrap:
+            self._keep(info)
+        for record in self.book.records():
+            self._keep_record(record)
+        async with trio.open_nursery() as nursery:
+            for peer_id in self._host.connected():
+                nursery.start_soon(self._greet, peer_id)
+            async for change in changes:
+                if isinstance(change, PeerConnected):
+                    nursery.start_soon(self._greet, change.peer_id)
+
+    def _keep_record(self, record: PeerRecord) -> None:
+        if record.node != self._key.public and record.addresses:
+            self._keep(PeerInfo(address(record.node), record.addresses))
+
+    def _keep(self, info: PeerInfo) -> None:
+        if info.peer_id == self._host.peer_id:
+            return
+        if info.peer_id in self._kept or len(self._kept) < MAX_KEPT_PEERS:
+            self._kept.add(info.peer_id)
+            self._host.add_peer(info)
+
+    async def _greet(self, peer_id: str) -> None:
+        """Of two peers the one with the smaller id opens the stream."""
+        if self._host.peer_id > peer_id:
+            return
+        try:
+            stream = await self._host.open_stream(peer_id, self._protocol)
+        except P2PError as error:
+            log.info("no exchange of peer records with %s: %s", peer_id, error)
+            return
+        await self._exchange(stream)
+
+    async def _serve(self, stream: Stream) -> None:
+        await self._exchange(stream)
+
+    async def _exchange(self, stream: Stream) -> None:
+        send, receive = trio.open_memory_channel[list[SignedRecord]](256)
+        self._outboxes[stream.peer_id] = send
+        everything = self.book.signed()
+        try:
+            async with stream, trio.open_nursery() as nursery:
+                nursery.start_soon(self._write, stream, everything, receive)
+                while True:
+                    raw = await stream.receive(MAX_MESSAGE_BYTES)
+                    self._learn(stream.peer_id, decode(Records, raw, MAX_MESSAGE_BYTES))
+        except* P2PError as group:
+            log.debug("peer exchange with %s ended: %s", stream.peer_id, group.exceptions[0])
+        except* DecodeError as group:
+            log.warning("peer exchange with %s: %s", stream.peer_id, group.exceptions[0])
+        finally:
+            if self._outboxes.get(stream.peer_id) is send:
+                del self._outboxes[stream.peer_id]
+
+    async def _write(
+        self,
+        stream: Stream,
+        first: list[SignedRecord],
+        more: trio.MemoryReceiveChannel[list[SignedRecord]],
+    ) -> None:
+        await self._send(stream, first)
+        async for records in more:
+            await self._send(stream, records)
+
+    async def _send(self, stream: Stream, records: list[SignedRecord]) -> None:
+        for start in range(0, len(records), MAX_RECORDS_PER_MESSAGE):
+            batch = tuple(records[start : start + MAX_RECORDS_PER_MESSAGE])
+            await stream.send(encode(Records(batch)))
+
+    def _learn(self, sender: str, message: Records) -> None:
+        new: list[SignedRecord] = []
+        for signed in message.records:
+            record = self.book.add(signed)
+            if record is None:
+                continue
+            new.append(signed)
+            self._keep_record(record)
+            self._on_record(record)
+        if new:
+            save_book(self._path, self.book)
+            self._spread(new, sender)
+
+    def _spread(self, records: list[SignedRecord], sender: str | None) -> None:
+        for peer_id, outbox in self._outboxes.items():
+            if peer_id != sender:
+                try:
+                    outbox.send_nowait(records)
+                except trio.WouldBlock:
+                    log.info("%s reads too slowly for peer records; it asks again", peer_id)

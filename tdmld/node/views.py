@@ -1,0 +1,311 @@
+"""Jobs, accounts and blocks as the RPC shows them: pure functions of the finalized state."""
+
+from collections.abc import Iterator
+
+from tdmld.chain import events as happened
+from tdmld.chain.crypto import address
+from tdmld.chain.genesis import Genesis
+from tdmld.chain.records import (
+    Audit,
+    AuditStatus,
+    Earnings,
+    Job,
+    JobStatus,
+    ProofStatus,
+    SlotState,
+)
+from tdmld.chain.reputation import reputation
+from tdmld.chain.state import State
+from tdmld.node.duties import assigned
+from tdmld.rpc.types import (
+    AccountInfo,
+    AuditInfo,
+    AuditState,
+    JobDetail,
+    JobEvent,
+    JobSummary,
+    ResultStatus,
+    SegmentLoss,
+    SlotInfo,
+    StandbyInfo,
+)
+from tdmld.train.spec import Spec
+
+_AUDIT_STATES: dict[AuditStatus, AuditState] = {
+    AuditStatus.DRAWN: "drawn",
+    AuditStatus.FAILED: "expired",
+    AuditStatus.COMMITTED: "committed",
+    AuditStatus.OPENED: "opened",
+    AuditStatus.PASSED: "passed",
+    AuditStatus.MISMATCH: "mismatch",
+    AuditStatus.UNOPENED: "mismatch",
+    AuditStatus.SILENT: "unaudited",
+    AuditStatus.DROPPED: "expired",
+}
+
+
+def account(state: State, genesis: Genesis, owner: bytes, height: int) -> AccountInfo:
+    """An owner's account."""
+    record = state.account(owner)
+    locked = 0
+    for job_id in state.active_jobs():
+        job = state.job(job_id)
+        if job is not None and job.submitter == owner:
+            locked += job.locked
+    nodes = {node for holder, node in genesis.nodes if holder == owner}
+    nodes |= {v.node for v in genesis.validators if v.owner == owner}
+    nodes |= {node for node, _ in state.asks() if state.owner_of(node) == owner}
+    return AccountInfo(
+        address=address(owner),
+        height=height,
+        balance=str(record.balance),
+        nonce=record.nonce,
+        vote_stake=str(record.vote_stake),
+        work_stake=str(record.work_stake),
+        locked=str(locked),
+        reputation=reputation(state.facts(owner)),
+        nodes=tuple(sorted(address(node) for node in nodes)),
+    )
+
+
+def summary(
+    state: State, job: Job, height: int, *, spec: Spec | None, name: str, lock: int
+) -> JobSummary:
+    """A line about a job. `lock` is what its offer locked, without the deposit."""
+    slots = assigned(state, job)
+    return JobSummary(
+        id=job.id.hex(),
+        state=job.status.value,
+        submitter=address(job.submitter),
+        height=height,
+        offered=job.offered,
+        family=spec.family if spec is not None else "unknown",
+        stages=len(job.stages),
+        lanes=job.lanes,
+        rounds=job.rounds,
+        steps=job.rounds * job.segment_steps,
+        segments_settled=sum(slot.settled for slot in slots),
+        escrow=str(lock),
+        spent=str(sum(paid.total for paid in state.payments(job.id).values())),
+        name=name,
+        reason=job.detail or job.reason.value,
+        loss=_newest_loss(state, job, slots),
+    )
+
+
+def detail(
+    state: State,
+    job: Job,
+    height: int,
+    *,
+    spec: Spec | None,
+    name: str,
+    lock: int,
+    deposit: int,
+) -> JobDetail:
+    """All that the chain knows of a job."""
+    slots = assigned(state, job)
+    audits = list(_audits(state, job, slots))
+    return JobDetail(
+        summary=summary(state, job, height, spec=spec, name=name, lock=lock),
+        spec_id=job.spec_id.hex(),
+        segment_steps=job.segment_steps,
+        slots=tuple(_slot(state, job, i, slot, spec) for i, slot in enumerate(slots)),
+        standbys=_standby(state, job, slots),
+        audits=tuple(
+            AuditInfo(
+                lane=job.lane_of(index),
+                stage=job.stage_of(index),
+                segment=number,
+                auditor=address(audit.auditor) if audit.auditor else "",
+                state=_AUDIT_STATES[audit.status],
+                drawn=audit.drawn,
+            )
+            for index, number, audit in audits
+        ),
+        losses=tuple(_losses(state, job, slots)),
+        budget=str(lock + deposit),
+        payments={
+            address(owner): str(paid.total) for owner, paid in state.payments(job.id).items()
+        },
+        deadline=job.deadline,
+        result=_result(job),
+    )
+
+
+def worker_of(slots: list[SlotState], owner: bytes) -> bool:
+    """Whether `owner` runs one of the slots."""
+    return any(slot.worker.owner == owner for slot in slots)
+
+
+def _slot(state: State, job: Job, index: int, slot: SlotState, spec: Spec | None) -> SlotInfo:
+    stage = job.stage_of(index)
+    earned = state.earnings(job.id, slot.worker.owner).worker
+    return SlotInfo(
+        lane=job.lane_of(index),
+        stage=stage,
+        layers=spec.layers(stage) if spec is not None else (0, 0),
+        worker=address(slot.worker.node),
+        state=_phase(job, slot),
+        segment=slot.committed,
+        settled=slot.settled,
+        price=str(slot.worker.price),
+        earned=str(earned),
+    )
+
+
+def _phase(job: Job, slot: SlotState) -> str:
+    if job.status is JobStatus.MATCHED:
+        return "accepted" if slot.worker.accepted else "waiting"
+    if job.status is JobStatus.PREPARING:
+        return "ready" if slot.attested else "preparing"
+    if job.status is JobStatus.ACTIVE and slot.committed < job.rounds:
+        full = slot.committed - slot.settled >= job.unsettled
+        return "stalled" if full else "running"
+    return "done" if slot.settled == job.rounds else "stopped" if job.final else "settling"
+
+
+def _standby(state: State, job: Job, slots: list[SlotState]) -> tuple[StandbyInfo, ...]:
+    if job.standby is None:
+        return ()
+    proved = job.rounds
+    for index, slot in enumerate(slots):
+        mine = 0
+        for number in range(slot.committed):
+            segment = state.segment(job.id, index, number)
+            if segment is not None and segment.proof is ProofStatus.EQUAL:
+                mine = number + 1
+        proved = min(proved, mine)
+    return (
+        StandbyInfo(
+            node=address(job.standby.node),
+            slots=tuple((job.lane_of(i), job.stage_of(i)) for i in range(job.slots)),
+            proved=proved,
+            earned=str(state.earnings(job.id, job.standby.owner).standby),
+        ),
+    )
+
+
+def _audits(state: State, job: Job, slots: list[SlotState]) -> Iterator[tuple[int, int, Audit]]:
+    for index, slot in enumerate(slots):
+        for number in range(slot.committed):
+            audit = state.audit(job.id, index, number)
+            if audit is not None:
+                yield index, number, audit
+
+
+def _losses(state: State, job: Job, slots: list[SlotState]) -> Iterator[SegmentLoss]:
+    for number in range(job.rounds):
+        for index, slot in enumerate(slots):
+            segment = state.segment(job.id, index, number) if number < slot.committed else None
+            if segment is not None and segment.loss is not None:
+                yield SegmentLoss(lane=job.lane_of(index), segment=number, loss=segment.loss)
+
+
+def _newest_loss(state: State, job: Job, slots: list[SlotState]) -> int | None:
+    found: dict[int, list[int]] = {}
+    for index, slot in enumerate(slots):
+        number = slot.committed - 1
+        segment = state.segment(job.id, index, number) if number >= 0 else None
+        if segment is not None and segment.loss is not None:
+            found.setdefault(number, []).append(segment.loss)
+    if not found:
+        return None
+    newest = found[max(found)]
+    return sum(newest) // len(newest)
+
+
+def _result(job: Job) -> ResultStatus | None:
+    if not job.results:
+        return None
+    wanted = job.result or job.results[0][1]
+    return ResultStatus(
+        id=wanted.hex(),
+        holders=tuple(address(node) for node, result in job.results if result == wanted),
+        fetched=job.reason.value == "fetched",
+    )
+
+
+def paid_to(earnings: Earnings) -> str:
+    """An owner's payments by role, for people."""
+    roles = {
+        "worker": earnings.worker,
+        "standby": earnings.standby,
+        "auditor": earnings.auditor,
+    }
+    return ", ".join(f"{role} {amount}" for role, amount in roles.items() if amount)
+
+
+def event(
+    state: State, entry: happened.Event, job_id: bytes, height: int, time: str
+) -> JobEvent | None:
+    """What a chain event says to somebody who follows `job_id`; None when it is not for them."""
+    job = state.job(job_id)
+    if entry.job != job_id or job is None:
+        return None
+    base = {"job": job_id.hex(), "height": height, "time": time}
+
+    def place(slot: int, segment: int) -> dict[str, int]:
+        return {"lane": job.lane_of(slot), "stage": job.stage_of(slot), "segment": segment}
+
+    def where(slot: int, segment: int) -> str:
+        return f"segment {segment} of stage {job.stage_of(slot)}, lane {job.lane_of(slot)}"
+
+    match entry:
+        case happened.JobOffered():
+            text = "The offer is on the chain; matching is due."
+            return JobEvent(**base, kind="state", text=text, state="offered")
+        case happened.JobMatched(workers=workers):
+            text = f"Matched to {len(workers)} workers and a standby; they are asked to accept."
+            return JobEvent(**base, kind="state", text=text, state="matched")
+        case happened.JobUnmatched(without=without):
+            text = f"Offered again without {len(without)} nodes that did not accept."
+            return JobEvent(**base, kind="state", text=text, state="offered")
+        case happened.JobPreparing():
+            text = "All accepted; members fetch the data and draw the weights."
+            return JobEvent(**base, kind="state", text=text, state="preparing")
+        case happened.JobActive():
+            text = "Everybody drew the same weights; training begins."
+            return JobEvent(**base, kind="state", text=text, state="active")
+        case happened.JobFinishing():
+            text = "All segments are settled; holders assemble the model."
+            return JobEvent(**base, kind="state", text=text, state="finishing")
+        case happened.JobEnded(status=status, reason=reason, detail=told, refund=refund):
+            text = f"The job is {status} ({told or reason}); {refund} go back to the submitter."
+            return JobEvent(**base, kind="state", text=text, state=status, amount=str(refund))
+        case happened.ResultKnown(result=result):
+            return JobEvent(**base, kind="result", text=f"The result is {result.hex()}.")
+        case happened.ResultDisputed(node=node):
+            text = "A holder attested another result."
+            return JobEvent(**base, kind="fault", text=text, address=address(node))
+        case happened.SegmentCommitted(slot=slot, segment=segment):
+            record = state.segment(job_id, slot, segment)
+            loss = None if record is None else record.loss
+            told = "" if loss is None else f", loss {loss / 1e6:.4f}"
+            text = f"Committed {where(slot, segment)}{told}."
+            spot = place(slot, segment)
+            return JobEvent(**base, kind="segment", text=text, loss=loss, **spot)
+        case happened.SegmentSettled(slot=slot, segment=segment):
+            text = f"Settled {where(slot, segment)}."
+            return JobEvent(**base, kind="settled", text=text, **place(slot, segment))
+        case happened.AuditDrawn(slot=slot, segment=segment, auditor=auditor):
+            text = f"Audit of {where(slot, segment)} drawn."
+            spot = place(slot, segment)
+            return JobEvent(**base, kind="audit", text=text, address=address(auditor), **spot)
+        case happened.AuditPassed(slot=slot, segment=segment, auditor=auditor):
+            text = f"Audit of {where(slot, segment)} passed."
+            spot = place(slot, segment)
+            return JobEvent(**base, kind="audit", text=text, address=address(auditor), **spot)
+        case happened.AuditMismatch(slot=slot, segment=segment, auditor=auditor):
+            text = f"Audit of {where(slot, segment)} found other bits than the worker's."
+            spot = place(slot, segment)
+            return JobEvent(**base, kind="fault", text=text, address=address(auditor), **spot)
+        case happened.Unaudited(slot=slot, segment=segment, reason=reason):
+            text = f"No verdict on {where(slot, segment)}: {reason}."
+            return JobEvent(**base, kind="audit", text=text, **place(slot, segment))
+        case happened.Paid(owner=owner, role=role, amount=amount):
+            text = f"Paid {amount} to a {role}."
+            to = address(owner)
+            return JobEvent(**base, kind="payment", text=text, address=to, amount=str(amount))
+        case _:
+            return None
