@@ -29,7 +29,7 @@ def get_password(
         file = Path(named)
     if file is not None:
         return _from_file(file)
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if not _terminal():
         raise UserError(
             f"the password of the {purpose} is needed, and there is no terminal to ask on",
             next=f"--password-file FILE, or {ENVIRONMENT}=FILE",
@@ -39,6 +39,15 @@ def get_password(
     if confirm and getpass.getpass("The same again: ", stream=sys.stderr) != first:
         raise UserError("the two passwords differ", next="try again", exit_code=Exit.USAGE)
     return _checked(first.encode(), "the password")
+
+
+def has_password(file: Path | None, *, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether `get_password` has somewhere to look: a file, the environment, a terminal."""
+    return bool(file or environment.get(ENVIRONMENT) or _terminal())
+
+
+def _terminal() -> bool:
+    return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def _from_file(file: Path) -> bytes:
