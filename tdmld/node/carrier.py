@@ -21,7 +21,7 @@ from tdmld.node import control
 from tdmld.node.content import ContentClient, ContentServer, ContentStore
 from tdmld.node.control import Configure, ControlSocket, Item, Message, Request
 from tdmld.node.errors import ControlError, LinkRefused, MachineError
-from tdmld.node.layout import Layout
+from tdmld.node.layout import SEED_BYTES, Layout
 from tdmld.node.link import Hello, LinkSigner, decode_message
 from tdmld.node.linkserver import HELLO_SECONDS
 from tdmld.node.parentdeath import die_with_parent
@@ -31,7 +31,6 @@ from tdmld.p2p.errors import ListenFailed, P2PError
 
 log = logging.getLogger(__name__)
 
-SEED_BYTES = 32
 MAX_HELLO_BYTES = 16 * 1024
 EXIT_USAGE = 2
 EXIT_LISTEN = 3

@@ -160,7 +160,9 @@ def decode_packet(raw: bytes) -> Packet:
             return make(LINKS[link], seq, place, length)
         if kind in (_FREE, _GRANTED, _SEGMENT):
             _, number = _NUMBER.unpack(raw)
-            return {_FREE: Free, _GRANTED: Granted, _SEGMENT: Segment}[kind](number)
+            if kind == _FREE:
+                return Free(number)
+            return Granted(number) if kind == _GRANTED else Segment(number)
         if kind == _END and len(raw) == 1:
             return End()
         if kind == _GENESIS:

@@ -360,7 +360,7 @@ class ContentClient:
     async def _ask(self, stream: Stream, request: Locate | ListFiles) -> Located | Files:
         await stream.send(msgspec.msgpack.encode(request))
         try:
-            reply = _reply.decode(await stream.receive(REPLY_BYTES))
+            reply: Located | Refuse | Files = _reply.decode(await stream.receive(REPLY_BYTES))
         except msgspec.MsgspecError as error:
             raise ContentUnavailable(f"malformed answer: {error}") from error
         if isinstance(reply, Refuse):

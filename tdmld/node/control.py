@@ -12,6 +12,7 @@ End of file at the carrier means that the daemon is gone, and ends the carrier.
 """
 
 import array
+import contextlib
 import socket
 from typing import Annotated
 
@@ -76,7 +77,7 @@ class Dimensions(msgspec.Struct, frozen=True):
 # --- daemon -> carrier ------------------------------------------------------------------------
 
 
-class Configure(Message):
+class Configure(Message, frozen=True):
     """The first message."""
 
     data_dir: PathText
@@ -85,14 +86,14 @@ class Configure(Message):
     content_quota: Size
 
 
-class SetPeers(Message):
+class SetPeers(Message, frozen=True):
     """Replaces the set of carriers to stay connected with."""
 
     id: int
     peers: Annotated[tuple[Peer, ...], msgspec.Meta(max_length=MAX_PEERS)]
 
 
-class SetMembers(Message):
+class SetMembers(Message, frozen=True):
     """Replaces the sessions that may fetch content of `job`; an empty set closes it."""
 
     id: int
@@ -100,14 +101,14 @@ class SetMembers(Message):
     sessions: Sessions
 
 
-class ImportText(Message):
+class ImportText(Message, frozen=True):
     """Cut a file into shards and keep them. Reply: Imported."""
 
     id: int
     path: PathText
 
 
-class FetchBlob(Message):
+class FetchBlob(Message, frozen=True):
     """Bring content by its id into content/. Reply: Stored."""
 
     id: int
@@ -151,7 +152,7 @@ Item = StateFile | FramesFile | ResultFile | Blob
 """What one carrier can ask of another."""
 
 
-class FetchFile(Message):
+class FetchFile(Message, frozen=True):
     """Bring a named file of a job to `destination` (inside the data directory, or an output
     directory that the user named). Reply: Stored."""
 
@@ -162,7 +163,7 @@ class FetchFile(Message):
     destination: PathText
 
 
-class ListResult(Message):
+class ListResult(Message, frozen=True):
     """Names and sizes of the files of a job's result at the first holder that has one."""
 
     id: int
@@ -170,7 +171,7 @@ class ListResult(Message):
     holders: Holders
 
 
-class OpenSlot(Message):
+class OpenSlot(Message, frozen=True):
     """Serve a live worker. Two descriptors come along: the carrier's end of the worker's packet
     socket and the memory file."""
 
@@ -183,7 +184,7 @@ class OpenSlot(Message):
     down: Session | None
 
 
-class Grant(Message):
+class Grant(Message, frozen=True):
     """The worker may run segments < `until`."""
 
     id: int
@@ -191,7 +192,7 @@ class Grant(Message):
     until: Count
 
 
-class CloseSlot(Message):
+class CloseSlot(Message, frozen=True):
     """Stop serving a worker. With `abort` the links are dropped at once; else the worker is told
     to end and the links say goodbye first, for a few seconds at most."""
 
@@ -200,7 +201,7 @@ class CloseSlot(Message):
     abort: bool
 
 
-class Discard(Message):
+class Discard(Message, frozen=True):
     """Frames and lists of segments <= `segment` of the slot are of no use to anybody any more."""
 
     id: int
@@ -226,20 +227,20 @@ ToCarrier = Configure | Request
 # --- carrier -> daemon ------------------------------------------------------------------------
 
 
-class Ready(Message):
+class Ready(Message, frozen=True):
     """The carrier listens."""
 
     session: Session
     addresses: tuple[str, ...]
 
 
-class Done(Message):
+class Done(Message, frozen=True):
     """The request was carried out."""
 
     id: int
 
 
-class Failed(Message):
+class Failed(Message, frozen=True):
     """The request failed. `kind` is a class name of tdmld.node.errors."""
 
     id: int
@@ -247,16 +248,14 @@ class Failed(Message):
     text: Text
 
 
-class Imported(Message):
+class Imported(Message, frozen=True):
     """Shards of a text: (id, size) in order."""
 
     id: int
-    shards: Annotated[
-        tuple[tuple[Id32, Size], ...], msgspec.Meta(max_length=MAX_SHARDS)
-    ]
+    shards: Annotated[tuple[tuple[Id32, Size], ...], msgspec.Meta(max_length=MAX_SHARDS)]
 
 
-class Stored(Message):
+class Stored(Message, frozen=True):
     """A file is here, whole and synced."""
 
     id: int
@@ -264,14 +263,14 @@ class Stored(Message):
     holder: str
 
 
-class Listing(Message):
+class Listing(Message, frozen=True):
     """Files of a result: (name, size)."""
 
     id: int
     files: Annotated[tuple[tuple[FileName, Size], ...], msgspec.Meta(max_length=64)]
 
 
-class GenesisReported(Message):
+class GenesisReported(Message, frozen=True):
     """A live worker has drawn its state and saved boundary 0."""
 
     slot: Slot
@@ -280,7 +279,7 @@ class GenesisReported(Message):
     data: Id32
 
 
-class StepReported(Message):
+class StepReported(Message, frozen=True):
     """A live worker finished a step."""
 
     slot: Slot
@@ -292,20 +291,20 @@ class StepReported(Message):
     gradient_norm: float
 
 
-class SegmentReported(Message):
+class SegmentReported(Message, frozen=True):
     """List, frames and state of a segment are on disk and agree with what crossed the links."""
 
     slot: Slot
     segment: Count
 
 
-class SlotEnded(Message):
+class SlotEnded(Message, frozen=True):
     """The last segment is done and every link has said goodbye."""
 
     slot: Slot
 
 
-class SlotBroken(Message):
+class SlotBroken(Message, frozen=True):
     """The slot cannot go on; says why."""
 
     slot: Slot
@@ -334,7 +333,7 @@ def encode_message(message: Message) -> bytes:
 def decode_to_carrier(raw: bytes) -> ToCarrier:
     """Decode what the daemon sent; ControlError."""
     try:
-        return _to_carrier.decode(raw)  # type: ignore[return-value, unused-ignore]
+        return _to_carrier.decode(raw)  # type: ignore[no-any-return]
     except msgspec.MsgspecError as error:
         raise ControlError(f"malformed message from the daemon: {error}") from error
 
@@ -342,7 +341,7 @@ def decode_to_carrier(raw: bytes) -> ToCarrier:
 def decode_from_carrier(raw: bytes) -> FromCarrier:
     """Decode what the carrier sent; ControlError."""
     try:
-        return _from_carrier.decode(raw)  # type: ignore[return-value, unused-ignore]
+        return _from_carrier.decode(raw)  # type: ignore[no-any-return]
     except msgspec.MsgspecError as error:
         raise ControlError(f"malformed message from the carrier: {error}") from error
 
@@ -382,10 +381,13 @@ class ControlSocket:
                 whole = len(data) - len(data) % descriptors.itemsize
                 descriptors.frombytes(data[:whole])
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            raise ControlError(
-                "a packet was cut: more bytes or descriptors than agreed"
-            )
+            raise ControlError("a packet was cut: more bytes or descriptors than agreed")
         return raw, tuple(descriptors)
+
+    def shutdown(self) -> None:
+        """Send nothing any more: the other end reads the end of file; we still receive."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """Close this end; the other one reads the end of file."""

@@ -1,17 +1,17 @@
 """Everything that the machine side of a node (supervisor, carrier, worker) raises.
 
-    MachineError
-    ├── CarrierUnavailable     the carrier process is down or restarting; try again after CarrierUp
-    ├── WorkerFailed           a worker process ended before it had done its task; says how and why
-    ├── ContentError
-    │   ├── ContentUnavailable no holder could give it; names what and each holder's answer
-    │   ├── ContentRefused     this machine will not store or serve it: quota, limit, not a member
-    │   └── ContentMismatch    bytes or roots are not what was promised
-    ├── AuditImpossible        an audit cannot be made: says what was missing (goes into AuditFail)
-    ├── LinkRefused            the peer at the other end of a link broke its protocol
-    │   └── LinkMismatch       two honest ends of one link would agree on a digest: these do not
-    └── ControlError           a control message or packet is malformed: our own bug or a broken peer
-                               process; the process that sent it is ended
+MachineError
+├── CarrierUnavailable     the carrier process is down or restarting; try again after CarrierUp
+├── WorkerFailed           a worker process ended before it had done its task; says how and why
+├── ContentError
+│   ├── ContentUnavailable no holder could give it; names what and each holder's answer
+│   ├── ContentRefused     this machine will not store or serve it: quota, limit, not a member
+│   └── ContentMismatch    bytes or roots are not what was promised
+├── AuditImpossible        an audit cannot be made: says what was missing (goes into AuditFail)
+├── LinkRefused            the peer at the other end of a link broke its protocol
+│   └── LinkMismatch       two honest ends of one link would agree on a digest: these do not
+└── ControlError           a control message or packet is malformed: our own bug or a broken peer
+                           process; the process that sent it is ended
 """
 
 

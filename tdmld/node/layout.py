@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+SEED_BYTES = 32
+"""Size of the session key's file."""
 MAX_LOG_TAIL_BYTES = 4096
 _SAFE = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")
 
@@ -74,11 +76,11 @@ def is_file_name(name: str) -> bool:
     return _SAFE.match(name) is not None
 
 
-def tail(path: Path) -> str:
-    """The last lines of a log, on one line, for an error text."""
+def tail(path: Path, start: int = 0) -> str:
+    """The last lines of a log after offset `start`, on one line, for an error text."""
     try:
         with path.open("rb") as file:
-            file.seek(max(file.seek(0, 2) - MAX_LOG_TAIL_BYTES, 0))
+            file.seek(max(file.seek(0, 2) - MAX_LOG_TAIL_BYTES, start))
             raw = file.read(MAX_LOG_TAIL_BYTES)
     except OSError:
         return ""

@@ -11,12 +11,47 @@ Open a Machine in the main thread: the parent-death signal of a child belongs to
 started it.
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+import contextlib
+import logging
+import math
+import os
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import trio
 
+from tdmld.chain.crypto import KeyPair
+from tdmld.node import channel, control
+from tdmld.node.carrierclient import CarrierClient
+from tdmld.node.errors import (
+    AuditImpossible,
+    CarrierUnavailable,
+    ContentError,
+    ContentMismatch,
+    ContentRefused,
+    ContentUnavailable,
+    MachineError,
+    WorkerFailed,
+)
+from tdmld.node.jobfiles import (
+    discard_job,
+    discard_settled,
+    has_frames,
+    has_part,
+    has_state,
+    is_used_directory,
+    keep_last_states,
+    prepare_directory,
+    remove_tree,
+    replace_directory,
+    state_limit,
+    write_result,
+)
+from tdmld.node.layout import SEED_BYTES, Layout, list_file, state
 from tdmld.node.machine_types import (
     AuditTask,
     CarrierDown,
@@ -34,8 +69,14 @@ from tdmld.node.machine_types import (
     StateSource,
     StepDone,
 )
+from tdmld.node.workers import LiveSlot, WorkerLauncher
 from tdmld.p2p import PeerInfo
-from tdmld.train.segment import SegmentRecord
+from tdmld.train.errors import FileError
+from tdmld.train.export import RESULT_FILES, read_result
+from tdmld.train.framelog import frame_log_name
+from tdmld.train.segment import SegmentRecord, read_list
+from tdmld.train.spec import decode_spec
+from tdmld.train.statefile import PARTS, keyed_state_hash, part_file
 
 __all__ = [
     "AuditTask",
@@ -58,6 +99,18 @@ __all__ = [
 ]
 
 
+log = logging.getLogger(__name__)
+
+WORKER_GRACE_SECONDS = 3.0
+MAX_WAITING_STEPS = 256
+"""StepDone events that a slow consumer may have waiting before new ones are left out."""
+FRAME_OVERHEAD_BYTES = 128
+KEPT_BOUNDARIES = 2
+
+R = TypeVar("R", bound=control.Reply)
+Key = tuple[bytes, SlotId]
+
+
 @asynccontextmanager
 async def open_machine(
     data_dir: Path,
@@ -66,16 +119,51 @@ async def open_machine(
     listen: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",),
     launcher: Sequence[str] = (),
     content_quota: int = 64 << 30,
+    niceness: int = 5,
 ) -> AsyncIterator["Machine"]:
     """Start the carrier and give a Machine; leaving the block ends all of its processes.
 
-    launcher       argv prefix of worker processes, for example ("nice", "-n", "5")
+    launcher       argv prefix of worker processes, for example ("taskset", "-c", "0")
     content_quota  bytes that content/ may hold
+    niceness       of worker processes, 0 to 19
 
     MachineError when the carrier does not come up (the text ends with its last words).
     """
-    raise NotImplementedError
-    yield
+    layout, session = await trio.to_thread.run_sync(_prepare, data_dir)
+    config = control.Configure(str(layout.data_dir), chain_id, tuple(listen), content_quota)
+    failure: MachineError | None = None
+    async with trio.open_nursery() as nursery:
+        machine = Machine(layout, session, config, tuple(launcher), niceness, nursery)
+        try:
+            await machine._start()
+        except MachineError as error:
+            failure = error
+        else:
+            yield machine
+            await machine._stop()
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+def _prepare(data_dir: Path) -> tuple[Layout, str]:
+    """Directories and session key; gives the session."""
+    layout = Layout(data_dir.resolve())
+    for directory in (layout.content, layout.jobs, layout.logs, layout.session_key.parent):
+        directory.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        fd = os.open(layout.session_key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(fd, "wb") as file:
+            file.write(secrets.token_bytes(SEED_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    size = layout.session_key.stat().st_size
+    if size != SEED_BYTES:
+        raise MachineError(
+            f"{layout.session_key} has {size} bytes and is no session key; delete it, a new one"
+            " will be made"
+        )
+    return layout, KeyPair(layout.session_key.read_bytes()).address
 
 
 class Machine:
@@ -89,44 +177,165 @@ class Machine:
     events: trio.MemoryReceiveChannel[Event]
     """One consumer. StepDone may be left out when the consumer is slow, nothing else."""
 
+    def __init__(
+        self,
+        layout: Layout,
+        session: str,
+        config: control.Configure,
+        launcher: tuple[str, ...],
+        niceness: int,
+        nursery: trio.Nursery,
+    ) -> None:
+        """Internal; use `open_machine`."""
+        self.session = session
+        self.addresses = ()
+        self._layout = layout
+        self._nursery = nursery
+        # Not bounded by number: at most a few events a segment and slot; steps are left out.
+        self._events, self.events = trio.open_memory_channel[Event](math.inf)
+        self._incoming, self._to_handle = trio.open_memory_channel[control.CarrierEvent](math.inf)
+        self._peers: tuple[control.Peer, ...] = ()
+        self._members: dict[bytes, frozenset[str]] = {}
+        self._slots: dict[Key, LiveSlot] = {}
+        self._scopes: dict[bytes, set[trio.CancelScope]] = {}
+        self._settled: dict[Key, int] = {}
+        self._workers = WorkerLauncher(layout, launcher, niceness, nursery)
+        self._carrier = CarrierClient(
+            config,
+            layout.logs / "carrier.log",
+            on_event=self._incoming.send_nowait,
+            on_down=self._carrier_down,
+            on_up=self._carrier_up,
+            restore=self._restore,
+        )
+
+    @property
+    def carrier_pid(self) -> int | None:
+        """Process id of the carrier, for status."""
+        return self._carrier.pid
+
+    def worker_pid(self, job: bytes, slot: SlotId) -> int | None:
+        """Process id of a slot's worker, for status."""
+        live = self._slots.get((job, slot))
+        return live.child.pid if live and not live.child.ended.is_set() else None
+
+    # --- peers and content
+
     async def set_peers(self, peers: Sequence[PeerInfo]) -> None:
         """Replace the carriers (sessions) to keep a connection with."""
-        raise NotImplementedError
+        self._peers = tuple(control.Peer(peer.peer_id, tuple(peer.addresses)) for peer in peers)
+        await self._call(lambda n: control.SetPeers(n, self._peers), control.Done)
 
     async def set_members(self, job: bytes, sessions: frozenset[str]) -> None:
         """Replace the sessions that may fetch this job's content from us; auditors are added when
         they are drawn. An empty set closes the job for others."""
-        raise NotImplementedError
+        self._members[job] = sessions
+        if not sessions:
+            del self._members[job]
+        await self._call(
+            lambda n: control.SetMembers(n, job, tuple(sorted(sessions))), control.Done
+        )
 
     async def import_text(self, path: Path) -> list[tuple[bytes, int]]:
         """Cut a text into shards of 1 MiB and keep them: [(shard id, size)]. ContentError."""
-        raise NotImplementedError
+        text = str(Path.cwd() / path)
+        reply = await self._call(lambda n: control.ImportText(n, text), control.Imported)
+        return list(reply.shards)
 
     async def fetch(self, job: bytes, content: bytes, size: int, holders: Sequence[str]) -> Path:
         """Bring content by id from the first holder that gives it. At once when it is here.
         ContentError."""
-        raise NotImplementedError
+        reply = await self._call(
+            lambda n: control.FetchBlob(n, job, content, size, _holders(holders)), control.Stored
+        )
+        return Path(reply.path)
 
     async def fetch_data(self, job: bytes, spec: bytes, holders: Sequence[str]) -> None:
         """Bring all data shards of a spec. ContentError. Needed before `open_slot` and
         `genesis_roots`."""
-        raise NotImplementedError
+        for content, size in decode_spec(spec).shards:
+            await self.fetch(job, content, size, holders)
+
+    # --- a slot of our own
 
     async def open_slot(self, assignment: SlotAssignment) -> GenesisRoots:
         """Start the worker of a slot, draw its weights, write boundary 0, open the links (this also
         does `set_members`). The worker then waits for `grant`. WorkerFailed, ContentUnavailable
-        (a shard is not here), CarrierUnavailable."""
-        raise NotImplementedError
+        (a shard is not here), CarrierUnavailable, SpecError."""
+        job, slot = assignment.job, assignment.slot
+        spec = decode_spec(assignment.spec)
+        if (job, slot) in self._slots:
+            raise MachineError(f"slot {slot} of job {job.hex()} is open already")
+        directory = self._layout.slot(job, *slot)
+        shards = await self._begin(job, assignment.spec, directory, fresh=True)
+        await self.set_members(job, assignment.members)
+        live = LiveSlot(job, slot, spec)
+        self._slots[job, slot] = live
+        try:
+            live.child = self._workers.start_live(live, shards, directory)
+            self._nursery.start_soon(self._watch, live)
+            wire_slot = control.Slot(job, *slot)
+            dimensions = control.Dimensions(
+                spec.stages,
+                spec.rounds,
+                spec.pipeline.segment_steps,
+                spec.train.micro_batches,
+                spec.frame_bytes,
+            )
+            await self._call(
+                lambda n: control.OpenSlot(
+                    n,
+                    wire_slot,
+                    assignment.epoch,
+                    assignment.incarnation,
+                    dimensions,
+                    assignment.up,
+                    assignment.down,
+                ),
+                control.Done,
+                live.carrier_descriptors,
+            )
+            await live.drawn.wait()
+        except BaseException:
+            # The caller learns of it from the exception: no SlotFailed for a slot never opened.
+            live.closing = True
+            with trio.CancelScope(shield=True):
+                await self._end_slot(live, abort=True)
+            raise
+        if live.roots is None:
+            await self._end_slot(live, abort=True)
+            raise WorkerFailed(live.failure)
+        live.announced = True
+        return live.roots
 
     async def grant(self, job: bytes, slot: SlotId, until_segment: int) -> None:
         """Let the worker run segments < `until_segment` (stall at D). Never takes anything back.
         Ignored when the slot is not open (it failed: the event says so)."""
-        raise NotImplementedError
+        if (job, slot) in self._slots:
+            wire_slot = control.Slot(job, *slot)
+            await self._call(lambda n: control.Grant(n, wire_slot, until_segment), control.Done)
+
+    async def close_slot(self, job: bytes, slot: SlotId, reason: str) -> None:
+        """Stop a slot's worker and links; files stay. No SlotFailed follows."""
+        live = self._slots.get((job, slot))
+        if live is not None:
+            log.info("slot %s of job %s is closed: %s", slot, job.hex()[:12], reason)
+            live.closing = True
+            await self._end_slot(live, abort=False)
+
+    # --- standby, audit, result
 
     async def genesis_roots(self, job: bytes, spec: bytes, slot: SlotId) -> GenesisRoots:
         """For a standby: draw the slot's state in a worker, keep it as boundary 0 of the standby
         copy, give the roots. WorkerFailed, ContentUnavailable."""
-        raise NotImplementedError
+        with self._scope(job, WorkerFailed):
+            directory = self._layout.standby(job, *slot)
+            shards = await self._begin(job, spec, directory, fresh=False)
+            report = await self._workers.run(
+                job, slot, "genesis", shards, directory, channel.Genesis
+            )
+            return GenesisRoots(report.shared, report.lane, report.data)
+        raise AssertionError("unreachable")
 
     async def hold_state(
         self,
@@ -139,18 +348,44 @@ class Machine:
     ) -> None:
         """For a standby: bring a slot's state at a boundary, check both roots, sync it, keep the
         last two boundaries of the slot. At once when it is here. ContentError."""
-        raise NotImplementedError
+        owner = self._layout.standby(job, *slot)
+        target = state(owner, boundary)
+        if not await trio.to_thread.run_sync(has_state, target, expected):
+            limit = state_limit(decode_spec(spec), slot.stage)
+            await self._fetch_state(job, slot, boundary, holders, expected, target, limit)
+        await trio.to_thread.run_sync(keep_last_states, owner, KEPT_BOUNDARIES)
 
     async def keyed_hash(self, job: bytes, slot: SlotId, boundary: int, key: bytes) -> bytes:
         """The StandbyProof of a state that is here (own slot or standby copy), 32 bytes.
         ContentUnavailable when it is not."""
-        raise NotImplementedError
+        for directory in self._layout.states(job, slot.lane, slot.stage, boundary):
+            files = [directory / part_file(part) for part in PARTS]
+            if all(file.is_file() for file in files):
+                try:
+                    return await trio.to_thread.run_sync(keyed_state_hash, key, files)
+                except FileError as error:
+                    raise ContentUnavailable(str(error)) from error
+        raise ContentUnavailable(f"no state of slot {slot} at boundary {boundary} is here")
 
     async def audit(self, task: AuditTask) -> SegmentRecord:
         """Fetch the inputs of a segment, check them against the task's roots, replay it in a worker
         process, give the record found. AuditImpossible names what was missing; WorkerFailed when
         the replay itself broke on our side."""
-        raise NotImplementedError
+        with self._scope(task.job, AuditImpossible):
+            directory = self._layout.audit(task.job, task.slot.lane, task.slot.stage, task.segment)
+            try:
+                shards = await self._gather_audit(task, directory)
+                await self._workers.run(
+                    task.job, task.slot, "replay", shards, directory, channel.Segment, task.segment
+                )
+                stored = await trio.to_thread.run_sync(
+                    read_list, list_file(directory, task.segment)
+                )
+                return stored.record
+            finally:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(remove_tree, directory)
+        raise AssertionError("unreachable")
 
     async def make_result(
         self, job: bytes, spec: bytes, final: Mapping[SlotId, StateSource]
@@ -158,26 +393,361 @@ class Machine:
         """Gather the shared parts at the last boundary for every stage of one lane (own slot,
         standby copy, or from holders), merge them into jobs/<job>/result and serve that.
         ContentError."""
-        raise NotImplementedError
+        program = decode_spec(spec)
+        boundary = program.rounds
+        scratch = self._layout.job(job) / "gathered"
+        files: list[Path] = []
+        try:
+            for stage in range(program.stages):
+                slot = next((found for found in sorted(final) if found.stage == stage), None)
+                if slot is None:
+                    raise ContentUnavailable(f"no state of stage {stage} was named")
+                source = final[slot]
+                path = await trio.to_thread.run_sync(
+                    self._local_shared, job, slot, boundary, source.root
+                )
+                if path is None:
+                    path = scratch / str(stage) / part_file("shared")
+                    limit = state_limit(program, stage)
+                    item = control.StateFile(control.Slot(job, *slot), boundary, "shared")
+                    await self._fetch_checked(
+                        item, limit, source.holders, path, partial(has_part, path, source.root)
+                    )
+                files.append(path)
+            target = self._layout.result(job)
+            result = await trio.to_thread.run_sync(write_result, program, files, target)
+        except FileError as error:
+            raise ContentMismatch(str(error)) from error
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(remove_tree, scratch)
+        return ResultInfo(result.result_id, result.directory, result.files)
 
     async def fetch_result(
         self, job: bytes, result_id: bytes, holders: Sequence[str], out: Path
     ) -> ResultInfo:
-        """For the submitter: bring the result into the new directory `out`; its id is checked.
-        ContentError."""
-        raise NotImplementedError
+        """For the submitter: bring the result into the new or empty directory `out`; its id is
+        checked. ContentError."""
+        if await trio.to_thread.run_sync(is_used_directory, out):
+            raise ContentRefused(f"{out} is not empty; name a new directory")
+        answers = []
+        for holder in holders:
+            try:
+                await self._fetch_result_from(job, holder, out)
+                result = await trio.to_thread.run_sync(read_result, out)
+                if result.result_id == result_id:
+                    return ResultInfo(result.result_id, out, result.files)
+                answers.append(f"{holder}: another result than the one attested")
+            except (ContentUnavailable, FileError) as error:
+                answers.append(f"{holder}: {error}")
+            await trio.to_thread.run_sync(remove_tree, out)
+        raise ContentUnavailable("; ".join(answers) or "no holder is known")
+
+    # --- the end of things
 
     async def settled(self, job: bytes, slot: SlotId, segment: int) -> None:
         """The chain settled this segment. Call it for *every* slot of a job in which we have a slot
         or standby, ours or not: frames go when the segment is settled at both ends of their
         link, states when the segment that they start is settled and two later ones are here."""
-        raise NotImplementedError
-
-    async def close_slot(self, job: bytes, slot: SlotId, reason: str) -> None:
-        """Stop a slot's worker and links; files stay. No SlotFailed follows."""
-        raise NotImplementedError
+        self._settled[job, slot] = max(segment, self._settled.get((job, slot), -1))
+        for stage in (slot.stage - 1, slot.stage, slot.stage + 1):
+            near = SlotId(slot.lane, stage)
+            live = self._slots.get((job, near))
+            if live is None:
+                continue
+            count = live.spec.stages
+            ends = [SlotId(slot.lane, s) for s in range(max(stage - 1, 0), min(stage + 2, count))]
+            border = min(self._settled.get((job, end), -1) for end in ends)
+            own = self._settled.get((job, near), -1)
+            owner = self._layout.slot(job, *near)
+            await trio.to_thread.run_sync(discard_settled, owner, border, own, KEPT_BOUNDARIES)
+            if border >= 0:
+                wire_slot = control.Slot(job, *near)
+                await self._call(
+                    lambda n, s=wire_slot, b=border: control.Discard(n, s, b),  # type: ignore[misc]
+                    control.Done,
+                )
 
     async def close_job(self, job: bytes, reason: str) -> None:
         """Stop every slot, drawing and audit of the job; drop frames, states and audits; keep the
         result and lists. Members may still fetch the result."""
-        raise NotImplementedError
+        for scope in self._scopes.get(job, set()):
+            scope.cancel()
+        for open_job, slot in list(self._slots):
+            if open_job == job:
+                await self.close_slot(job, slot, reason)
+        for key in [key for key in self._settled if key[0] == job]:
+            del self._settled[key]
+        await trio.to_thread.run_sync(discard_job, self._layout.job(job))
+
+    # --- inside
+
+    async def _start(self) -> None:
+        ready: control.Ready = await self._nursery.start(self._carrier.run)
+        if ready.session != self.session:
+            raise MachineError("the carrier has another session key than this node")
+        self._nursery.start_soon(self._handle_events)
+
+    async def _stop(self) -> None:
+        for live in list(self._slots.values()):
+            live.closing = True
+            live.child.kill()
+        self._carrier.stop()
+        with trio.move_on_after(WORKER_GRACE_SECONDS):
+            await self._carrier.ended.wait()
+
+    async def _call(
+        self,
+        make: Callable[[int], control.Request],
+        kind: type[R],
+        descriptors: tuple[int, ...] = (),
+    ) -> R:
+        return await self._carrier.call(make, kind, descriptors)
+
+    def _restore(self) -> list[Callable[[int], control.Request]]:
+        """What a restarted carrier must know."""
+        requests: list[Callable[[int], control.Request]] = [
+            lambda n: control.SetPeers(n, self._peers)
+        ]
+        for job, sessions in self._members.items():
+            requests.append(
+                lambda n, j=job, s=sessions: control.SetMembers(n, j, tuple(sorted(s)))  # type: ignore[misc]
+            )
+        return requests
+
+    def _carrier_up(self, ready: control.Ready) -> None:
+        restarted = bool(self.addresses)
+        self.addresses = ready.addresses
+        if restarted:
+            self._emit(CarrierUp(ready.addresses))
+
+    def _carrier_down(self, reason: str) -> None:
+        self._emit(CarrierDown(reason))
+        for live in list(self._slots.values()):
+            self._fail(live, f"the carrier process {reason}")
+
+    @contextmanager
+    def _scope(self, job: bytes, kind: type[MachineError]) -> Iterator[None]:
+        """Work that `close_job` can end; it then raises `kind`."""
+        scopes = self._scopes.setdefault(job, set())
+        with trio.CancelScope() as scope:
+            scopes.add(scope)
+            try:
+                yield
+            finally:
+                scopes.discard(scope)
+                if not scopes:
+                    self._scopes.pop(job, None)
+        if scope.cancelled_caught:
+            raise kind("the job was closed meanwhile")
+
+    async def _begin(
+        self, job: bytes, spec: bytes, directory: Path, *, fresh: bool
+    ) -> tuple[Path, ...]:
+        """Directory, spec file and data shards for a worker of a job."""
+        paths = []
+        for number, (content, size) in enumerate(decode_spec(spec).shards):
+            path = self._layout.blob(content)
+            if not path.is_file() or path.stat().st_size != size:
+                raise ContentUnavailable(f"data shard {number} is not here; fetch_data first")
+            paths.append(path)
+        await trio.to_thread.run_sync(
+            prepare_directory, directory, self._layout.spec(job), spec, fresh
+        )
+        return tuple(paths)
+
+    async def _gather_audit(self, task: AuditTask, directory: Path) -> tuple[Path, ...]:
+        spec = decode_spec(task.spec)
+        everybody = [*task.data_holders, *task.state_holders]
+        everybody += [holder for link in task.links.values() for holder in link.holders]
+        try:
+            await self.fetch_data(task.job, task.spec, list(dict.fromkeys(everybody)))
+        except ContentError as error:
+            raise AuditImpossible(f"data: {error}") from error
+        shards = await self._begin(task.job, task.spec, directory, fresh=True)
+        target = state(directory, task.segment)
+        limit = state_limit(spec, task.slot.stage)
+        try:
+            await self._fetch_state(
+                task.job,
+                task.slot,
+                task.segment,
+                task.state_holders,
+                task.start,
+                target,
+                limit,
+            )
+        except ContentError as error:
+            raise AuditImpossible(f"start state: {error}") from error
+        frames = spec.pipeline.segment_steps * spec.train.micro_batches
+        limit = frames * (spec.frame_bytes + FRAME_OVERHEAD_BYTES)
+        for link in spec.links(task.slot.stage):
+            if link not in task.links:
+                raise AuditImpossible(f"frames of link {link}: no root and holder are known")
+            source = task.links[link]
+            step, theirs = (-1, "down") if link == "up" else (1, "up")
+            neighbour = control.Slot(task.job, task.slot.lane, task.slot.stage + step)
+            item = control.FramesFile(neighbour, task.segment, theirs)
+            path = directory / frame_log_name(task.segment, link, "received")
+            check = partial(has_frames, path, source.root, spec.frame_bytes)
+            try:
+                await self._fetch_checked(item, limit, source.holders, path, check)
+            except ContentError as error:
+                raise AuditImpossible(f"frames of link {link}: {error}") from error
+        return shards
+
+    async def _fetch_state(
+        self,
+        job: bytes,
+        slot: SlotId,
+        boundary: int,
+        holders: Sequence[str],
+        expected: StateRoots,
+        target: Path,
+        limit: int,
+    ) -> None:
+        """Bring both parts of a state to `target`, which appears whole or not at all."""
+        aside = target.with_name(f"{target.name}.new")
+        local = [self.session] if self._has_local(job, slot, boundary) else []
+        try:
+            for part, root in zip(PARTS, expected, strict=True):
+                path = aside / part_file(part)
+                item = control.StateFile(control.Slot(job, *slot), boundary, part)
+                await self._fetch_checked(
+                    item, limit, [*local, *holders], path, partial(has_part, path, root)
+                )
+            await trio.to_thread.run_sync(replace_directory, aside, target)
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(remove_tree, aside)
+
+    def _has_local(self, job: bytes, slot: SlotId, boundary: int) -> bool:
+        return any(
+            path.is_dir() for path in self._layout.states(job, slot.lane, slot.stage, boundary)
+        )
+
+    def _local_shared(self, job: bytes, slot: SlotId, boundary: int, root: bytes) -> Path | None:
+        for directory in self._layout.states(job, slot.lane, slot.stage, boundary):
+            path = directory / part_file("shared")
+            if path.is_file() and has_part(path, root):
+                return path
+        return None
+
+    async def _fetch_checked(
+        self,
+        item: control.Item,
+        limit: int,
+        holders: Sequence[str],
+        path: Path,
+        check: Callable[[], bool],
+    ) -> None:
+        """Bring a file from the first holder whose copy passes `check` (run in a thread)."""
+        answers = []
+        for holder in dict.fromkeys(holders):
+            try:
+                await self._call(
+                    lambda n, h=holder: control.FetchFile(n, item, limit, (h,), str(path)),  # type: ignore[misc]
+                    control.Stored,
+                )
+            except ContentUnavailable as error:
+                answers.append(str(error))
+                continue
+            if await trio.to_thread.run_sync(check):
+                return
+            answers.append(f"{holder}: has not the root that was promised")
+            await trio.to_thread.run_sync(partial(path.unlink, missing_ok=True))
+        raise ContentUnavailable("; ".join(answers) or "no holder is known")
+
+    async def _fetch_result_from(self, job: bytes, holder: str, out: Path) -> None:
+        listing = await self._call(lambda n: control.ListResult(n, job, (holder,)), control.Listing)
+        sizes = dict(listing.files)
+        for name in RESULT_FILES:
+            if name not in sizes:
+                raise ContentUnavailable(f"it has no {name}")
+            path = str(Path.cwd() / out / name)
+            item = control.ResultFile(job, name)
+            await self._call(
+                lambda n, i=item, p=path, s=sizes[name]: control.FetchFile(n, i, s, (holder,), p),  # type: ignore[misc]
+                control.Stored,
+            )
+
+    async def _end_slot(self, live: LiveSlot, *, abort: bool) -> None:
+        """Stop links and worker of a slot and forget it."""
+        key = (live.job, live.slot)
+        wire_slot = control.Slot(live.job, *live.slot)
+        with contextlib.suppress(CarrierUnavailable):
+            await self._call(lambda n: control.CloseSlot(n, wire_slot, abort), control.Done)
+        if live.child_started:
+            await live.child.stop(0 if abort else WORKER_GRACE_SECONDS)
+        live.close()
+        self._slots.pop(key, None)
+
+    async def _watch(self, live: LiveSlot) -> None:
+        await live.child.ended.wait()
+        if live.child.status != 0:
+            self._fail(live, f"the worker process {live.child.epitaph()}")
+
+    def _fail(self, live: LiveSlot, reason: str) -> None:
+        """A slot cannot go on. Said once; its worker and links are ended in the background."""
+        if live.closing or live.failure:
+            return
+        live.failure = reason
+        live.drawn.set()
+        live.child.kill()
+        if live.announced:
+            self._emit(SlotFailed(live.job, live.slot, reason))
+            self._nursery.start_soon(partial(self._end_slot, live, abort=True))
+
+    async def _handle_events(self) -> None:
+        async for event in self._to_handle:
+            live = self._slots.get((event.slot.job, SlotId(event.slot.lane, event.slot.stage)))
+            if live is None or live.failure:
+                continue
+            match event:
+                case control.GenesisReported():
+                    live.roots = GenesisRoots(event.shared, event.lane, event.data)
+                    live.drawn.set()
+                case control.StepReported():
+                    self._step(live, event)
+                case control.SegmentReported(_, segment):
+                    await self._segment(live, segment)
+                case control.SlotEnded():
+                    self._emit(SlotFinished(live.job, live.slot))
+                case control.SlotBroken(_, text):
+                    self._fail(live, text)
+
+    def _step(self, live: LiveSlot, event: control.StepReported) -> None:
+        if self._events.statistics().current_buffer_used >= MAX_WAITING_STEPS:
+            return
+        timings = {
+            "compute": max(event.seconds - event.waiting - event.verifying, 0.0),
+            "waiting": event.waiting,
+            "verifying": event.verifying,
+        }
+        self._emit(
+            StepDone(
+                live.job,
+                live.slot,
+                event.step,
+                event.loss,
+                event.seconds,
+                timings,
+                event.gradient_norm,
+            )
+        )
+
+    async def _segment(self, live: LiveSlot, segment: int) -> None:
+        path = list_file(self._layout.slot(live.job, *live.slot), segment)
+        try:
+            stored = await trio.to_thread.run_sync(read_list, path)
+        except FileError as error:
+            self._fail(live, f"the list of segment {segment} cannot be read: {error}")
+            return
+        self._emit(SegmentDone(live.job, live.slot, stored.record, stored.salt))
+
+    def _emit(self, event: Event) -> None:
+        self._events.send_nowait(event)
+
+
+def _holders(holders: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(holders))[: control.MAX_HOLDERS]

@@ -1,6 +1,6 @@
 """What goes into and comes out of `tdmld.node.machine.Machine`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -8,11 +8,15 @@ from typing import NamedTuple
 from tdmld.train.segment import SegmentRecord
 
 
-class SlotId(NamedTuple):
-    """One stage of one lane of a job."""
+@dataclass(frozen=True, order=True, slots=True)
+class SlotId:
+    """One stage of one lane of a job. Unpacks as (lane, stage)."""
 
     lane: int
     stage: int
+
+    def __iter__(self) -> Iterator[int]:
+        return iter((self.lane, self.stage))
 
     def index(self, stages: int) -> int:
         """The slot index of the chain."""

@@ -32,11 +32,14 @@ class Child:
     ) -> None:
         """Start `argv`. stdout and stderr go to `log`. OSError when it cannot be started."""
         self.ended = trio.Event()
+        self.status: int | None = None
+        """Exit status once it ended; negative: the signal."""
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         if log.exists() and log.stat().st_size > LOG_BYTES:
             log.replace(log.with_name(log.name + ".old"))
         with log.open("ab") as output:
+            self._log_start = output.tell()
             # Started here and not in a thread: the parent-death signal belongs to the thread.
             self._process = subprocess.Popen(
                 list(argv),
@@ -50,8 +53,8 @@ class Child:
             )
         self.pid = self._process.pid
 
-    async def watch(self) -> int:
-        """Wait for the end; gives the exit status (negative: the signal). Cancelled, kills it."""
+    async def watch(self) -> None:
+        """Wait for the end. Cancelled, kills the child."""
         pidfd = os.pidfd_open(self.pid)
         try:
             await trio.lowlevel.wait_readable(pidfd)
@@ -59,9 +62,8 @@ class Child:
             os.close(pidfd)
             # Not reaped yet, so the number still names this child's group and nobody else's.
             self.kill()
-            self._process.wait()
+            self.status = self._process.wait()
             self.ended.set()
-        return self._process.returncode
 
     def kill(self) -> None:
         """Kill the whole group now; nothing when it has ended."""
@@ -78,10 +80,11 @@ class Child:
             with trio.CancelScope(shield=True):
                 await self.ended.wait()
 
-    def epitaph(self, status: int) -> str:
+    def epitaph(self) -> str:
         """How it ended, with its last words."""
-        words = tail(self.log)
-        return describe_status(status) + (f"; it said: {words}" if words else "")
+        words = tail(self.log, self._log_start)
+        ending = "is running" if self.status is None else describe_status(self.status)
+        return ending + (f"; it said: {words}" if words else "")
 
 
 def describe_status(status: int) -> str:

@@ -21,7 +21,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -29,6 +29,7 @@ from tdmld.node.channel import Failure, FrameMemory, Genesis, Segment, Step, Wor
 from tdmld.node.errors import ControlError
 from tdmld.node.layout import list_file, state
 from tdmld.node.parentdeath import die_with_parent
+from tdmld.node.worker_task import TASK_BYTES, Task
 from tdmld.train.channel import LogChannel
 from tdmld.train.data import Tokens
 from tdmld.train.errors import TrainError
@@ -42,29 +43,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PathText = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
-TASK_BYTES = 64 * 1024
 SALT_BYTES = 32
 EXIT_FAILED = 1
 EXIT_TASK = 2
-
-
-class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What to do.
-
-    directory  the slot's, standby's or audit's directory: state/, list/ and replayed frames
-    shards     the data, in the order of the spec
-    segment    the one to replay
-    """
-
-    mode: Literal["live", "genesis", "replay"]
-    spec: PathText
-    directory: PathText
-    shards: tuple[PathText, ...]
-    lane: Annotated[int, msgspec.Meta(ge=0)]
-    stage: Annotated[int, msgspec.Meta(ge=0)]
-    segment: Annotated[int, msgspec.Meta(ge=0)] = 0
-    niceness: Annotated[int, msgspec.Meta(ge=0, le=19)] = 0
 
 
 def run_task(task: Task, end: socket.socket, memory_fd: int | None) -> None:

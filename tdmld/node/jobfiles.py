@@ -1,0 +1,138 @@
+"""A job's files on this machine: preparing, checking, discarding. Blocking: call it in a thread."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from tdmld.node.errors import MachineError
+from tdmld.node.layout import list_file
+from tdmld.train.digest import digest, link_root
+from tdmld.train.errors import FileError
+from tdmld.train.export import Result, merge_states, read_result
+from tdmld.train.files import write_durably
+from tdmld.train.framelog import read_frames
+from tdmld.train.limits import STATE_HEADER_BYTES
+from tdmld.train.spec import Spec, stage_parameters
+from tdmld.train.statefile import PARTS, part_file, read_manifest
+
+_STATE_VALUES = 2
+"""The lane part has two moments a weight; the shared part one value."""
+
+
+def state_limit(spec: Spec, stage: int) -> int:
+    """The greatest size of one part of a stage's state, in bytes."""
+    return 4 * _STATE_VALUES * stage_parameters(spec, stage) + STATE_HEADER_BYTES
+
+
+def prepare_directory(directory: Path, spec_path: Path, spec: bytes, fresh: bool) -> None:
+    """Make a worker's directory and the job's spec file. With `fresh`, what an attempt that never
+    finished a segment left there goes first. MachineError when segments were finished."""
+    if fresh and directory.exists():
+        if list_file(directory, 0).exists():
+            raise MachineError(
+                f"{directory} has finished segments; a slot cannot be taken up again, its job will"
+                " be refunded"
+            )
+        shutil.rmtree(directory)
+    for name in ("state", "list"):
+        (directory / name).mkdir(parents=True, exist_ok=True)
+    if not spec_path.exists() or spec_path.read_bytes() != spec:
+        write_durably(spec_path, [spec])
+
+
+def has_part(path: Path, root: bytes) -> bool:
+    """Whether a state file is whole and has this root."""
+    try:
+        return read_manifest(path).root == root
+    except FileError:
+        return False
+
+
+def has_state(directory: Path, roots: Sequence[bytes]) -> bool:
+    """Whether both parts are there with these roots."""
+    return all(
+        has_part(directory / part_file(part), root) for part, root in zip(PARTS, roots, strict=True)
+    )
+
+
+def has_frames(path: Path, root: bytes, frame_bytes: int) -> bool:
+    """Whether a frame log is whole and has this link root."""
+    try:
+        found = ((frame.seq, digest(frame.payload)) for frame in read_frames(path, frame_bytes))
+        return link_root(found) == root
+    except (FileError, OSError):
+        return False
+
+
+def boundaries(owner: Path) -> list[int]:
+    """Boundaries of the states below a slot or standby directory, ascending."""
+    directory = owner / "state"
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+
+
+def keep_last_states(owner: Path, count: int) -> None:
+    """Remove all but the last `count` states."""
+    for boundary in boundaries(owner)[:-count]:
+        remove_tree(owner / "state" / str(boundary))
+
+
+def discard_settled(owner: Path, frames_until: int, states_until: int, kept_states: int) -> None:
+    """Remove frames of segments <= `frames_until`, and the states that start segments <=
+    `states_until` except the last `kept_states`."""
+    ring = owner / "ring"
+    if ring.is_dir():
+        for path in ring.iterdir():
+            number = path.name.partition(".")[0]
+            if number.isdecimal() and int(number) <= frames_until:
+                path.unlink(missing_ok=True)
+    for boundary in boundaries(owner)[:-kept_states]:
+        if boundary <= states_until:
+            remove_tree(owner / "state" / str(boundary))
+
+
+def discard_job(directory: Path) -> None:
+    """Keep the spec, the lists and the result of a job that is over."""
+    if not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        if path.name.startswith(("standby-", "audit", "gathered")):
+            remove_tree(path)
+        elif path.name.startswith("slot-"):
+            remove_tree(path / "ring")
+            remove_tree(path / "state")
+
+
+def replace_directory(aside: Path, target: Path) -> None:
+    """Let a finished directory appear under its name, durably."""
+    remove_tree(target)
+    aside.rename(target)
+    fd = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_result(spec: Spec, shared: Sequence[Path], target: Path) -> Result:
+    """Merge the stages' shared parts; the result appears whole. FileError, OSError."""
+    aside = target.with_name(f"{target.name}.new")
+    remove_tree(aside)
+    try:
+        merge_states(spec, shared, aside)
+        replace_directory(aside, target)
+    finally:
+        remove_tree(aside)
+    return read_result(target)
+
+
+def is_used_directory(path: Path) -> bool:
+    """Whether something is there already that must not be overwritten."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory of ours with everything in it; nothing when it is not there."""
+    shutil.rmtree(path, ignore_errors=True)
