@@ -1,8 +1,9 @@
 """A real server on loopback around a fake backend."""
 
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import httpx
@@ -49,6 +50,30 @@ async def serving(backend: FakeBackend, **options: object) -> AsyncIterator[Runn
         running.stop.set()
         with trio.fail_after(10):
             await running.done.wait()
+
+
+@contextmanager
+def serving_in_a_thread(backend: FakeBackend) -> Iterator[Running]:
+    """For clients that run under asyncio, or outside any loop."""
+    ready: list[Running] = []
+    started = threading.Event()
+    stop: list[trio.lowlevel.TrioToken] = []
+
+    async def main() -> None:
+        async with serving(backend) as running:
+            ready.append(running)
+            stop.append(trio.lowlevel.current_trio_token())
+            started.set()
+            await running.stop.wait()
+
+    thread = threading.Thread(target=trio.run, args=(main,))
+    thread.start()
+    assert started.wait(10)
+    try:
+        yield ready[0]
+    finally:
+        trio.from_thread.run_sync(ready[0].stop.set, trio_token=stop[0])
+        thread.join(10)
 
 
 @pytest.fixture

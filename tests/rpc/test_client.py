@@ -3,9 +3,6 @@
 import asyncio
 import os
 import stat
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +20,8 @@ from tdmld.rpc.access import (
 from tdmld.rpc.client import Client
 from tdmld.rpc.errors import Forbidden, InternalError, NotFound, Unauthorized, Unreachable
 from tdmld.rpc.types import BlockInfo, Head, JobEvent, NodeStatus, PeerInfo, Submitted
-from tests.rpc.conftest import Running, serving
+from tests.rpc.conftest import Running, serving, serving_in_a_thread
 from tests.rpc.fake import JOB, FakeBackend
-
-
-@contextmanager
-def serving_in_a_thread(backend: FakeBackend) -> Iterator[Running]:
-    """For clients that run under asyncio, or outside any loop."""
-    ready: list[Running] = []
-    started = threading.Event()
-    stop: list[trio.lowlevel.TrioToken] = []
-
-    async def main() -> None:
-        async with serving(backend) as running:
-            ready.append(running)
-            stop.append(trio.lowlevel.current_trio_token())
-            started.set()
-            await running.stop.wait()
-
-    thread = threading.Thread(target=trio.run, args=(main,))
-    thread.start()
-    assert started.wait(10)
-    try:
-        yield ready[0]
-    finally:
-        trio.from_thread.run_sync(ready[0].stop.set, trio_token=stop[0])
-        thread.join(10)
 
 
 async def events_of(client: Client, job: str) -> list[JobEvent]:
