@@ -65,6 +65,12 @@ def test_help_imports_nothing_heavy() -> None:
     assert "devnet" in answer.stdout
 
 
+def test_every_command_can_be_imported() -> None:
+    for name in table_of_commands.app:
+        if not name.startswith("-"):
+            table_of_commands.app[name]
+
+
 def test_version_is_there_twice(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version", "--json"]) == Exit.OK
     assert json.loads(capsys.readouterr().out)["tdmld"] == "0.1.0"
