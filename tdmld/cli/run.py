@@ -1,6 +1,5 @@
 """`tdmld run`"""
 
-from tdmld import logs
 from tdmld.cli.common import DataDir, resolve_data_dir
 from tdmld.cli.exits import Exit
 from tdmld.config import load_config
@@ -64,9 +63,6 @@ def run(
         "ask.standby_slots": ask_standby_slots,
     }
     config = load_config(directory, flags)
-    logs.configure(
-        config.log_level, file=config.data_dir / "logs" / "daemon.jsonl", process="daemon"
-    )
     from tdmld.node import daemon
 
     return int(daemon.run(config))
