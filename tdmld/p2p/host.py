@@ -295,6 +295,8 @@ async def open_host(
             addresses = listened(listeners)
             inner = _new_host(seed, addresses, limits)
             await stack.enter_async_context(inner.run(listen_addrs=[]))
+            # It would dial, of its own choice, whatever addresses strangers have told us.
+            await cast(Swarm, inner.get_network()).auto_connector.stop()
             running = (
                 await stack.enter_async_context(open_gossip(inner, limits)) if gossip else None
             )
@@ -327,10 +329,8 @@ def _new_host(seed: bytes, addresses: Sequence[str], limits: Limits) -> IHost:
         connection_config=ConnectionConfig(
             max_connections=_SWARM_CONNECTIONS,
             high_watermark=_SWARM_CONNECTIONS,
-            # The library's auto-connector stays idle: it would dial peers of its own choice.
             low_watermark=0,
             min_connections=0,
-            auto_connect_interval=3600.0,
         ),
         disable_identify_address_discovery=True,
     )

@@ -33,6 +33,7 @@ class NoiseSession(BaseSession):
         )
         self._inner = inner
         self._write_lock = trio.Lock()
+        self._buffer = memoryview(b"")
 
     async def write(self, data: bytes) -> None:
         with shielded(WRITE_SECONDS) as scope:
@@ -43,7 +44,12 @@ class NoiseSession(BaseSession):
             raise RawConnError(f"the peer took no data for {WRITE_SECONDS:.0f} s")
 
     async def read(self, n: int | None = None) -> bytes:
-        return await self._inner.read(n)
+        """Up to `n` bytes, at most one record. (The library's waits until it has all `n`.)"""
+        if not self._buffer:
+            self._buffer = memoryview(await self._inner.read(None))
+        end = len(self._buffer) if n is None or n < 0 else n
+        data, self._buffer = bytes(self._buffer[:end]), self._buffer[end:]
+        return data
 
     async def close(self) -> None:
         await self._inner.close()
