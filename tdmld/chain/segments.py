@@ -5,9 +5,9 @@
 
 Byte layouts (BLAKE3-256 throughout; integers big-endian), the same in `tdmld.train`:
 
-    list root = H("tdmld list 1" ‖ job ‖ slot u32 ‖ segment u32 ‖ start shared ‖ start lane ‖
-                  end shared ‖ end lane ‖ for "up", then "down": present u8 [‖ sent root ‖
-                  received root] ‖ steps root)
+    list root = H(job 32 ‖ lane u32 ‖ stage u32 ‖ segment u64 ‖ start shared ‖ start lane ‖
+                  end shared ‖ end lane ‖ for "up", then "down", where the slot has it:
+                  sent root ‖ received root ‖ steps root)
     seal      = H(salt ‖ steps root)
     commit of an auditor = H(list root ‖ salt ‖ auditor's node key)
 
@@ -45,11 +45,9 @@ from tdmld.chain.records import (
     Timer,
 )
 from tdmld.chain.settlement import arm_settlement, arm_stall, copy_due_after, count
-from tdmld.chain.state import u32
+from tdmld.chain.state import u32, u64
 from tdmld.chain.transactions import Commit, LinkRoots, StandbyProof
 
-LIST_DOMAIN = b"tdmld list 1"
-LINKS = ("up", "down")
 OPPOSITE = {"up": "down", "down": "up"}
 
 
@@ -67,13 +65,11 @@ def neighbour(slot: int, link: str) -> int:
 
 def audit_list_root(job: Job, slot: int, number: int, segment: Segment, steps: bytes) -> bytes:
     """The list root that follows from a worker's Commit and its opened steps root."""
-    hasher = blake3(LIST_DOMAIN + job.id + u32(slot) + u32(number))
+    hasher = blake3(job.id + u32(job.lane_of(slot)) + u32(job.stage_of(slot)) + u64(number))
     hasher.update(segment.start_shared + segment.start_lane)
     hasher.update(segment.end_shared + segment.end_lane)
-    present = {link.link: link for link in segment.links}
-    for name in LINKS:
-        link = present.get(name)
-        hasher.update(b"\0" if link is None else b"\1" + link.sent + link.received)
+    for link in segment.links:
+        hasher.update(link.sent + link.received)
     hasher.update(steps)
     return hasher.digest()
 

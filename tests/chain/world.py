@@ -1,0 +1,449 @@
+"""A ledger without a network: blocks one by one, and actors that do what the state asks of them.
+
+Training is a table of hashes here: everybody who is honest finds the same ones. Misbehaviour has
+names (`Vice`), so that a test reads as what somebody did.
+"""
+
+from collections.abc import Iterator
+from enum import StrEnum
+
+from blake3 import blake3
+
+from tdmld.chain.crypto import KeyPair, sha256
+from tdmld.chain.genesis import (
+    Genesis,
+    Parameters,
+    chain_id,
+    genesis_document,
+    genesis_from_document,
+)
+from tdmld.chain.ledger import (
+    BlockContext,
+    BlockResult,
+    Receipt,
+    apply_block,
+    genesis_changes,
+    next_due,
+    recount,
+)
+from tdmld.chain.limits import STANDBY_SLOT
+from tdmld.chain.records import AuditStatus, Job, JobStatus, ProofStatus, SlotState
+from tdmld.chain.segments import audit_list_root, links_of
+from tdmld.chain.state import State
+from tdmld.chain.transactions import (
+    OWNER_KINDS,
+    Accept,
+    Ask,
+    AttestGenesis,
+    AttestResult,
+    AuditCommit,
+    AuditFail,
+    AuditOpen,
+    Commit,
+    Decline,
+    Fetched,
+    LinkRoots,
+    Offer,
+    Open,
+    Payload,
+    Stage,
+    StandbyProof,
+    decode_transaction,
+    sign_transaction,
+    verify_transaction,
+)
+
+FEE = 10
+BALANCE = 10_000_000
+STAKE = 50_000
+GIB = 1 << 30
+
+
+class Vice(StrEnum):
+    """What a node does wrong. Several at once are possible."""
+
+    MUTE = "sends nothing any more"
+    DECLINES = "declines every place"
+    IGNORES_PLACE = "does not answer a matching"
+    OTHER_GENESIS = "attests another boundary 0"
+    FLIPS_FRAME = "commits to other frames than it sent"
+    CHEATS = "commits to steps that it did not compute"
+    KEEPS_SEAL = "does not open its seal"
+    NEVER_AUDITS = "is drawn and does nothing"
+    CANNOT_AUDIT = "is drawn and gives up"
+    HIDES_VERDICT = "commits to a verdict and does not open it"
+    LIES = "commits to another list than it found"
+    FORGES_COPY = "proves another state than the true one"
+    LOSES_COPY = "never proves its copy"
+    OTHER_RESULT = "attests another result"
+
+
+def mark(*parts: object) -> bytes:
+    """The hash of something that all honest actors compute alike."""
+    return sha256(repr(parts).encode())
+
+
+def owner_key(index: int) -> KeyPair:
+    return KeyPair(sha256(b"owner", bytes([index])))
+
+
+def node_key(index: int) -> KeyPair:
+    return KeyPair(sha256(b"node", bytes([index])))
+
+
+def make_genesis(nodes: int = 7, validators: int = 4, **parameters: int) -> Genesis:
+    """`nodes` owners with a node, a balance and work stake each; the first few validate."""
+    owners = [owner_key(i) for i in range(nodes)]
+    keys = [node_key(i) for i in range(nodes)]
+    return genesis_from_document(
+        {
+            "chain": "tdmld-world-1",
+            "time": "2026-01-01T00:00:00Z",
+            "accounts": [[owner.address, BALANCE] for owner in owners],
+            "validators": [
+                [owners[i].address, keys[i].address, 1000 + i]
+                for i in range(min(validators, nodes))
+            ],
+            "work_stakes": [[owner.address, STAKE] for owner in owners],
+            "nodes": [[o.address, n.address] for o, n in zip(owners, keys, strict=True)],
+            "mature_classes": ["*"],
+            "parameters": parameters,
+        }
+    )
+
+
+def with_parameters(genesis: Genesis, **parameters: int) -> Genesis:
+    document = genesis_document(genesis)
+    old = document["parameters"]
+    assert isinstance(old, dict)
+    return genesis_from_document({**document, "parameters": {**old, **parameters}})
+
+
+class World:
+    """The chain, block after block, and who misbehaves on it."""
+
+    def __init__(self, genesis: Genesis | None = None, seed: int = 0) -> None:
+        self.genesis = make_genesis() if genesis is None else genesis
+        self.chain_id = chain_id(self.genesis)
+        self.store: dict[bytes, bytes] = dict(genesis_changes(self.genesis))
+        self.height = 0
+        self.view = 0
+        self.beacon = mark("beacon", seed)
+        self.keys = {node_key(i).public: node_key(i) for i in range(20)}
+        self.vices: dict[bytes, frozenset[Vice]] = {}
+        self.stop_before: dict[bytes, int] = {}
+        """Node -> first segment that it does not commit any more."""
+        self.bad_segment = 0
+        """First segment that a cheat is made in."""
+        self.events: list[object] = []
+        self.receipts: list[Receipt] = []
+
+    @property
+    def parameters(self) -> Parameters:
+        return self.genesis.parameters
+
+    @property
+    def state(self) -> State:
+        return State(self.store.get)
+
+    def balance(self, index: int) -> int:
+        return self.state.account(owner_key(index).public).balance
+
+    def job(self, job: bytes) -> Job:
+        found = self.state.job(job)
+        assert found is not None
+        return found
+
+    def has(self, node: bytes, vice: Vice) -> bool:
+        return vice in self.vices.get(node, ())
+
+    # -- blocks
+
+    def sign(self, key: KeyPair, payload: Payload, **header: int) -> bytes:
+        """Signed with the header that its family asks for; `header` overrides."""
+        if isinstance(payload, OWNER_KINDS):
+            header = {"nonce": self.state.account(key.public).nonce, "fee": FEE, **header}
+        return sign_transaction(key, self.chain_id, payload, **header)
+
+    def block(self, *raws: bytes, tainted: bool = False) -> BlockResult:
+        """Apply the next block, count all money, keep the result."""
+        transactions = [decode_transaction(raw, self.chain_id) for raw in raws]
+        assert all(verify_transaction(t, self.chain_id) for t in transactions)
+        self.height += 1
+        parent = self.view
+        self.view += 2 if tainted else 1
+        self.beacon = mark(self.beacon, self.height)
+        context = BlockContext(
+            height=self.height,
+            view=self.view,
+            parent_view=parent,
+            time_ms=self.height * 500,
+            proposer=node_key(0).public,
+            beacon=self.beacon,
+        )
+        result = apply_block(self.store.get, self.genesis, context, transactions)
+        for key, value in result.changes.items():
+            if value is None:
+                self.store.pop(key, None)
+            else:
+                self.store[key] = value
+        recount(self.store.items())
+        self.events.extend(result.events)
+        self.receipts.extend(result.receipts)
+        return result
+
+    def do(self, key: KeyPair, payload: Payload, **header: int) -> bytes:
+        """One transaction in a block of its own, which must succeed; its id."""
+        (receipt,) = self.block(self.sign(key, payload, **header)).receipts
+        assert receipt.ok, receipt.reason
+        return receipt.id
+
+    def refused(self, key: KeyPair, payload: Payload, **header: int) -> str:
+        """One transaction in a block of its own, which must fail; the reason."""
+        (receipt,) = self.block(self.sign(key, payload, **header)).receipts
+        assert not receipt.ok
+        return receipt.reason
+
+    def wait(self, blocks: int) -> None:
+        for _ in range(blocks):
+            self.block()
+
+    def next_due(self) -> int | None:
+        return next_due(self.store.get)
+
+    # -- the market
+
+    def ask(self, index: int, **changes: object) -> bytes:
+        """Node `index` asks; returns the signed transaction."""
+        fields: dict[str, object] = {
+            "session": mark("session", index),
+            "class_id": "cpu",
+            "memory": 4 * GIB,
+            "price": 1000,
+            "audit_capacity": 4,
+            "standby_slots": 4,
+            "until_height": self.height + 900,
+        }
+        return self.sign(node_key(index), Ask(**{**fields, **changes}))  # type: ignore[arg-type]
+
+    def all_ask(self, nodes: int = 7) -> None:
+        result = self.block(*(self.ask(index) for index in range(nodes)))
+        assert all(receipt.ok for receipt in result.receipts)
+
+    def offer(self, **changes: object) -> Offer:
+        """A job of two stages and four rounds, every second segment audited."""
+        fields: dict[str, object] = {
+            "spec_id": mark("spec"),
+            "spec_bytes": 900,
+            "stages": (Stage(1_000_000, GIB), Stage(1_000_000, GIB)),
+            "lanes": 1,
+            "rounds": 4,
+            "segment_steps": 5,
+            "unsettled": 4,
+            "state_every": 2,
+            "tokens": 10_000,
+            "class_id": "any",
+            "privacy": "open",
+            "slot_price_max": 20_000,
+            "standby_price": 500,
+            "audit_rate": 500_000,
+            "audit_price": 7_000,
+            "audit_budget": 200_000,
+            "deadline": self.height + 3000,
+            "source": node_key(0).public,
+            "session": mark("session", 0),
+        }
+        return Offer(**{**fields, **changes})  # type: ignore[arg-type]
+
+    def submit(self, **changes: object) -> bytes:
+        """Owner 0 offers a job; its id."""
+        return self.do(owner_key(0), self.offer(**changes))
+
+    # -- actors
+
+    def moves(self, job_id: bytes) -> Iterator[tuple[bytes, Payload]]:
+        """Everything that the members of a job want to send now: (node, payload)."""
+        for node, payload in self._duties(self.job(job_id)):
+            if not self.has(node, Vice.MUTE):
+                yield node, payload
+
+    def play(self, job_id: bytes, *, tainted: bool = False, fetch: bool = True) -> BlockResult:
+        """One block with everybody's moves."""
+        raws = [self.sign(self.keys[node], payload) for node, payload in self.moves(job_id)]
+        job = self.job(job_id)
+        if fetch and job.status is JobStatus.FINISHING and job.result:
+            raws.append(self.sign(owner_key(0), Fetched(job_id)))
+        return self.block(*raws, tainted=tainted)
+
+    def play_until(self, job_id: bytes, *statuses: JobStatus, blocks: int = 1500) -> Job:
+        """Play until the job has one of the statuses (a final one when none is named)."""
+        for _ in range(blocks):
+            job = self.job(job_id)
+            if job.status in statuses or (not statuses and job.final):
+                return job
+            result = self.play(job_id)
+            failed = [receipt.reason for receipt in result.receipts if not receipt.ok]
+            assert not failed or self.job(job_id).final, failed
+        raise AssertionError(f"still {self.job(job_id).status} after {blocks} blocks")
+
+    def state_roots(self, job: Job, slot: int, boundary: int) -> tuple[bytes, bytes]:
+        return mark("shared", job.id, slot, boundary), mark("lane", job.id, slot, boundary)
+
+    def true_commit(self, job: Job, slot: int, number: int, node: bytes) -> Commit:
+        """What an honest worker commits to."""
+        start, end = self.state_roots(job, slot, number), self.state_roots(job, slot, number + 1)
+        links = []
+        for link in links_of(job, slot):
+            low = slot - 1 if link == "up" else slot
+            forward, back = mark("forward", low, number), mark("back", low, number)
+            sent, received = (back, forward) if link == "up" else (forward, back)
+            links.append(LinkRoots(link, sent, received))
+        salt, steps = self.salt(node, slot, number), self.steps(job, slot, number)
+        return Commit(
+            job=job.id,
+            epoch=0,
+            slot=slot,
+            incarnation=0,
+            segment=number,
+            start_shared=start[0],
+            start_lane=start[1],
+            end_shared=end[0],
+            end_lane=end[1],
+            links=tuple(links),
+            seal=blake3(salt + steps).digest(),
+            loss=2_500_000 - number,
+        )
+
+    def salt(self, node: bytes, slot: int, number: int) -> bytes:
+        return mark("salt", node, slot, number)
+
+    def steps(self, job: Job, slot: int, number: int) -> bytes:
+        return mark("steps", job.id, slot, number)
+
+    def sworn_steps(self, job: Job, slot: int, number: int, node: bytes) -> bytes:
+        if self.has(node, Vice.CHEATS) and number >= self.bad_segment:
+            return mark("false steps", number)
+        return self.steps(job, slot, number)
+
+    def _duties(self, job: Job) -> Iterator[tuple[bytes, Payload]]:
+        if job.status is JobStatus.MATCHED:
+            yield from self._answers(job)
+        elif job.status is JobStatus.PREPARING:
+            yield from self._attestations(job)
+        elif job.status is JobStatus.ACTIVE:
+            for slot in range(job.slots):
+                yield from self._commits(job, slot)
+                yield from self._audits(job, slot)
+        elif job.status is JobStatus.FINISHING:
+            yield from self._results(job)
+
+    def _answers(self, job: Job) -> Iterator[tuple[bytes, Payload]]:
+        places = [(slot, self._slot(job, slot).worker) for slot in range(job.slots)]
+        assert job.standby is not None
+        for slot, member in [*places, (STANDBY_SLOT, job.standby)]:
+            if self.has(member.node, Vice.DECLINES):
+                # One decline ends the matching: nobody else's answer stands in that block.
+                yield member.node, Decline(job.id, job.attempt, slot)
+                return
+        for slot, member in [*places, (STANDBY_SLOT, job.standby)]:
+            if not member.accepted and not self.has(member.node, Vice.IGNORES_PLACE):
+                session = mark("session of", member.node)
+                yield member.node, Accept(job.id, job.attempt, slot, session)
+
+    def _attestations(self, job: Job) -> Iterator[tuple[bytes, Payload]]:
+        assert job.standby is not None
+        for slot in range(job.slots):
+            state = self._slot(job, slot)
+            members = [state.worker.node, job.standby.node]
+            if any(self.has(node, Vice.OTHER_GENESIS) for node in members) and slot > 0:
+                continue  # the job ends with slot 0; later answers would fail
+            for node in members:
+                if all(roots.node != node for roots in state.attested):
+                    shared, lane = self.state_roots(job, slot, 0)
+                    if self.has(node, Vice.OTHER_GENESIS):
+                        shared = mark("other")
+                    yield node, AttestGenesis(job.id, slot, shared, lane, mark("data"))
+
+    def _commits(self, job: Job, slot: int) -> Iterator[tuple[bytes, Payload]]:
+        state = self._slot(job, slot)
+        node, number = state.worker.node, state.committed
+        if (
+            number < job.rounds
+            and number - state.settled < job.unsettled
+            and number < self.stop_before.get(node, job.rounds)
+        ):
+            sworn = self.true_commit(job, slot, number, node)
+            steps = self.sworn_steps(job, slot, number, node)
+            seal = blake3(self.salt(node, slot, number) + steps).digest()
+            links = sworn.links
+            if self.has(node, Vice.FLIPS_FRAME) and number >= self.bad_segment:
+                links = tuple(LinkRoots(r.link, mark("flipped"), r.received) for r in links)
+            yield (
+                node,
+                Commit(
+                    *(
+                        {"seal": seal, "links": links}.get(name, getattr(sworn, name))
+                        for name in Commit.__struct_fields__
+                    )
+                ),
+            )
+
+    def _audits(self, job: Job, slot: int) -> Iterator[tuple[bytes, Payload]]:
+        state = self._slot(job, slot)
+        for number in range(state.settled, state.committed):
+            yield from self._proof(job, slot, number)
+            audit = self.state.audit(job.id, slot, number)
+            if audit is None:
+                continue
+            node, worker = audit.auditor, state.worker.node
+            at = (job.id, 0, slot, number)
+            salt, found = mark("auditor salt", node, *at), self._found(job, slot, number, node)
+            if audit.status is AuditStatus.DRAWN:
+                if self.has(node, Vice.CANNOT_AUDIT):
+                    yield node, AuditFail(*at, "frames of segment 0")
+                elif not self.has(node, Vice.NEVER_AUDITS):
+                    yield node, AuditCommit(*at, blake3(found + salt + node).digest())
+            elif audit.status is AuditStatus.COMMITTED:
+                if not self.has(worker, Vice.KEEPS_SEAL):
+                    steps = self.sworn_steps(job, slot, number, worker)
+                    yield worker, Open(*at, self.salt(worker, slot, number), steps)
+            elif audit.status is AuditStatus.OPENED and not self.has(node, Vice.HIDES_VERDICT):
+                yield node, AuditOpen(*at, found, salt)
+
+    def _found(self, job: Job, slot: int, number: int, auditor: bytes) -> bytes:
+        """The list root that an auditor's replay gives."""
+        if self.has(auditor, Vice.LIES):
+            return mark("lie")
+        segment = self.state.segment(job.id, slot, number)
+        assert segment is not None
+        return audit_list_root(job, slot, number, segment, self.steps(job, slot, number))
+
+    def _proof(self, job: Job, slot: int, number: int) -> Iterator[tuple[bytes, Payload]]:
+        segment = self.state.segment(job.id, slot, number)
+        assert segment is not None
+        assert job.standby is not None
+        if (
+            segment.proof is not ProofStatus.WAITING
+            or not segment.proof_key
+            or self.height + 1 >= segment.proof_until
+        ):
+            return
+        true = mark("keyed", segment.proof_key, slot, number)
+        node = self._slot(job, slot).worker.node if segment.standby_hash else job.standby.node
+        if self.has(node, Vice.LOSES_COPY):
+            return
+        value = mark("forged") if self.has(node, Vice.FORGES_COPY) else true
+        yield node, StandbyProof(job.id, 0, slot, 0, number, value)
+
+    def _results(self, job: Job) -> Iterator[tuple[bytes, Payload]]:
+        assert job.standby is not None
+        last = self._slot(job, len(job.stages) - 1).worker.node
+        for node in (job.standby.node, last):
+            if all(node != other for other, _ in job.results):
+                other = self.has(node, Vice.OTHER_RESULT)
+                yield node, AttestResult(job.id, mark("other" if other else "result", job.id))
+
+    def _slot(self, job: Job, slot: int) -> SlotState:
+        found = self.state.slot(job.id, slot)
+        assert found is not None
+        return found
