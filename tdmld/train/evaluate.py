@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from tdmld.train.data import Tokens
+from tdmld.train.errors import FileError
 from tdmld.train.model import token_loss
 from tdmld.train.numerics import ATTENTION
 from tdmld.train.spec import Spec
@@ -21,16 +23,22 @@ _BATCH = 16
 
 
 def load_model(directory: Path) -> Any:
-    """The model of a result directory, from local files only, without running code from it."""
+    """The model of a result directory, from local files only, without running code from it.
+
+    FileError when the directory does not hold one.
+    """
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    model = AutoModelForCausalLM.from_pretrained(
-        directory,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        attn_implementation=ATTENTION,
-        dtype=torch.float32,
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation=ATTENTION,
+            dtype=torch.float32,
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise FileError(f"{directory} holds no model: {error}; fetch it again") from error
     return cast(Any, model).eval()
 
 

@@ -235,12 +235,14 @@ class Llama:
                 "set family to the config's model type or use another config",
             )
         filled: dict[str, Any] = {**_LLAMA_DEFAULTS, **values}
-        if filled.get("num_key_value_heads") is None and "num_attention_heads" in filled:
+        for key in ("hidden_size", "num_attention_heads"):
+            if key not in filled:
+                raise SpecError(f"config.{key}", "missing", "add it to the model's config")
+            filled[key] = _LLAMA[key].check(key, filled[key])
+        if filled.get("num_key_value_heads") is None:
             filled["num_key_value_heads"] = filled["num_attention_heads"]
         if filled.get("head_dim") is None:
-            heads, hidden = filled.get("num_attention_heads"), filled.get("hidden_size")
-            if type(heads) is int and type(hidden) is int and heads > 0:
-                filled["head_dim"] = hidden // heads
+            filled["head_dim"] = filled["hidden_size"] // filled["num_attention_heads"]
         config = _by_rules(filled)
         self.check(config)
         return config

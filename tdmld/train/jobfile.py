@@ -117,7 +117,7 @@ def load_job_file(path: Path) -> JobFile:
         family=file.family,
         config=config,
         seed=file.seed,
-        init=SeedInit(),
+        init=SeedInit(file.init),
         privacy=file.privacy,
         class_=file.class_,
         data=Data(

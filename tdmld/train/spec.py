@@ -62,8 +62,10 @@ class StageClip(_Part, frozen=True, tag_field="kind", tag="stage"):
     norm: DecimalText
 
 
-class SeedInit(_Part, frozen=True, tag_field="kind", tag="seed"):
+class SeedInit(_Part, frozen=True):
     """Weights are drawn from (seed, parameter name)."""
+
+    kind: Literal["seed"]
 
 
 class Lanes(_Part, frozen=True):
@@ -165,6 +167,11 @@ class Spec(_Part, frozen=True):
     def heldout_tokens(self) -> int:
         """Tokens at the end of the text that training never sees."""
         return int(Decimal(self.data.heldout) * self.data.tokens)
+
+    @property
+    def has_heldout(self) -> bool:
+        """Whether at least one window of text is held out."""
+        return self.heldout_tokens > self.data.sequence
 
     @property
     def train_tokens(self) -> int:

@@ -1,5 +1,6 @@
 """The engine against the reference, bit for bit, live and in replay."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def test_both_ends_of_a_link_find_the_same_roots(job: Any) -> None:
 def test_segments_join_without_a_gap(job: Any) -> None:
     _, _, records = job
     for own in records:
-        for before, after in zip(own, own[1:], strict=False):
+        for before, after in pairwise(own):
             assert (before.end_shared, before.end_lane) == (after.start_shared, after.start_lane)
 
 

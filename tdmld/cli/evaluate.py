@@ -1,0 +1,54 @@
+"""`tdmld evaluate`: the held-out loss of a trained model, and a sample of what it writes."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from tdmld.cli.common import AsJson, emit
+from tdmld.cli.exits import Exit
+from tdmld.cli.reference import read_job, training_errors
+from tdmld.errors import UserError
+
+
+def evaluate(
+    model: Annotated[Path, Parameter(help="Directory of the model, as fetched.")],
+    *,
+    job: Annotated[Path, Parameter(help="The job file: it names the text and what is held out.")],
+    prompt: Annotated[str, Parameter(help="What the sample begins with.")] = "\n",
+    length: Annotated[int, Parameter(help="Bytes to sample; 0 for none.")] = 200,
+    temperature: Annotated[float, Parameter(help="0 takes the likeliest byte.")] = 0.8,
+    seed: Annotated[int, Parameter(help="Of the sample.")] = 0,
+    json: AsJson = False,
+) -> int:
+    """Measure a trained model on the job's held-out text, and let it write a little."""
+    if not (model / "config.json").is_file():
+        raise UserError(
+            f"{model} holds no model",
+            why="there is no config.json",
+            next="tdmld job fetch JOB --out DIRECTORY",
+            exit_code=Exit.NOT_FOUND,
+        )
+    if not 0 <= length <= 100_000 or not 0 <= temperature <= 100 or not 0 <= seed < 2**63:
+        raise UserError(
+            "length, temperature or seed is out of range",
+            next="lengths to 100000, temperatures to 100, seeds below 2^63, none negative",
+            exit_code=Exit.USAGE,
+        )
+    with training_errors():
+        found = read_job(job)
+        spec = found.spec
+        from tdmld.train.data import Tokens
+        from tdmld.train.evaluate import heldout_loss, sample_text
+        from tdmld.train.numerics import check_torch
+
+        check_torch()
+        tokens = Tokens.from_text(spec, found.text_path)
+        loss = heldout_loss(model, spec, tokens) if spec.has_heldout else None
+        sample = sample_text(
+            model, prompt, length, temperature=temperature, seed=seed, context=spec.data.sequence
+        )
+    document = {"loss_heldout": loss, "heldout_tokens": spec.heldout_tokens, "sample": sample}
+    text = [f"held-out loss  {loss} nats a byte", "", sample]
+    emit(document, text, as_json=json)
+    return Exit.OK

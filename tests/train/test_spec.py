@@ -1,0 +1,187 @@
+"""Specs: canonical, strict, complete; every malformed field is named."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tdmld.train.errors import SpecError
+from tdmld.train.spec import (
+    decode_spec,
+    spec_bytes,
+    spec_id,
+    stage_memory,
+    stage_parameters,
+    state_tensors,
+)
+from tests.train.support import TEXT, encode_document, make_spec, spec_document
+
+
+def test_a_spec_survives_its_bytes() -> None:
+    raw = encode_document(spec_document())
+    assert spec_bytes(decode_spec(raw)) == raw
+    assert len(spec_id(raw)) == 32
+
+
+def test_true_false_and_null_survive_in_the_config() -> None:
+    document = spec_document(config__bos_token_id=None, config__attention_bias=True)
+    spec = decode_spec(encode_document(document))
+    assert spec.config["bos_token_id"] is None
+    assert spec.config["attention_bias"] is True
+    assert spec.model.hugging_face(spec.config)["rms_norm_eps"] == 1e-6
+
+
+def test_derived_numbers() -> None:
+    spec = make_spec()
+    assert (spec.stages, spec.lanes, spec.slots, spec.rounds) == (2, 1, 2, 2)
+    assert spec.frame_bytes == 2 * 12 * 16 * 2
+    assert spec.links(0) == ("down",)
+    assert spec.links(1) == ("up",)
+    assert make_spec(pipeline__cuts=[0, 1, 2, 4]).links(1) == ("up", "down")
+    assert spec.heldout_tokens == len(TEXT) // 10
+    assert spec.train_tokens + spec.heldout_tokens == len(TEXT)
+    assert sum(stage_parameters(spec, stage) for stage in range(2)) == sum(
+        weight.count for weight in spec.model.weights(spec.config, 0, 4)
+    )
+    assert stage_memory(spec, 0) > 16 * stage_parameters(spec, 0)
+    lane = [tensor for tensor in state_tensors(spec, 0) if tensor.part == "lane"]
+    assert [t.name for t in lane] == sorted(t.name for t in lane)
+    assert lane[-1].name == "step"
+
+
+WRONG: list[tuple[str, Any, str]] = [
+    ("version", 2, "version"),
+    ("family", "resnet", "unknown model family 'resnet'"),
+    ("seed", -1, "seed"),
+    ("seed", 2**63, "seed"),
+    ("init", {"kind": "file"}, "init"),
+    ("privacy", "sealed", "privacy"),
+    ("class", "Any!", "class"),
+    ("clip", {"kind": "global", "norm": "1"}, "clip"),
+    ("clip", {"kind": "stage", "norm": "0"}, "clip.norm"),
+    ("clip", {"kind": "stage", "norm": "one"}, "clip.norm"),
+    ("config__hidden_size", 16.0, "config"),
+    ("config__hidden_size", "16", "config.hidden_size"),
+    ("config__hidden_size", True, "config.hidden_size"),
+    ("config__hidden_size", 10**9, "config.hidden_size"),
+    ("config__hidden_size", 15, "config.hidden_size"),
+    ("config__num_key_value_heads", 3, "config.num_key_value_heads"),
+    ("config__head_dim", 3, "config.head_dim"),
+    ("config__rms_norm_eps", "0.000001", "shortest decimal"),
+    ("config__rms_norm_eps", "nan", "config.rms_norm_eps"),
+    ("config__hidden_act", "os.system", "config.hidden_act"),
+    ("config__model_type", "gpt2", "config.model_type"),
+    ("config__tie_word_embeddings", True, "tied embeddings"),
+    ("config__vocab_size", 300, "config.vocab_size"),
+    ("config__eos_token_id", 256, "config.eos_token_id"),
+    ("config__auto_map", "code", "config.auto_map"),
+    ("data__tokenizer", "words", "data.tokenizer"),
+    ("data__sequence", 0, "data.sequence"),
+    ("data__sequence", 17, "max_position_embeddings"),
+    ("data__heldout", "0.6", "data.heldout"),
+    ("data__heldout", ".1", "data.heldout"),
+    ("data__tokens", 5, "data.shards"),
+    ("data__shards", [], "data.shards"),
+    ("data__shards", [["zz", 1]], "data.shards"),
+    ("data__shards", [["00" * 32, 2**20 + 1]], "data.shards"),
+    ("data__root", "00" * 32, "data.root"),
+    ("train__steps", 0, "train.steps"),
+    ("train__steps", 10**9, "train.steps"),
+    ("train__steps", 7, "pipeline.segment_steps"),
+    ("train__micro_batches", -1, "train.micro_batches"),
+    ("train__micro_batch_size", 0, "train.micro_batch_size"),
+    ("train__precision", "bf16", "train.precision"),
+    ("train__wire", "int8", "train.wire"),
+    ("train__optimizer__name", "sgd", "train.optimizer.name"),
+    ("train__optimizer__lr", "0", "train.optimizer.lr"),
+    ("train__optimizer__lr", 0.001, "train.optimizer.lr"),
+    ("train__optimizer__lr", "-1", "train.optimizer.lr"),
+    ("train__optimizer__lr", "1" * 30, "train.optimizer.lr"),
+    ("train__optimizer__betas", ["0.9"], "train.optimizer.betas"),
+    ("train__optimizer__betas", ["0.9", "1"], "train.optimizer.betas[1]"),
+    ("train__optimizer__eps", "1", "train.optimizer.eps"),
+    ("train__optimizer__weight_decay", "11", "train.optimizer.weight_decay"),
+    ("train__schedule__kind", "cosine", "train.schedule.kind"),
+    ("train__schedule__warmup", 5, "train.schedule.warmup"),
+    ("train__schedule__decay_from", 7, "train.schedule.decay_from"),
+    ("train__schedule__floor", "1.5", "train.schedule.floor"),
+    ("pipeline__cuts", [0], "pipeline.cuts"),
+    ("pipeline__cuts", [0, 2, 2, 4], "does not increase"),
+    ("pipeline__cuts", [1, 4], "does not cover"),
+    ("pipeline__cuts", [0, 3], "does not cover"),
+    ("pipeline__cuts", [0, -1], "pipeline.cuts"),
+    ("pipeline__lanes__count", 2, "pipeline.lanes.count"),
+    ("pipeline__lanes__mode", "diloco", "pipeline.lanes.mode"),
+    ("pipeline__segment_steps", 4, "pipeline.segment_steps"),
+    ("pipeline__unsettled", 3, "pipeline.state_every"),
+    ("pipeline__unsettled", 100, "pipeline.unsettled"),
+    ("pipeline__state_every", 0, "pipeline.state_every"),
+    ("surprise", 1, "surprise: unknown key"),
+    ("train__surprise", 1, "train.surprise: unknown key"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "named"), WRONG)
+def test_a_malformed_field_is_named_with_a_remedy(path: str, value: Any, named: str) -> None:
+    raw = encode_document(spec_document(**{path: value}))
+    with pytest.raises(SpecError) as caught:
+        decode_spec(raw)
+    assert named in str(caught.value)
+    assert caught.value.remedy
+
+
+def paths(document: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in document.items():
+        found.append(prefix + key)
+        if isinstance(value, dict):
+            found += paths(value, f"{prefix}{key}.")
+    return found
+
+
+@pytest.mark.parametrize("path", paths(spec_document()))
+def test_a_missing_field_is_named(path: str) -> None:
+    document = spec_document()
+    *way, last = path.split(".")
+    place = document
+    for key in way:
+        place = place[key]
+    del place[last]
+    with pytest.raises(SpecError) as caught:
+        decode_spec(encode_document(document))
+    assert last in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda raw: raw + b" ",
+        lambda raw: raw.replace(b'"seed":7', b'"seed": 7'),
+        lambda raw: raw.replace(b'"seed":7', b'"seed":7,"seed":7'),
+        lambda raw: json.dumps(json.loads(raw), separators=(",", ":"), sort_keys=False).encode()[
+            ::-1
+        ],
+        lambda raw: raw[:-1],
+        lambda raw: b"[" * 100_000,
+        lambda raw: raw + b" " * 70_000,
+        lambda raw: b"\xff\xfe",
+        lambda raw: b"",
+    ],
+)
+def test_other_spellings_and_rubbish_are_refused(spoil: Any) -> None:
+    with pytest.raises(SpecError):
+        decode_spec(spoil(encode_document(spec_document())))
+
+
+@given(st.data())
+def test_one_changed_byte_never_passes_as_the_same_spec(data: st.DataObject) -> None:
+    raw = bytearray(encode_document(spec_document()))
+    at = data.draw(st.integers(0, len(raw) - 1))
+    raw[at] ^= data.draw(st.integers(1, 255))
+    try:
+        spec = decode_spec(bytes(raw))
+    except SpecError:
+        return
+    assert spec_bytes(spec) == raw
