@@ -15,21 +15,15 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated
-
-import msgspec
 
 from tdmld.chain import crypto, vrf
-from tdmld.chain.codec import ZERO_HASH, Hash, PublicKey, Record, Signature, encode
+from tdmld.chain.codec import ZERO_HASH, Hash, Natural, PublicKey, Record, Signature, encode
 from tdmld.chain.crypto import KeyPair, sha256
 from tdmld.chain.errors import InvalidBlock
 from tdmld.chain.merkle import root as merkle_root
 
 MAX_VALIDATORS = 1024
 """Bounds certificates: a voter's index is below it."""
-
-Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-"""Heights, views, indices, milliseconds."""
 
 VOTE_DOMAIN = "vote"
 PROPOSAL_DOMAIN = "proposal"
@@ -140,6 +134,11 @@ def quorum(stakes: Sequence[int]) -> int:
 def block_hash(header: Header) -> bytes:
     """The block's id."""
     return sha256(encode(header))
+
+
+def first_header(chain_id: bytes, protocol: int, time_ms: int, state_root: bytes) -> Header:
+    """Height 0: nobody proposed it; it ties the first block to genesis and its state."""
+    return Header(protocol, 0, 0, 0, chain_id, time_ms, ZERO_HASH, b"", ZERO_HASH, 0, state_root)
 
 
 def transactions_root(transactions: Sequence[bytes]) -> bytes:

@@ -29,6 +29,10 @@ class BlockTree:
     def get(self, block: bytes) -> Block | None:
         return self._blocks.get(block)
 
+    def items(self) -> list[tuple[bytes, Block]]:
+        """All bodies with their ids, as they came."""
+        return list(self._blocks.items())
+
     def add(self, block: Block, *, wanted: bool = False) -> bool:
         """Keep a body; False when it is old, known, or beyond the bounds and not `wanted`."""
         key, view = block_hash(block.header), block.header.view

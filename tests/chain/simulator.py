@@ -254,7 +254,7 @@ class Node:
 
     def judge(self) -> None:
         """Hand blocks whose parent is known to the core."""
-        for key, body in list(self.tree._blocks.items()):
+        for key, body in self.tree.items():
             header = body.header
             if key in self.judged or not (
                 header.parent in self.judged or header.parent == self.tree.head

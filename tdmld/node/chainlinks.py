@@ -1,0 +1,191 @@
+"""Streams between validators: one each pair, opened by the smaller node key, re-opened while the
+peers are connected. A link begins with a hello both ways; then messages in order, or the link ends.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+
+import trio
+
+from tdmld.chain.blocks import Committee
+from tdmld.chain.codec import decode, encode
+from tdmld.chain.crypto import address
+from tdmld.chain.errors import DecodeError
+from tdmld.node.chainwire import ConsensusMessage, Transactions
+from tdmld.p2p import Host, Stream
+from tdmld.p2p.errors import P2PError, StreamError
+
+log = logging.getLogger(__name__)
+
+QUEUE_BYTES = 64 << 20
+"""What a slow link may have waiting before it is closed; its hello starts it afresh."""
+QUEUE_TX_BYTES = 8 << 20
+"""Above it transactions are dropped: their origin repeats or proposes them."""
+RETRY_FIRST, RETRY_LAST = 0.1, 2.0
+
+Receive = Callable[["Link", ConsensusMessage], Awaitable[None]]
+
+
+class Link:
+    """One validator at the other end."""
+
+    def __init__(self, index: int, stream: Stream) -> None:
+        self.index = index
+        self.stream = stream
+        self.answered = -1.0
+        """When the peer was last helped out of an old view (monotonic seconds)."""
+        self.scope = trio.CancelScope()
+        self._queue: deque[bytes] = deque()
+        self._bytes = 0
+        self._news = trio.Event()
+
+    def send(self, raw: bytes) -> None:
+        """Queue an encoded message; a link that does not drain is closed."""
+        self._queue.append(raw)
+        self._bytes += len(raw)
+        self._news.set()
+        if self._bytes > QUEUE_BYTES:
+            log.warning("validator %d does not read: link closed", self.index)
+            self.scope.cancel()
+
+    @property
+    def congested(self) -> bool:
+        return self._bytes > QUEUE_TX_BYTES
+
+    async def drain(self) -> None:
+        """Write queued messages for ever; StreamError when the stream is gone."""
+        while True:
+            while not self._queue:
+                self._news = trio.Event()
+                await self._news.wait()
+            raw = self._queue.popleft()
+            await self.stream.send(raw)
+            self._bytes -= len(raw)
+
+
+class Links:
+    """All links of one validator. `greet` gives what a new link is told first."""
+
+    def __init__(
+        self,
+        host: Host,
+        protocol: str,
+        committee: Committee,
+        me: int,
+        limit: int,
+        *,
+        greet: Callable[[], Iterable[object]],
+        receive: Receive,
+        changed: Callable[[], None],
+    ) -> None:
+        self._host = host
+        self._protocol = protocol
+        self._me = me
+        self._limit = limit
+        self._greet = greet
+        self._receive = receive
+        self._changed = changed
+        self._indices = {
+            address(node): index for index, node in enumerate(committee.nodes) if index != me
+        }
+        self._links: dict[int, Link] = {}
+        self._dialling: set[str] = set()
+
+    # ---- sending -----------------------------------------------------------------------------
+
+    @property
+    def indices(self) -> set[int]:
+        """Validators linked now, without oneself."""
+        return set(self._links)
+
+    def broadcast(self, message: object, *, but: int | None = None) -> None:
+        """Send to every linked validator."""
+        raw = encode(message)
+        spare = isinstance(message, Transactions)
+        for index, link in list(self._links.items()):
+            if index != but and not (spare and link.congested):
+                link.send(raw)
+
+    def get(self, index: int) -> Link | None:
+        return self._links.get(index)
+
+    # ---- life --------------------------------------------------------------------------------
+
+    def connected(self, peer_id: str, nursery: trio.Nursery) -> None:
+        """A peer is connected: open a link when that is our part."""
+        index = self._indices.get(peer_id)
+        if index is not None and self._me < index and peer_id not in self._dialling:
+            self._dialling.add(peer_id)
+            nursery.start_soon(self._keep, peer_id, index)
+
+    async def _keep(self, peer_id: str, index: int) -> None:
+        """Keep a link while the peer is connected."""
+        delay = RETRY_FIRST
+        try:
+            while peer_id in self._host.connected():
+                try:
+                    stream = await self._host.open_stream(peer_id, self._protocol)
+                    began = trio.current_time()
+                    await self._serve(stream, index)
+                    if trio.current_time() - began > RETRY_LAST:
+                        delay = RETRY_FIRST
+                except P2PError as error:
+                    log.debug("link to validator %d: %s", index, error)
+                await trio.sleep(delay)
+                delay = min(2 * delay, RETRY_LAST)
+        finally:
+            self._dialling.discard(peer_id)
+
+    async def accept(self, stream: Stream) -> None:
+        """Handler of inbound links: only from validators whose part it is to open."""
+        index = self._indices.get(stream.peer_id)
+        if index is None or index > self._me:
+            log.debug("%s may not open a consensus stream here", stream.peer_id)
+            await stream.reset()
+            return
+        await self._serve(stream, index)
+
+    async def _serve(self, stream: Stream, index: int) -> None:
+        link = Link(index, stream)
+        old = self._links.get(index)
+        if old is not None:
+            old.scope.cancel()
+        self._links[index] = link
+        for message in self._greet():
+            link.send(encode(message))
+        self._changed()
+        log.info("linked with validator %d", index)
+        try:
+            with link.scope:
+                await self._talk(link)
+        finally:
+            if self._links.get(index) is link:
+                del self._links[index]
+            self._changed()
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                await stream.reset()
+
+    async def _talk(self, link: Link) -> None:
+        """Both directions until one ends; an ended stream or a malformed message ends the link."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._drain, link)
+            while True:
+                try:
+                    raw = await link.stream.receive(self._limit)
+                    message: ConsensusMessage = decode(ConsensusMessage, raw, self._limit)  # type: ignore[arg-type]
+                except StreamError as error:
+                    log.debug("link to validator %d ended: %s", link.index, error)
+                    break
+                except DecodeError as error:
+                    log.warning("validator %d sent a malformed message: %s", link.index, error)
+                    break
+                await self._receive(link, message)
+            nursery.cancel_scope.cancel()
+
+    async def _drain(self, link: Link) -> None:
+        try:
+            await link.drain()
+        except StreamError as error:
+            log.debug("link to validator %d broke: %s", link.index, error)
+            link.scope.cancel()

@@ -1,0 +1,464 @@
+"""The chain side of a node: it follows the chain and, with a validator's key, makes it.
+
+    Validator   consensus among validators, over their own streams       (validators only)
+    SyncClient  catch-up from anybody; SyncServer answers everybody
+    gossip      final blocks, transactions and offers to everybody else
+    Finality    the one queue through which final blocks reach the store
+    Admission   the pool and the spreading of transactions
+
+The caller keeps the host connected (`host.add_peer`); this service reacts to who is connected.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+import trio
+
+from tdmld.chain.blocks import (
+    Block,
+    Certificate,
+    Committee,
+    Kind,
+    block_hash,
+    transactions_root,
+    verify_certificate,
+)
+from tdmld.chain.codec import decode, encode
+from tdmld.chain.crypto import KeyPair, address
+from tdmld.chain.errors import ChainError, DecodeError
+from tdmld.chain.genesis import Genesis, validators
+from tdmld.chain.leader import Rotation
+from tdmld.chain.ledger import Receipt
+from tdmld.chain.mempool import Mempool
+from tdmld.chain.pacing import Times
+from tdmld.chain.state import State
+from tdmld.chain.transactions import decode_transaction, verify_transaction
+from tdmld.node.admission import Admission
+from tdmld.node.chainerrors import SpecUnavailable
+from tdmld.node.chainlinks import Links
+from tdmld.node.chainwire import (
+    GOSSIP_BLOCK_BYTES,
+    GOSSIP_BODY_BYTES,
+    GOSSIP_OFFER_BYTES,
+    TX_BATCH_BYTES,
+    Announcement,
+    OfferNotice,
+    Protocols,
+    Transactions,
+    consensus_bytes,
+)
+from tdmld.node.finality import Finality, HeadFeed
+from tdmld.node.specs import Specs
+from tdmld.node.store import AppliedBlock, ChainStore
+from tdmld.node.sync import BadAnswer, SyncClient, SyncServer
+from tdmld.node.validator import Validator
+from tdmld.p2p import GossipMessage, Host, PeerConnected
+from tdmld.p2p.errors import P2PError
+
+
+class Started(Protocol):
+    """trio's task status: called once, when the task is ready."""
+
+    def started(self) -> None: ...
+
+
+Deliver = Callable[[str, bytes], Awaitable[None]]
+
+log = logging.getLogger(__name__)
+
+GOSSIP_TX_BYTES = TX_BATCH_BYTES + 1024
+MAX_ANNOUNCEMENTS = 64
+OLD_HEIGHTS = 16
+"""Announcements this far below our head are still passed on."""
+QUIET_SECONDS = 5.0
+"""A follower that hears nothing for a heartbeat and this much asks."""
+
+
+def wall_clock_ms() -> int:
+    """Unix time in milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+class ChainService:
+    """Follow the chain of `store`; validate when `node_key` is one of genesis' validators.
+
+    Run it once: `await nursery.start(service.run)`. Everything else may be used before and after.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        store: ChainStore,
+        genesis: Genesis,
+        node_key: KeyPair | None = None,
+        *,
+        now_ms: Callable[[], int] = wall_clock_ms,
+    ) -> None:
+        self._host, self.store, self.genesis = host, store, genesis
+        parameters = genesis.parameters
+        self._times = Times(
+            parameters.interval_ms / 1000,
+            parameters.view_timeout_ms / 1000,
+            parameters.leader_away_ms / 1000,
+            parameters.heartbeat_ms / 1000,
+        )
+        members = [(v.node, v.stake) for v in validators(genesis)]
+        self.committee = committee = Committee.of(store.chain_id, members)
+        self._rotation = Rotation(committee.stakes)
+        self._validators = {address(node): node for node in committee.nodes}
+        self._protocols = Protocols(store.chain_id)
+        self._finality = Finality(store)
+        self._admission = Admission(self._finality, Mempool(genesis), self._spread, self._grown)
+        self._specs = Specs(store)
+        self._server = SyncServer(store, self._submitted, self._specs.get)
+        self._client = SyncClient(
+            host,
+            self._protocols.sync,
+            committee,
+            self._finality,
+            self._adopt,
+            self._connected_validators,
+        )
+        self._announcements: deque[AppliedBlock] = deque(maxlen=MAX_ANNOUNCEMENTS)
+        self._announce_news = trio.Event()
+        self._heard_block = trio.Event()
+        self._gossiping = False
+        self._validator: Validator | None = None
+        if node_key is not None and committee.index(node_key.public) is not None:
+            self._validator = self._make_validator(node_key, now_ms)
+        self._finality.on_executed.append(self._executed)
+
+    def _make_validator(self, key: KeyPair, now_ms: Callable[[], int]) -> Validator:
+        validator = Validator(
+            key,
+            self.committee,
+            self._finality,
+            self._admission,
+            self._times,
+            now_ms=now_ms,
+            hint_sync=self._hint_validator,
+        )
+        index = self.committee.index(key.public)
+        assert index is not None
+        validator.links = Links(
+            self._host,
+            self._protocols.consensus,
+            self.committee,
+            index,
+            consensus_bytes(self.genesis.parameters.block_bytes),
+            greet=validator.greet,
+            receive=validator.receive,
+            changed=validator.wake,
+        )
+        return validator
+
+    # ---- questions ---------------------------------------------------------------------------
+
+    @property
+    def height(self) -> int:
+        """The executed height."""
+        return self.store.height
+
+    @property
+    def view(self) -> int:
+        """A validator's current view; a follower's: that of the head."""
+        return self._validator.view if self._validator is not None else self.store.head.view
+
+    @property
+    def head_hash(self) -> bytes:
+        """The id of the executed head."""
+        return self.store.head.hash
+
+    @property
+    def validating(self) -> bool:
+        return self._validator is not None
+
+    @property
+    def syncing(self) -> bool:
+        """Whether final blocks are known that are not executed here yet."""
+        return self._client.active or self._finality.backlog > 3
+
+    @property
+    def pool_size(self) -> int:
+        """Transactions waiting for a block."""
+        return len(self._admission.pool)
+
+    def is_pending(self, transaction: bytes) -> bool:
+        """Whether a transaction waits here: in the pool, or final and not executed yet."""
+        return transaction in self._admission.pool or transaction in self._finality.limbo
+
+    @property
+    def linked_validators(self) -> int:
+        """Other validators with a consensus stream to this one; a follower: connected ones."""
+        if self._validator is None:
+            return len(self._connected_validators())
+        return len(self._validator.links.indices)
+
+    def state(self) -> State:
+        """The executed state, as of now and later: reads go to the store."""
+        return State(self.store.get)
+
+    def heads(self) -> HeadFeed:
+        """Applied blocks from the next one on; see HeadFeed. Several may subscribe."""
+        return self._finality.heads()
+
+    # ---- transactions --------------------------------------------------------------------------
+
+    async def submit(self, raw: bytes) -> bytes:
+        """Admit a signed transaction and tell the validators; its id.
+
+        Raises DecodeError, InvalidTransaction (with the broken rule) or ServiceBusy. Submitting
+        one that is known is no error. After a cancellation it may or may not be on its way.
+        """
+        return await self._admission.submit(raw)
+
+    async def wait_for(self, transaction: bytes) -> Receipt:
+        """Wait until a transaction is final and executed. One that never will be is waited for
+        until the caller gives up; cancellation changes nothing."""
+        return await self._finality.wait_for(transaction)
+
+    async def _spread(self, raws: Sequence[bytes]) -> None:
+        message = Transactions(tuple(raws))
+        if self._validator is not None:
+            self._validator.links.broadcast(message)
+            return
+        async with trio.open_nursery() as nursery:
+            if self._gossiping:
+                nursery.start_soon(self._publish, self._protocols.tx, encode(message))
+            for peer in self._connected_validators():
+                nursery.start_soon(self._hand_over, peer, raws)
+
+    async def _hand_over(self, peer: str, raws: Sequence[bytes]) -> None:
+        try:
+            await self._client.submit(peer, raws)
+        except P2PError as error:
+            log.info("could not hand transactions to %s: %s", peer, error)
+
+    async def _submitted(self, raws: Sequence[bytes]) -> None:
+        await self._admission.receive(raws, spread=True)
+
+    def _grown(self) -> None:
+        if self._validator is not None:
+            self._validator.wake()
+
+    # ---- specs ---------------------------------------------------------------------------------
+
+    async def publish_spec(self, raw: bytes, offer: bytes = b"") -> bytes:
+        """Keep a spec, serve it, and gossip it with the signed offer that names it; its id."""
+        spec = self._specs.put(raw)
+        if offer and self._gossiping:
+            await self._publish(self._protocols.offer, encode(OfferNotice(offer, raw)))
+        return spec
+
+    async def fetch_spec(self, spec: bytes) -> bytes:
+        """A spec's bytes, from here or from a connected peer. Raises SpecUnavailable."""
+        raw = self._specs.get(spec)
+        if raw is not None:
+            return raw
+        for peer in sorted(self._host.connected()):
+            try:
+                raw = await self._client.spec(peer, spec)
+            except (P2PError, BadAnswer, DecodeError) as error:
+                log.info("spec %s from %s: %s", spec.hex()[:16], peer, error)
+                continue
+            if raw is not None:
+                self._specs.put(raw)
+                return raw
+        raise SpecUnavailable(
+            f"none of {len(self._host.connected())} connected peers has the spec {spec.hex()}: "
+            "try again when its submitter is connected"
+        )
+
+    # ---- final blocks --------------------------------------------------------------------------
+
+    def _adopt(self, blocks: Sequence[Block], certificate: Certificate) -> None:
+        if self._validator is not None:
+            self._validator.adopt(blocks, certificate)
+        else:
+            self._finality.advance(blocks, certificate)
+
+    def _executed(self, applied: AppliedBlock) -> None:
+        self._heard_block.set()
+        self._specs.executed(applied)
+        header = applied.block.header
+        leads = self.committee.nodes[self._rotation.leader(header.view + 1)]
+        mine = self._validator is not None and self._validator.key.public in (
+            header.proposer,
+            leads,
+        )
+        if mine and applied.certificate is not None and not self.syncing:
+            self._announcements.append(applied)
+            self._announce_news.set()
+
+    async def _announce(self) -> None:
+        """Gossip final blocks: the proposer and the next leader do, so that one may be lost."""
+        while True:
+            while not self._announcements:
+                self._announce_news = trio.Event()
+                await self._announce_news.wait()
+            applied = self._announcements.popleft()
+            assert applied.certificate is not None
+            block = applied.block
+            small = sum(map(len, block.transactions)) <= GOSSIP_BODY_BYTES
+            notice = Announcement(
+                block.header,
+                block.signature,
+                applied.certificate,
+                block.transactions if small else None,
+            )
+            await self._publish(self._protocols.block, encode(notice))
+
+    def _announcement(self, raw: bytes) -> Announcement | None:
+        """A gossiped final block that is recent and final; None otherwise."""
+        try:
+            notice = decode(Announcement, raw, GOSSIP_BLOCK_BYTES)
+        except DecodeError:
+            return None
+        certificate, header = notice.certificate, notice.header
+        fine = (
+            header.height > self._finality.height - OLD_HEIGHTS
+            and certificate.kind is Kind.FINALIZE
+            and certificate.view == header.view
+            and certificate.hash == block_hash(header)
+            and verify_certificate(self.committee, certificate)
+        )
+        return notice if fine else None
+
+    def _heard(self, source: str, raw: bytes) -> None:
+        notice = decode(Announcement, raw, GOSSIP_BLOCK_BYTES)
+        header, finality = notice.header, self._finality
+        if header.height <= finality.height:
+            return
+        if self._validator is not None:
+            self._validator.certificate(notice.certificate)
+            return
+        body = notice.transactions
+        if (
+            body is not None
+            and header.parent == finality.hash
+            and header.height == finality.height + 1
+            and transactions_root(body) == header.tx_root
+        ):
+            block = Block(header, notice.signature, body)
+            self._adopt([block], notice.certificate)
+        else:
+            self._client.hint(source)
+
+    def _hint_validator(self, index: int | None) -> None:
+        self._client.hint(None if index is None else address(self.committee.nodes[index]))
+
+    def _connected_validators(self) -> list[str]:
+        return sorted(self._host.connected() & self._validators.keys())
+
+    # ---- running -------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: Started = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve and follow until cancelled; started when handlers and topics are in place.
+
+        Ends with InvariantViolation, StoreError, SignGuardError or ProtocolUnknown (in an
+        exception group) when the node must stop.
+        """
+        self._host.set_handler(self._protocols.sync, self._server.accept)
+        if self._validator is not None:
+            self._host.set_handler(self._protocols.consensus, self._validator.links.accept)
+        changes = self._host.changes()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._finality.run)
+            nursery.start_soon(self._admission.run)
+            nursery.start_soon(self._client.run)
+            await self._subscribe(nursery)
+            if self._validator is not None:
+                nursery.start_soon(self._validator.run)
+            else:
+                nursery.start_soon(self._listen_for_silence)
+            for peer in self._host.connected():
+                self._peer_connected(peer, nursery)
+            task_status.started()
+            async for change in changes:
+                if isinstance(change, PeerConnected):
+                    self._peer_connected(change.peer_id, nursery)
+            nursery.cancel_scope.cancel()
+
+    def _peer_connected(self, peer: str, nursery: trio.Nursery) -> None:
+        if self._validator is not None:
+            self._validator.links.connected(peer, nursery)
+        else:
+            self._client.hint(peer)
+
+    async def _listen_for_silence(self) -> None:
+        """A follower that missed an announcement at the end of activity would never know."""
+        while True:
+            self._heard_block = trio.Event()
+            with trio.move_on_after(self._times.heartbeat + QUIET_SECONDS) as quiet:
+                await self._heard_block.wait()
+            if quiet.cancelled_caught:
+                self._client.hint()
+
+    # ---- gossip --------------------------------------------------------------------------------
+
+    async def _subscribe(self, nursery: trio.Nursery) -> None:
+        """Take part in gossip, when the host does."""
+        topics: tuple[tuple[str, int, Callable[[str, bytes], bool], Deliver], ...] = (
+            (
+                self._protocols.block,
+                GOSSIP_BLOCK_BYTES,
+                lambda _, raw: self._announcement(raw) is not None,
+                self._deliver_block,
+            ),
+            (self._protocols.tx, GOSSIP_TX_BYTES, self._fine_transactions, self._deliver_tx),
+            (self._protocols.offer, GOSSIP_OFFER_BYTES, self._fine_offer, self._deliver_offer),
+        )
+        for topic, limit, validate, deliver in topics:
+            try:
+                channel = await self._host.subscribe(topic, limit=limit, validate=validate)
+            except P2PError as error:
+                log.info("not gossiping: %s", error)
+                return
+            nursery.start_soon(self._pump, channel, deliver)
+        self._gossiping = True
+        nursery.start_soon(self._announce)
+
+    async def _pump(
+        self, channel: trio.MemoryReceiveChannel[GossipMessage], deliver: Deliver
+    ) -> None:
+        async for message in channel:
+            await deliver(message.source, message.data)
+
+    async def _deliver_block(self, source: str, raw: bytes) -> None:
+        self._heard(source, raw)
+        await self._finality.room()
+
+    async def _deliver_tx(self, _: str, raw: bytes) -> None:
+        batch = decode(Transactions, raw, GOSSIP_TX_BYTES)
+        await self._admission.receive(batch.raws, spread=False)
+
+    async def _deliver_offer(self, _source: str, _raw: bytes) -> None:
+        """Remembered when it was validated."""
+
+    def _fine_transactions(self, _: str, raw: bytes) -> bool:
+        """Whether every transaction of a gossiped batch is signed for this chain."""
+        try:
+            batch = decode(Transactions, raw, GOSSIP_TX_BYTES)
+            found = [decode_transaction(raw, self.store.chain_id) for raw in batch.raws]
+        except ChainError:
+            return False
+        return all(
+            transaction.id in self._admission.pool
+            or verify_transaction(transaction, self.store.chain_id)
+            for transaction in found
+        )
+
+    def _fine_offer(self, _: str, raw: bytes) -> bool:
+        try:
+            return self._specs.hear(decode(OfferNotice, raw, GOSSIP_OFFER_BYTES))
+        except DecodeError:
+            return False
+
+    async def _publish(self, topic: str, raw: bytes) -> None:
+        try:
+            await self._host.publish(topic, raw)
+        except P2PError as error:
+            log.warning("could not gossip on %s: %s", topic, error)

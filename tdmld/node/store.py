@@ -1,0 +1,482 @@
+"""The chain on disk: one RocksDB, one function that applies a finalized block, one sign guard.
+
+RocksDB's log is sequential and a crash loses at most an unsynced tail of it. Votes are written
+synced before anybody sees them; applied blocks are not: the next vote makes them durable, and what
+a crash takes away is fetched again. A batch is atomic, so head, state, tree and receipts agree.
+
+    V        format version          s key    ledger state         b height  block
+    C        chain id                t path   tree page            f height  its finalization, if
+    K        node key that signs     x id     receipt                        it has one of its own
+    H        head                    r height state root
+    v view kind   own vote           p view   own proposal         n view hash   notarized body
+    o id          spec
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from rocksdict import Options, Rdict, WriteBatch, WriteOptions
+
+from tdmld.chain.blocks import (
+    Block,
+    Certificate,
+    Header,
+    Kind,
+    Vote,
+    beacon_mix,
+    beacon_start,
+    block_hash,
+    first_header,
+)
+from tdmld.chain.codec import Hash, Record, decode, encode
+from tdmld.chain.crypto import address, sha256
+from tdmld.chain.errors import ChainError, DecodeError, InvariantViolation
+from tdmld.chain.events import Event
+from tdmld.chain.genesis import Genesis, chain_id, protocol_at
+from tdmld.chain.ledger import BlockContext, Receipt, apply_block, genesis_changes
+from tdmld.chain.transactions import decode_transaction
+from tdmld.chain.tree import Tree
+from tdmld.node.chainerrors import (
+    ProtocolUnknown,
+    SignGuardError,
+    StoreCorrupt,
+    StoreError,
+    StoreLocked,
+    StoreMismatch,
+)
+
+T = TypeVar("T")
+
+FORMAT = b"tdmld-chain-1"
+PROTOCOLS = frozenset({1})
+"""Protocol versions that this program implements."""
+WRITE_BUFFER_BYTES = 8 << 20
+MAX_RECORD_BYTES = 64 << 20
+"""Bound for decoding what we wrote ourselves; larger than any block that genesis may allow."""
+MAX_SPEC_BYTES = 64 << 10
+PROPOSAL = 3
+"""The guard's fourth kind, beside the votes: a second proposal in a view is a fault too."""
+
+_OPPOSITE = {int(Kind.NULLIFY): int(Kind.FINALIZE), int(Kind.FINALIZE): int(Kind.NULLIFY)}
+
+
+class Head(Record, frozen=True):
+    """The highest applied block."""
+
+    height: int
+    view: int
+    hash: Hash
+    mix: Hash
+    state_root: Hash
+    header: Header
+
+
+class StoredReceipt(Record, frozen=True):
+    """What became of a transaction, and in which block."""
+
+    height: int
+    ok: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedBlock:
+    """What applying a final block did. `certificate` finalizes this very block, if there is one."""
+
+    height: int
+    hash: bytes
+    block: Block
+    certificate: Certificate | None
+    receipts: tuple[Receipt, ...]
+    events: tuple[Event, ...]
+
+
+def _number(value: int) -> bytes:
+    return value.to_bytes(8, "big")
+
+
+class ChainStore:
+    """An open chain database. Reads and `apply` may run in any thread, one `apply` and one
+    `record` at a time; a context manager closes it.
+
+    Raises StoreLocked, StoreCorrupt, StoreMismatch or StoreError at opening.
+    """
+
+    def __init__(self, path: Path, genesis: Genesis) -> None:
+        self.path = path
+        self.genesis = genesis
+        self.chain_id = chain_id(genesis)
+        self._synced = WriteOptions()
+        self._synced.sync = True
+        self._unsynced = WriteOptions()
+        self._guard_lock = threading.Lock()
+        self._guard: dict[tuple[int, int], bytes] = {}
+        """(kind, view) -> what was signed: a block id, or the zero hash."""
+        self._head: Head
+        self._db = self._open()
+        try:
+            self._load()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def __enter__(self) -> "ChainStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Flush and close; reads after it fail."""
+        self._db.close()
+
+    # ---- the chain -------------------------------------------------------------------------
+
+    @property
+    def head(self) -> Head:
+        """The highest applied block; height 0 is genesis."""
+        return self._head
+
+    @property
+    def height(self) -> int:
+        return self._head.height
+
+    @property
+    def state_root(self) -> bytes:
+        """The root after the head."""
+        return self._head.state_root
+
+    @property
+    def closed(self) -> bool:
+        """Whether a final header commits the present state root."""
+        return self._head.header.state_root == self._head.state_root
+
+    def get(self, key: bytes) -> bytes | None:
+        """The ledger's state at the head."""
+        return self._read(b"s" + key)
+
+    def state_items(self) -> Iterator[tuple[bytes, bytes]]:
+        """Every (key, value) of the ledger's state at the head, ascending."""
+        for key in self._keys(b"s", b"t"):
+            value = self._read(key)
+            if value is not None:
+                yield key[1:], value
+
+    def root_at(self, height: int) -> bytes | None:
+        """The state root after executing `height`; None when it has not been executed."""
+        return self._read(b"r" + _number(height))
+
+    def block(self, height: int) -> Block | None:
+        """The final block of a height from 1."""
+        raw = self._read(b"b" + _number(height))
+        return None if raw is None else self._decode(Block, raw, f"block {height}")
+
+    def certificate(self, height: int) -> Certificate | None:
+        """The finalization of exactly this block; one finalized by a descendant has none."""
+        raw = self._read(b"f" + _number(height))
+        return None if raw is None else self._decode(Certificate, raw, f"certificate {height}")
+
+    def receipt(self, transaction: bytes) -> StoredReceipt | None:
+        """What became of a transaction, by id."""
+        raw = self._read(b"x" + transaction)
+        return None if raw is None else self._decode(StoredReceipt, raw, "receipt")
+
+    def apply(self, block: Block, certificate: Certificate | None) -> AppliedBlock:
+        """Execute a final block, live or in catch-up: beacon, ledger, tree, one atomic write.
+
+        The caller vouches for finality. Raises ProtocolUnknown, and InvariantViolation when the
+        block does not follow the head or contradicts what was executed here; then nothing was
+        written, and the node must stop: a quorum says otherwise than we compute.
+        """
+        head, header, key = self._head, block.header, block_hash(block.header)
+        self._check(head, header)
+        try:
+            mix = beacon_mix(self.chain_id, head.mix, header)
+            transactions = [decode_transaction(raw, self.chain_id) for raw in block.transactions]
+        except ChainError as error:
+            raise InvariantViolation(
+                f"a quorum finalized block {header.height}, but {error}"
+            ) from error
+        context = BlockContext(
+            height=header.height,
+            view=header.view,
+            parent_view=header.parent_view,
+            time_ms=header.time_ms,
+            proposer=header.proposer,
+            beacon=mix,
+        )
+        result = apply_block(self.get, self.genesis, context, transactions)
+        batch = WriteBatch(raw_mode=True)
+        root = self._write_state(batch, result.changes) if result.changes else head.state_root
+        for receipt in result.receipts:
+            stored = StoredReceipt(header.height, receipt.ok, receipt.reason)
+            batch.put(b"x" + receipt.id, encode(stored))
+        new = Head(header.height, header.view, key, mix, root, header)
+        number = _number(header.height)
+        batch.put(b"b" + number, encode(block))
+        batch.put(b"r" + number, root)
+        batch.put(b"H", encode(new))
+        if certificate is not None:
+            batch.put(b"f" + number, encode(certificate))
+        self._forget_votes(batch, header.view)
+        self._write(batch, self._unsynced)
+        self._head = new
+        return AppliedBlock(
+            header.height, key, block, certificate, tuple(result.receipts), tuple(result.events)
+        )
+
+    def _check(self, head: Head, header: Header) -> None:
+        if header.height != head.height + 1 or header.parent != head.hash:
+            raise InvariantViolation(
+                f"block {header.height} does not follow the head {head.height}"
+            )
+        version = protocol_at(self.genesis, header.height)
+        if version not in PROTOCOLS or header.protocol != version:
+            raise ProtocolUnknown(
+                f"height {header.height} follows protocol {header.protocol}, and this program "
+                f"knows {sorted(PROTOCOLS)}: install a newer version and start again"
+            )
+        if self.root_at(header.state_height) != header.state_root:
+            raise InvariantViolation(
+                f"the network executed height {header.state_height} to another state than this "
+                f"node: stop, keep {self.path} for a report, start again from an empty directory"
+            )
+
+    def _write_state(self, batch: WriteBatch, changes: dict[bytes, bytes | None]) -> bytes:
+        tree = Tree(lambda path: self._read(b"t" + path))
+        items = []
+        for key, value in changes.items():
+            items.append((sha256(key), b"" if value is None else sha256(value)))
+            if value is None:
+                batch.delete(b"s" + key)
+            else:
+                batch.put(b"s" + key, value)
+        root = tree.update(sorted(items))
+        for path, page in tree.pages().items():
+            if page is None:
+                batch.delete(b"t" + path)
+            else:
+                batch.put(b"t" + path, page)
+        return root
+
+    # ---- votes: the sign guard ---------------------------------------------------------------
+
+    @property
+    def signer(self) -> bytes | None:
+        """The node key that votes were stored for; None when this directory never voted."""
+        return self._read(b"K")
+
+    def bind(self, node: bytes) -> None:
+        """Tie the directory to a validator's key; StoreMismatch when it is another's."""
+        known = self.signer
+        if known is not None and known != node:
+            raise StoreMismatch(
+                f"{self.path} holds the votes of {address(known)}, not of {address(node)}: "
+                "give this key its own data directory"
+            )
+
+    def votes(self) -> tuple[Vote, ...]:
+        """Own votes above the head, as they were signed."""
+        return tuple(self._decode(Vote, raw, "vote") for raw in self._scan(b"v"))
+
+    def proposal(self, view: int) -> Block | None:
+        """Own proposal in a view above the head, as it was signed."""
+        raw = self._read(b"p" + _number(view))
+        return None if raw is None else self._decode(Block, raw, "proposal")
+
+    def bodies(self) -> tuple[Block, ...]:
+        """Own proposals and the bodies of own notarizations above the head."""
+        rows = [*self._scan(b"p"), *self._scan(b"n")]
+        return tuple(self._decode(Block, raw, "body") for raw in rows)
+
+    def record(
+        self,
+        node: bytes,
+        votes: Sequence[Vote],
+        proposals: Sequence[Block],
+        bodies: Sequence[Block],
+    ) -> list[Vote]:
+        """Make own votes and proposals durable, in one synced batch, before they are sent.
+
+        `bodies` are the blocks notarized by `votes`. Returns the votes that may be sent: all but
+        those of views that became final meanwhile. Raises SignGuardError, writing nothing, when
+        something contradicts what was recorded before; the same thing again is no contradiction.
+        Blocks for a disk's sync: call it in a thread.
+        """
+        batch = WriteBatch(raw_mode=True)
+        fresh: dict[tuple[int, int], bytes] = {}
+        final = self._head.view
+        kept = [vote for vote in votes if vote.view > final]
+        for vote in kept:
+            self._guard_one(fresh, int(vote.kind), vote.view, vote.hash)
+            batch.put(b"v" + _number(vote.view) + bytes([vote.kind]), encode(vote))
+        for block in proposals:
+            view = block.header.view
+            if view > final:
+                self._guard_one(fresh, PROPOSAL, view, block_hash(block.header))
+                batch.put(b"p" + _number(view), encode(block))
+        for block in bodies:
+            if block.header.view > final:
+                key = b"n" + _number(block.header.view) + block_hash(block.header)
+                batch.put(key, encode(block))
+        batch.put(b"K", node)
+        self._write(batch, self._synced)
+        with self._guard_lock:
+            self._guard |= fresh
+        return kept
+
+    def _guard_one(
+        self, fresh: dict[tuple[int, int], bytes], kind: int, view: int, value: bytes
+    ) -> None:
+        with self._guard_lock:
+            known = fresh.get((kind, view), self._guard.get((kind, view)))
+            opposite = (_OPPOSITE.get(kind, -1), view)
+            if (known is not None and known != value) or opposite in self._guard | fresh:
+                raise SignGuardError(
+                    f"view {view}: another vote of this node is already stored; two nodes may run "
+                    "with one key, or the directory was altered. Stop both and ask for help"
+                )
+        fresh[kind, view] = value
+
+    def _forget_votes(self, batch: WriteBatch, view: int) -> None:
+        """Everything up to a final view can no longer be voted on."""
+        with self._guard_lock:
+            self._guard = {key: value for key, value in self._guard.items() if key[1] > view}
+        for prefix in (b"v", b"p", b"n"):
+            for key in self._keys(prefix + self._above(), prefix + _number(view + 1)):
+                batch.delete(key)
+
+    def _above(self) -> bytes:
+        """The first view that is not forgotten: where scans begin, past what was deleted."""
+        return _number(self._head.view + 1)
+
+    # ---- specs -------------------------------------------------------------------------------
+
+    def put_spec(self, raw: bytes) -> bytes:
+        """Keep a spec's bytes; its id. StoreError when it is too large."""
+        if len(raw) > MAX_SPEC_BYTES:
+            raise StoreError(f"a spec has at most {MAX_SPEC_BYTES} bytes, not {len(raw)}")
+        spec = sha256(raw)
+        if self._read(b"o" + spec) is None:
+            batch = WriteBatch(raw_mode=True)
+            batch.put(b"o" + spec, raw)
+            self._write(batch, self._unsynced)
+        return spec
+
+    def get_spec(self, spec: bytes) -> bytes | None:
+        return self._read(b"o" + spec)
+
+    # ---- opening -----------------------------------------------------------------------------
+
+    def _open(self) -> Rdict:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot make the directory {self.path}: {error}") from error
+        options = Options(raw_mode=True)
+        options.create_if_missing(True)
+        options.set_write_buffer_size(WRITE_BUFFER_BYTES)
+        options.set_keep_log_file_num(4)
+        try:
+            return Rdict(str(self.path), options)
+        except Exception as error:  # rocksdict raises bare Exception for every cause
+            raise _translate(self.path, "open", error) from error
+
+    def _load(self) -> None:
+        version = self._read(b"V")
+        if version is None:
+            if self._read(b"H") is not None:
+                raise StoreCorrupt(f"{self.path} has a head but no version: it is damaged")
+            self._found()
+        elif version != FORMAT:
+            raise StoreMismatch(
+                f"{self.path} was written by another version of tdmld ({version!r}): "
+                "use that version, or start from an empty directory"
+            )
+        if self._read(b"C") != self.chain_id:
+            raise StoreMismatch(
+                f"{self.path} belongs to another chain than {self.chain_id.hex()[:16]}: check "
+                "genesis.json, or choose another data directory"
+            )
+        raw = self._read(b"H")
+        if raw is None:
+            raise StoreCorrupt(f"{self.path} has no head: it is damaged")
+        self._head = self._decode(Head, raw, "head")
+        for vote in self.votes():
+            self._guard[int(vote.kind), vote.view] = vote.hash
+        for raw in self._scan(b"p"):
+            block = self._decode(Block, raw, "proposal")
+            self._guard[PROPOSAL, block.header.view] = block_hash(block.header)
+
+    def _found(self) -> None:
+        batch = WriteBatch(raw_mode=True)
+        root = self._write_state(batch, dict(genesis_changes(self.genesis)))
+        version = protocol_at(self.genesis, 0)
+        header = first_header(self.chain_id, version, self.genesis.time_ms, root)
+        head = Head(0, 0, block_hash(header), beacon_start(self.chain_id), root, header)
+        batch.put(b"V", FORMAT)
+        batch.put(b"C", self.chain_id)
+        batch.put(b"H", encode(head))
+        batch.put(b"r" + _number(0), root)
+        self._write(batch, self._synced)
+
+    # ---- rocksdict, behind four functions ------------------------------------------------------
+
+    def _read(self, key: bytes) -> bytes | None:
+        try:
+            value: bytes | None = self._db.get(key)
+        except Exception as error:  # rocksdict raises bare Exception for every cause
+            raise _translate(self.path, "read", error) from error
+        return value
+
+    def _write(self, batch: WriteBatch, how: WriteOptions) -> None:
+        try:
+            self._db.write(batch, how)
+        except Exception as error:  # rocksdict raises bare Exception for every cause
+            raise _translate(self.path, "write", error) from error
+
+    def _scan(self, prefix: bytes) -> Iterator[bytes]:
+        for key in self._keys(prefix + self._above(), bytes([prefix[0] + 1])):
+            value = self._read(key)
+            if value is not None:
+                yield value
+
+    def _keys(self, start: bytes, end: bytes) -> list[bytes]:
+        found: list[bytes] = []
+        try:
+            for key in self._db.keys(from_key=start):
+                if not isinstance(key, bytes) or key >= end:
+                    break
+                found.append(key)
+        except Exception as error:  # rocksdict raises bare Exception for every cause
+            raise _translate(self.path, "read", error) from error
+        return found
+
+    def _decode(self, kind: type[T], raw: bytes, what: str) -> T:
+        try:
+            return decode(kind, raw, MAX_RECORD_BYTES)
+        except DecodeError as error:
+            raise StoreCorrupt(
+                f"{self.path}: the stored {what} is damaged ({error}): move the directory away "
+                "and start again; the node fetches the chain from its peers"
+            ) from error
+
+
+def _translate(path: Path, doing: str, error: Exception) -> StoreError:
+    text = str(error)
+    if "lock" in text.lower() and "LOCK" in text:
+        return StoreLocked(
+            f"another tdmld process uses {path}: stop it, or give this node its own --data-dir"
+        )
+    if "Corruption" in text or "checksum" in text:
+        return StoreCorrupt(
+            f"the chain database {path} is damaged ({text}): move it away and start again; the "
+            "node fetches the chain from its peers. A validator should ask for help first, since "
+            "its record of votes is in there"
+        )
+    if "No space left" in text:
+        return StoreError(f"no space left for {path}: free some and start again")
+    return StoreError(f"cannot {doing} the chain database {path}: {text}")

@@ -1,0 +1,244 @@
+"""Catch-up: final blocks by height, and specs by id, between any two daemons.
+
+The client asks a peer for blocks above its final head; the finalization of the last one vouches
+for all, by their hash chain. Anything that is wrong costs that peer its turn, nothing else.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+import trio
+
+from tdmld.chain.blocks import (
+    Block,
+    Certificate,
+    Committee,
+    Kind,
+    block_hash,
+    transactions_root,
+    verify_certificate,
+)
+from tdmld.chain.codec import decode, encode
+from tdmld.chain.crypto import sha256
+from tdmld.chain.errors import DecodeError
+from tdmld.node.chainwire import (
+    SYNC_BLOCKS,
+    SYNC_BLOCKS_MAX,
+    SYNC_BYTES,
+    SYNC_REQUEST_BYTES,
+    Blocks,
+    BlocksRequest,
+    Spec,
+    SpecRequest,
+    SyncAnswer,
+    SyncRequest,
+    Transactions,
+    blocks_bytes,
+)
+from tdmld.node.finality import Finality
+from tdmld.node.store import ChainStore
+from tdmld.p2p import Host, Stream
+from tdmld.p2p.errors import P2PError
+
+log = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 10.0
+PAUSE = 0.5
+"""After a round in which no peer helped."""
+ROUNDS = 6
+"""Rounds without progress before we rest until the next hint."""
+
+Adopt = Callable[[Sequence[Block], Certificate], None]
+Submitted = Callable[[Sequence[bytes]], Awaitable[None]]
+
+
+class BadAnswer(Exception):
+    """A peer's answer does not hold; ask another."""
+
+
+def check_blocks(
+    committee: Committee, height: int, head: bytes, answer: Blocks
+) -> tuple[list[Block], Certificate] | None:
+    """The new final blocks of an answer that extends (height, head); None when there are none.
+
+    Raises BadAnswer. Transactions' signatures are not checked again: the quorum did.
+    """
+    fresh = [block for block in answer.blocks if block.header.height > height]
+    if not fresh or answer.certificate is None:
+        return None
+    for block in fresh:
+        header = block.header
+        height += 1
+        if header.parent != head or header.height != height:
+            raise BadAnswer(f"block {header.height} does not follow {height - 1}")
+        if transactions_root(block.transactions) != header.tx_root:
+            raise BadAnswer(f"the body of block {height} is not the header's")
+        head = block_hash(header)
+    certificate = answer.certificate
+    if (
+        certificate.kind is not Kind.FINALIZE
+        or certificate.hash != head
+        or certificate.view != fresh[-1].header.view
+        or not verify_certificate(committee, certificate)
+    ):
+        raise BadAnswer(f"block {height} is not finalized by its certificate")
+    return fresh, certificate
+
+
+class SyncServer:
+    """The answering side."""
+
+    def __init__(
+        self,
+        store: ChainStore,
+        submitted: Submitted,
+        spec: Callable[[bytes], bytes | None],
+    ) -> None:
+        self._store = store
+        self._submitted = submitted
+        self._spec = spec
+
+    async def accept(self, stream: Stream) -> None:
+        """Handler: requests one after another until the peer closes."""
+        while True:
+            raw = await stream.receive(SYNC_REQUEST_BYTES)
+            try:
+                request: SyncRequest = decode(SyncRequest, raw, SYNC_REQUEST_BYTES)  # type: ignore[arg-type]
+            except DecodeError as error:
+                log.info("%s sent a malformed request: %s", stream.peer_id, error)
+                await stream.reset()
+                return
+            match request:
+                case BlocksRequest(start, count):
+                    await stream.send(encode(self.blocks(start, count)))
+                case SpecRequest(spec):
+                    await stream.send(encode(Spec(self._spec(spec) or b"")))
+                case Transactions(raws):
+                    await self._submitted(raws)
+
+    def blocks(self, start: int, count: int) -> Blocks:
+        """Blocks from `start`, ending with one that has its own finalization."""
+        top = self._store.height
+        found: list[Block] = []
+        whole, certificate, size = 0, None, 0
+        height = max(start, 1)
+        while height <= top and len(found) < SYNC_BLOCKS_MAX:
+            if certificate is not None and (
+                size > SYNC_BYTES or len(found) >= min(count, SYNC_BLOCKS)
+            ):
+                break
+            block = self._store.block(height)
+            if block is None:
+                break
+            found.append(block)
+            size += sum(map(len, block.transactions)) + 512
+            own = self._store.certificate(height)
+            if own is not None:
+                whole, certificate = len(found), own
+            height += 1
+        return Blocks(top, tuple(found[:whole]), certificate)
+
+
+class SyncClient:
+    """The asking side: one task, woken by hints."""
+
+    def __init__(
+        self,
+        host: Host,
+        protocol: str,
+        committee: Committee,
+        finality: Finality,
+        adopt: Adopt,
+        preferred: Callable[[], Sequence[str]],
+    ) -> None:
+        self._host = host
+        self._protocol = protocol
+        self._committee = committee
+        self._finality = finality
+        self._adopt = adopt
+        self._preferred = preferred
+        self._limit = blocks_bytes(finality.store.genesis.parameters.block_bytes)
+        self._hints: dict[str, None] = {}
+        self._news = trio.Event()
+        self.active = False
+        """Whether blocks are being fetched now."""
+
+    def hint(self, peer_id: str | None = None) -> None:
+        """There may be final blocks above ours, perhaps at `peer_id`. Cheap; call it freely."""
+        if peer_id is not None and len(self._hints) < 64:
+            self._hints[peer_id] = None
+        self._news.set()
+
+    async def run(self) -> None:
+        """Follow hints for ever."""
+        while True:
+            await self._news.wait()
+            self._news = trio.Event()
+            await self._follow()
+            self.active = False
+
+    async def _follow(self) -> None:
+        """Ask peers in turn until a whole round of them has nothing more."""
+        for attempt in range(ROUNDS):
+            failed = False
+            hints, self._hints = list(self._hints), {}
+            connected = self._host.connected()
+            peers = [peer for peer in dict.fromkeys([*hints, *self._preferred()])]
+            others = sorted(connected.difference(peers))
+            for peer in [peer for peer in (*peers, *others) if peer in connected][:8]:
+                try:
+                    with trio.fail_after(60):
+                        if await self._drain(peer):
+                            return
+                except (P2PError, BadAnswer, DecodeError, trio.TooSlowError) as error:
+                    log.info("catch-up from %s: %s", peer, error)
+                    failed = True
+            if not failed and not self._hints:
+                return
+            await trio.sleep(PAUSE * (attempt + 1))
+
+    async def _drain(self, peer: str) -> bool:
+        """Take all that one peer has; whether it had something new."""
+        progress = False
+        stream = await self._host.open_stream(peer, self._protocol)
+        async with stream:
+            while True:
+                await self._finality.room()
+                with trio.fail_after(ANSWER_SECONDS):
+                    request = BlocksRequest(self._finality.height + 1, SYNC_BLOCKS)
+                    await stream.send(encode(request))
+                    answer = await self._answer(stream)
+                if not isinstance(answer, Blocks):
+                    raise BadAnswer("an answer to another question")
+                finality = self._finality
+                found = check_blocks(self._committee, finality.height, finality.hash, answer)
+                if found is None:
+                    return progress
+                self.active = len(found[0]) > 1 or answer.height > found[0][-1].header.height
+                self._adopt(*found)
+                progress = True
+                await trio.lowlevel.checkpoint()
+
+    async def _answer(self, stream: Stream) -> SyncAnswer:
+        raw = await stream.receive(self._limit)
+        answer: SyncAnswer = decode(SyncAnswer, raw, self._limit)  # type: ignore[arg-type]
+        return answer
+
+    # ---- beside blocks -------------------------------------------------------------------------
+
+    async def spec(self, peer: str, spec: bytes) -> bytes | None:
+        """A spec from one peer; None when it has none. Raises P2PError or BadAnswer."""
+        answer: SyncAnswer = Spec(b"")
+        with trio.move_on_after(ANSWER_SECONDS):
+            async with await self._host.open_stream(peer, self._protocol) as stream:
+                await stream.send(encode(SpecRequest(spec)))
+                answer = await self._answer(stream)
+        if not isinstance(answer, Spec) or (answer.raw and sha256(answer.raw) != spec):
+            raise BadAnswer("not the spec that was asked for")
+        return answer.raw or None
+
+    async def submit(self, peer: str, raws: Sequence[bytes]) -> None:
+        """Hand transactions to one peer. Raises P2PError."""
+        with trio.move_on_after(ANSWER_SECONDS):
+            async with await self._host.open_stream(peer, self._protocol) as stream:
+                await stream.send(encode(Transactions(tuple(raws))))

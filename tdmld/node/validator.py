@@ -1,0 +1,520 @@
+"""A validator: the shell that gives the consensus core its signatures, disk, clock and streams.
+
+    stream -> checks -> core -> effects -> writer: sign, guard, one synced batch -> send -> core
+
+Rules of the shell
+  N1  Nothing signed leaves before it is stored and synced; one task writes for all that waits.
+  N2  After a restart stored bytes are sent again; nothing is signed a second time.
+  N3  A body is judged by its height above the final head, never by its view: a certificate may
+      overtake it. A body that is missing is asked for by id, then by height.
+  N4  A block whose named state is not executed here yet waits; so does one from the near future.
+  N5  Leaders name what they have executed, and propose nothing while execution lags.
+  N6  A directory that never voted, on a chain that is running, belongs perhaps to a validator that
+      did: it votes only ABSTAIN_VIEWS views after the first final block that it fetches. Nobody
+      can have voted further ahead than that: entering a view takes a quorum.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+import trio
+
+from tdmld.chain import vrf
+from tdmld.chain.blocks import (
+    Block,
+    BlockLimits,
+    Certificate,
+    Committee,
+    Header,
+    Kind,
+    Vote,
+    beacon_input,
+    beacon_mix,
+    block_hash,
+    check_block,
+    check_child,
+    sign_block,
+    sign_vote,
+    transactions_root,
+    verify_certificate,
+    verify_vote,
+)
+from tdmld.chain.codec import encode
+from tdmld.chain.consensus import (
+    MAX_DEPTH,
+    Answer,
+    CastVote,
+    Certified,
+    Conflict,
+    Effect,
+    EnterView,
+    Finalized,
+    Proposed,
+    Simplex,
+)
+from tdmld.chain.crypto import KeyPair, sha256
+from tdmld.chain.errors import ChainError, InvalidBlock
+from tdmld.chain.genesis import protocol_at
+from tdmld.chain.leader import Rotation
+from tdmld.chain.ledger import next_due
+from tdmld.chain.pacing import Pacing, Propose, Repeat, Situation, TimeOut, Times
+from tdmld.chain.pending import BlockTree
+from tdmld.chain.transactions import decode_transaction
+from tdmld.node.admission import INLINE_SIGNATURES, Admission, verified
+from tdmld.node.chainlinks import Link, Links
+from tdmld.node.chainwire import (
+    BlockRequest,
+    ConsensusMessage,
+    Hello,
+    Proposal,
+    Transactions,
+)
+from tdmld.node.finality import Finality
+from tdmld.node.store import AppliedBlock
+
+log = logging.getLogger(__name__)
+
+MAX_FUTURE_MS = 10_000
+"""A block's time may be this far ahead of our clock; until then it waits (N4)."""
+MAX_BACKLOG = 3
+"""Final, unexecuted blocks above which nothing is proposed (N5)."""
+ASK_AGAIN = 0.2
+ANSWER_PAUSE = 0.2
+NEAR_VIEWS = 16
+"""Proposals of views further ahead are not kept unless asked for."""
+ABSTAIN_VIEWS = 4
+
+
+class Validator:
+    """One validator's part. `hint_sync` asks for catch-up; `now_ms` is the wall clock."""
+
+    def __init__(
+        self,
+        key: KeyPair,
+        committee: Committee,
+        finality: Finality,
+        admission: Admission,
+        times: Times,
+        *,
+        now_ms: Callable[[], int],
+        hint_sync: Callable[[int | None], None],
+    ) -> None:
+        me = committee.index(key.public)
+        if me is None:
+            raise ValueError("this key does not validate")
+        self.key, self._committee, self._me = key, committee, me
+        self._finality, self._admission = finality, admission
+        self._store = store = finality.store
+        self._genesis = store.genesis
+        self._now_ms = now_ms
+        self._hint_sync = hint_sync
+        store.bind(key.public)
+        self._abstain_until = 0
+        self._rotation = Rotation(committee.stakes)
+        self.core = Simplex(committee.stakes, me, store.head.view, store.head.hash, store.votes())
+        self._pacing = Pacing(times, trio.current_time())
+        self._tree = BlockTree(store.height, store.head.hash)
+        self._judged: dict[bytes, bytes] = {store.head.hash: store.head.mix}
+        """Valid blocks above the head, and the head itself -> beacon mix."""
+        self._rejected: set[bytes] = set()
+        self._proposed: set[int] = set()
+        self._want: Finalized | None = None
+        self._asked = -ASK_AGAIN
+        self._outbox: list[Vote | Block] = []
+        self._outbox_news = trio.Event()
+        self._wake = trio.Event()
+        self._due = next_due(store.get) is not None
+        self.links: Links
+        """Set by the service before `run`."""
+        for block in store.bodies():
+            self._tree.add(block, wanted=True)
+            if block.header.proposer == key.public:
+                self._proposed.add(block.header.view)
+        finality.on_executed.append(self._executed)
+
+    @property
+    def view(self) -> int:
+        return self.core.view
+
+    def wake(self) -> None:
+        """Something changed: look again at what is due."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Validate for ever. SignGuardError and StoreError end the node."""
+        self._act(self.core.start())
+        self._judge()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._write)
+            nursery.start_soon(self._clock)
+
+    # ---- effects -----------------------------------------------------------------------------
+
+    def _act(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case CastVote(kind, view, block):
+                    if not self._abstains(view):
+                        self._post(
+                            sign_vote(
+                                self.key, self._committee.chain_id, kind, view, block, self._me
+                            )
+                        )
+                case Certified(certificate, forward):
+                    if forward:
+                        self.links.broadcast(certificate)
+                case EnterView():
+                    self._pacing.enter(effect, trio.current_time())
+                case Finalized():
+                    self._want = effect
+                case Answer(voter):
+                    self._help(voter)
+                case Conflict(first, second):
+                    log.error("validator %d signed twice: %s and %s", first.voter, first, second)
+        if effects:
+            self._finish()
+            self.wake()
+
+    def _post(self, item: Vote | Block) -> None:
+        self._outbox.append(item)
+        self._outbox_news.set()
+
+    def _help(self, voter: int) -> None:
+        link, now = self.links.get(voter), trio.current_time()
+        if link is not None and now >= link.answered + ANSWER_PAUSE:
+            link.answered = now
+            for certificate in self.core.certificates():
+                link.send(encode(certificate))
+
+    def _abstains(self, view: int) -> bool:
+        """N6."""
+        return view <= self._abstain_until
+
+    def _finish(self) -> None:
+        """Hand a finalized block and its ancestors on, as soon as the bodies are there (N3)."""
+        want = self._want
+        if want is None:
+            return
+        path = self._tree.path(want.hash)
+        certificate = self.core.finalization(want.view)
+        if path is None or certificate is None:
+            return
+        self._want = None
+        if path:
+            self._adopt(path, certificate)
+
+    def adopt(self, blocks: Sequence[Block], certificate: Certificate) -> None:
+        """Take final blocks from sync or gossip; they follow the final head."""
+        self._abstain(certificate.view)
+        self._adopt(blocks, certificate)
+        if self._want is not None and self._want.view <= certificate.view:
+            self._want = None
+        self._act(self.core.jump(certificate))
+        self._finish()
+        self._judge()
+        self.wake()
+
+    def _adopt(self, blocks: Sequence[Block], certificate: Certificate) -> None:
+        head = block_hash(blocks[-1].header)
+        self._finality.advance(blocks, certificate)
+        self._tree.finalize(blocks[-1].header.height, head)
+        keep = {key: mix for key, mix in self._judged.items() if key in self._tree or key == head}
+        self._judged = keep
+        self._rejected = {key for key in self._rejected if key in self._tree}
+        view = blocks[-1].header.view
+        self._proposed = {proposed for proposed in self._proposed if proposed > view}
+
+    def _executed(self, applied: AppliedBlock) -> None:
+        if applied.hash == self._finality.hash:
+            self._judged[applied.hash] = self._store.head.mix
+        self._due = next_due(self._store.get) is not None
+        self._judge()
+        self.wake()
+
+    # ---- the writer (N1) ---------------------------------------------------------------------
+
+    async def _write(self) -> None:
+        while True:
+            while not self._outbox:
+                self._outbox_news = trio.Event()
+                await self._outbox_news.wait()
+            batch, self._outbox = self._outbox, []
+            votes = [item for item in batch if isinstance(item, Vote)]
+            proposals = [item for item in batch if isinstance(item, Block)]
+            bodies = [
+                body
+                for vote in votes
+                if vote.kind is Kind.NOTARIZE and (body := self._tree.get(vote.hash)) is not None
+                if body not in proposals
+            ]
+            kept = await trio.to_thread.run_sync(
+                self._store.record, self.key.public, votes, proposals, bodies
+            )
+            for item in batch:
+                if isinstance(item, Block):
+                    if item.header.view > self.core.final_view:
+                        self.links.broadcast(self._proposal(item))
+                elif item in kept:
+                    self.links.broadcast(item)
+            for vote in kept:
+                self._act(self.core.add_vote(vote))
+
+    def _proposal(self, block: Block) -> Proposal:
+        """With what its voters may lack, while it is the current view's."""
+        parent = self.core.parent() if block.header.view == self.core.view else None
+        return Proposal(block, parent.why if parent is not None else ())
+
+    # ---- messages ----------------------------------------------------------------------------
+
+    def greet(self) -> Iterator[object]:
+        """What a new link is told: height, certificates, own votes and proposals (N2)."""
+        yield Hello(self._finality.height, self.core.certificates())
+        for block in self._store.bodies():
+            if block.header.view > self.core.final_view and (
+                block.header.proposer == self.key.public
+            ):
+                yield self._proposal(block)
+        yield from self._store.votes()
+        waiting = [transaction.raw for transaction in self._admission.select(())]
+        for start in range(0, len(waiting), 16):
+            yield Transactions(tuple(waiting[start : start + 16]))
+
+    async def receive(self, link: Link, message: ConsensusMessage) -> None:
+        """One message of a linked validator."""
+        match message:
+            case Vote():
+                if self.core.wants_vote(message) and verify_vote(self._committee, message):
+                    self._act(self.core.add_vote(message))
+            case Certificate():
+                self.certificate(message)
+            case Proposal(block, why):
+                for certificate in why:
+                    self.certificate(certificate)
+                await self._body(block)
+            case Hello(height, certificates):
+                for certificate in certificates:
+                    self.certificate(certificate)
+                if height > self._finality.height:
+                    self._hint_sync(link.index)
+            case BlockRequest(wanted):
+                body = self._tree.get(wanted)
+                if body is not None:
+                    link.send(encode(Proposal(body, ())))
+            case Transactions(raws):
+                await self._admission.receive(raws, spread=False)
+
+    def certificate(self, certificate: Certificate) -> None:
+        """A certificate from anybody; checked here."""
+        if self.core.wants_certificate(certificate) and verify_certificate(
+            self._committee, certificate
+        ):
+            self._act(self.core.add_certificate(certificate))
+
+    def _abstain(self, view: int) -> None:
+        """N6: called with what sync brings, as long as this directory has never voted."""
+        if self._store.signer is None:
+            self._abstain_until = max(self._abstain_until, view + ABSTAIN_VIEWS)
+            log.warning(
+                "this directory has no record of votes, but the chain is running: "
+                "not voting until view %d, in case this key voted elsewhere",
+                self._abstain_until,
+            )
+
+    async def _body(self, block: Block) -> None:
+        """Check a body as far as it can be checked alone, then keep it."""
+        header, key = block.header, block_hash(block.header)
+        wanted = key == self._missing()
+        if header.height <= self._finality.height or key in self._tree:
+            return
+        if not wanted and header.view > self.core.view + NEAR_VIEWS:
+            return
+        parameters = self._genesis.parameters
+        limits = BlockLimits(
+            parameters.block_bytes,
+            parameters.block_transactions,
+            protocol_at(self._genesis, header.height),
+        )
+        try:
+            check_block(self._committee, self._rotation.leader(header.view), block, limits)
+            unknown = [
+                decode_transaction(raw, self._store.chain_id)
+                for raw in block.transactions
+                if sha256(raw) not in self._admission.pool
+            ]
+        except ChainError as error:
+            log.warning("a bad block of view %d: %s", header.view, error)
+            return
+        self._pacing.block_seen(trio.current_time())
+        if len(unknown) > INLINE_SIGNATURES:
+            good = await trio.to_thread.run_sync(verified, unknown, self._store.chain_id)
+        else:
+            good = verified(unknown, self._store.chain_id)
+        if not all(good):
+            log.warning("view %d: a transaction in the block is not signed", header.view)
+            return
+        if self._tree.add(block, wanted=wanted or key == self._missing()):
+            self._finish()
+            self._judge()
+            self.wake()
+
+    # ---- judging (N3, N4) --------------------------------------------------------------------
+
+    def _judge(self) -> None:
+        """Hand every block to the core whose parent, state and time are in order by now."""
+        progress = True
+        while progress:
+            progress = False
+            for key, block in self._tree.items():
+                if key in self._judged or key in self._rejected:
+                    continue
+                try:
+                    mix = self._verdict(block.header)
+                except InvalidBlock as error:
+                    log.warning("a bad block of view %d: %s", block.header.view, error)
+                    self._rejected.add(key)
+                    continue
+                if mix is None:
+                    continue
+                progress = True
+                self._judged[key] = mix
+                header = block.header
+                proposed = Proposed(header.parent_view, header.parent, not block.transactions)
+                self._act(self.core.add_block(header.view, key, proposed))
+                break
+
+    def _verdict(self, header: Header) -> bytes | None:
+        """The block's beacon mix when it may be notarized, None while something is not known yet.
+        Raises InvalidBlock."""
+        parent, mix = self._header(header.parent), self._judged.get(header.parent)
+        if parent is None or mix is None:
+            return None
+        check_child(parent, header.parent, header)
+        root = self._store.root_at(header.state_height)
+        if root is None or header.time_ms > self._now_ms() + MAX_FUTURE_MS:
+            return None
+        if root != header.state_root:
+            raise InvalidBlock(f"the state root of {header.state_height} is another one here")
+        return beacon_mix(self._committee.chain_id, mix, header)
+
+    def _header(self, key: bytes) -> Header | None:
+        if key == self._finality.hash:
+            return self._finality.header
+        block = self._tree.get(key)
+        return None if block is None else block.header
+
+    def _missing(self) -> bytes | None:
+        """The body that is needed most: of what is final, then of what is notarized."""
+        if self._want is not None:
+            return self._tree.missing(self._want.hash)
+        tip = self.core.tip[1]
+        return None if tip == self._finality.hash else self._tree.missing(tip)
+
+    # ---- time --------------------------------------------------------------------------------
+
+    async def _clock(self) -> None:
+        while True:
+            self._wake = trio.Event()
+            deadline = self._tick()
+            with trio.move_on_at(deadline):
+                await self._wake.wait()
+
+    def _tick(self) -> float:
+        now, core = trio.current_time(), self.core
+        leader = self._rotation.leader(core.view)
+        connected = self.links.indices | {self._me}
+        quorum = self._committee.weight(connected) >= self._committee.quorum
+        actions, deadline = self._pacing.tick(
+            now,
+            Situation(
+                view=core.view,
+                leading=leader == self._me,
+                may_propose=self._may_propose(),
+                leader_connected=leader in connected,
+                quorum_connected=quorum,
+                work=self._work(),
+                heard=core.heard(core.view),
+                unfinalized_tip=core.tip[0] > core.final_view,
+            ),
+        )
+        for action in actions:
+            match action:
+                case Propose(view):
+                    self._propose(view)
+                case TimeOut(view):
+                    log.info("view %d took too long (leader %d)", view, leader)
+                    self._act(core.time_out(view))
+                case Repeat():
+                    votes, certificates = core.repeat()
+                    for message in (*certificates, *votes):
+                        self.links.broadcast(message)
+        if self._ask(now):
+            deadline = min(deadline, self._asked + ASK_AGAIN)
+        if len(self._tree) > len(self._judged):
+            self._judge()
+            deadline = min(deadline, now + 1.0)
+        return deadline
+
+    def _ask(self, now: float) -> bool:
+        """Ask for a missing body (N3); whether one is missing."""
+        missing = self._missing()
+        if missing is None:
+            return False
+        if now >= self._asked + ASK_AGAIN:
+            self._asked = now
+            self.links.broadcast(BlockRequest(missing))
+            self._hint_sync(None)
+        return True
+
+    def _work(self) -> bool:
+        """P3: transactions, due entries, or a state root that no header commits yet."""
+        if self._due or not (self._store.closed or self._finality.backlog):
+            return True
+        return self._admission.waiting(self._held())
+
+    def _held(self) -> set[bytes]:
+        """Ids in notarized blocks above the final head."""
+        path = self._tree.path(self.core.tip[1]) or []
+        return {sha256(raw) for block in path for raw in block.transactions}
+
+    def _may_propose(self) -> bool:
+        return (
+            self.core.may_propose()
+            and self.core.view not in self._proposed
+            and not self._abstains(self.core.view)
+            and self._finality.backlog <= MAX_BACKLOG
+        )
+
+    def _propose(self, view: int) -> None:
+        """Build, sign and post the block of `view` (N5)."""
+        found = self.core.parent()
+        path = self._tree.path(found.hash) if found is not None else None
+        if found is None or path is None:
+            return
+        parent, mix = self._header(found.hash), self._judged.get(found.hash)
+        store = self._store
+        if parent is None or mix is None or parent.state_height > store.height:
+            return
+        held = {sha256(raw) for block in path for raw in block.transactions}
+        body = [transaction.raw for transaction in self._admission.select(held)]
+        if self.core.depth >= MAX_DEPTH:
+            body = []
+        height, chain_id = parent.height + 1, self._committee.chain_id
+        header = Header(
+            protocol=protocol_at(self._genesis, height),
+            height=height,
+            view=view,
+            parent_view=parent.view,
+            parent=found.hash,
+            time_ms=max(parent.time_ms + 1, self._now_ms()),
+            proposer=self.key.public,
+            proof=vrf.prove(self.key.seed, beacon_input(chain_id, mix, height)),
+            tx_root=transactions_root(body),
+            state_height=store.height,
+            state_root=store.state_root,
+        )
+        block = sign_block(self.key, chain_id, header, body)
+        self._proposed.add(view)
+        self._pacing.block_seen(trio.current_time())
+        self._tree.add(block, wanted=True)
+        self._post(block)
+        self._judge()

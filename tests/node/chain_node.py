@@ -1,0 +1,103 @@
+"""One chain node as a process: p2p host, store, ChainService; JSON lines on stdin and stdout.
+
+python chain_node.py DIRECTORY SEED_HEX GENESIS_FILE
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from tdmld.chain.crypto import KeyPair, public_key
+from tdmld.chain.errors import ChainError
+from tdmld.chain.genesis import Genesis, load_genesis
+from tdmld.node.chainerrors import ChainSideError
+from tdmld.node.chainservice import ChainService
+from tdmld.node.store import ChainStore
+from tdmld.p2p import Host, PeerInfo, open_host
+
+
+class Control:
+    """The commands of a test."""
+
+    def __init__(self, host: Host, service: ChainService) -> None:
+        self._host = host
+        self._service = service
+
+    async def peers(self, rows: list[Any]) -> None:
+        for peer_id, addresses in rows:
+            self._host.add_peer(PeerInfo(peer_id, tuple(addresses)))
+
+    async def submit(self, raw: str) -> str:
+        return (await self._service.submit(bytes.fromhex(raw))).hex()
+
+    async def submit_many(self, raws: list[str]) -> int:
+        for raw in raws:
+            await self._service.submit(bytes.fromhex(raw))
+        return len(raws)
+
+    async def wait(self, transaction: str) -> list[Any]:
+        receipt = await self._service.wait_for(bytes.fromhex(transaction))
+        return [receipt.ok, receipt.reason]
+
+    async def balance(self, owner: str) -> int:
+        return self._service.state().account(public_key(owner)).balance
+
+    async def publish_spec(self, raw: str) -> str:
+        return (await self._service.publish_spec(raw.encode())).hex()
+
+    async def fetch_spec(self, spec: str) -> str:
+        return (await self._service.fetch_spec(bytes.fromhex(spec))).decode()
+
+    async def root_at(self, height: int) -> str:
+        return (self._service.store.root_at(height) or b"").hex()
+
+    async def status(self, _: None) -> dict[str, Any]:
+        service = self._service
+        return {
+            "height": service.height,
+            "view": service.view,
+            "hash": service.head_hash.hex(),
+            "root": service.store.state_root.hex(),
+            "closed": service.store.closed,
+            "links": service.linked_validators,
+            "connected": len(self._host.connected()),
+            "pool": service.pool_size,
+        }
+
+
+def say(value: object) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+async def answer(number: int, work: Callable[[], Awaitable[object]]) -> None:
+    try:
+        say({"id": number, "result": await work()})
+    except (ChainError, ChainSideError) as error:
+        say({"id": number, "error": f"{type(error).__name__}: {error}"})
+
+
+async def main(directory: Path, seed: bytes, genesis: Genesis) -> None:
+    with ChainStore(directory / "chain", genesis) as store:
+        async with open_host(seed) as host, trio.open_nursery() as nursery:
+            service = ChainService(host, store, genesis, KeyPair(seed))
+            await nursery.start(service.run)
+            control = Control(host, service)
+            say({"ready": host.peer_id, "addresses": host.addresses})
+            async with trio.wrap_file(sys.stdin) as lines:
+                async for line in lines:
+                    number, name, argument = json.loads(line)
+                    method = getattr(control, name)
+                    nursery.start_soon(answer, number, lambda m=method, a=argument: m(a))
+            nursery.cancel_scope.cancel()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    document = load_genesis(Path(sys.argv[3]).read_bytes())
+    trio.run(main, Path(sys.argv[1]), bytes.fromhex(sys.argv[2]), document)
