@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from decimal import Decimal
+from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -166,7 +167,7 @@ class Spec(_Part, frozen=True):
     @property
     def heldout_tokens(self) -> int:
         """Tokens at the end of the text that training never sees."""
-        return int(Decimal(self.data.heldout) * self.data.tokens)
+        return int(Fraction(self.data.heldout) * self.data.tokens)
 
     @property
     def has_heldout(self) -> bool:
