@@ -8,6 +8,7 @@ fault in one duty never disturbs another or the daemon.
 
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,7 +131,7 @@ class Agent:
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._follow_machine, nursery)
-            async with self.chain.heads() as heads:
+            with closing(self.chain.heads()) as heads:
                 await self._look(nursery)
                 async for _ in heads:
                     await self._look(nursery)

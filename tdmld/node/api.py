@@ -4,6 +4,7 @@ import json
 import logging
 from collections import deque
 from collections.abc import AsyncIterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import trio
 
 from tdmld import __version__, files, keys
 from tdmld.chain import events as happened
+from tdmld.chain.blocks import block_hash
 from tdmld.chain.crypto import KeyPair, address, public_key
 from tdmld.chain.errors import ChainError, DecodeError, InvalidTransaction
 from tdmld.chain.genesis import Genesis, chain_id, protocol_at
-from tdmld.chain.market import lock_of
+from tdmld.chain.offers import lock_of
 from tdmld.chain.records import Job
 from tdmld.chain.reputation import reputation
 from tdmld.chain.state import State
@@ -97,7 +99,7 @@ class Api:
 
     async def run(self) -> None:
         """Count what this node's owner earns, minute by minute."""
-        async with self.chain.heads() as heads:
+        with closing(self.chain.heads()) as heads:
             async for applied in heads:
                 mine = self._owner()
                 earned = sum(
@@ -264,7 +266,9 @@ class Api:
                     connected=node in self.host.connected(),
                     validator=node in validators,
                     owner=address(owner) if owner is not None else "",
-                    round_trip_ms=peer.latency_ms if peer is not None else None,
+                    round_trip_ms=None
+                    if peer is None or peer.latency is None
+                    else 1000 * peer.latency,
                 )
             )
         return tuple(sorted(rows, key=lambda row: (not row.connected, row.node)))
@@ -287,7 +291,7 @@ class Api:
         )
 
     async def chain_subscribe_heads(self) -> AsyncIterator[Head]:
-        async with self.chain.heads() as heads:
+        with closing(self.chain.heads()) as heads:
             yield await self.chain_head()
             async for applied in heads:
                 header = applied.block.header
@@ -323,7 +327,7 @@ class Api:
         header = block.header
         return BlockInfo(
             height=height,
-            hash=block.id.hex(),
+            hash=block_hash(header).hex(),
             parent=header.parent.hex(),
             view=header.view,
             time=time_text(header.time_ms),
@@ -455,7 +459,7 @@ class Api:
     async def _chain_events(
         self, job_id: bytes, out: trio.MemorySendChannel[JobEvent | None]
     ) -> None:
-        async with self.chain.heads() as heads:
+        with closing(self.chain.heads()) as heads:
             async for applied in heads:
                 for event in self._events_of(applied, job_id):
                     await out.send(event)

@@ -78,9 +78,9 @@ def run(config: Config) -> int:
         try:
             trio.run(node.main)
         except* (P2PError, MachineError, ChainSideError, ChainError, ListenFailed) as group:
-            error = _first(group)
-            log.critical("stopped: %s", error)
-            raise UserError("the node stopped", why=str(error)) from error
+            cause = _first(group)
+            log.critical("stopped: %s", cause)
+            raise UserError("the node stopped", why=str(cause)) from cause
     return 0
 
 

@@ -36,7 +36,7 @@ _Address = Annotated[str, msgspec.Meta(max_length=256)]
 _Addresses = Annotated[tuple[_Address, ...], msgspec.Meta(max_length=8)]
 
 
-class PeerRecord(Record, tag="peer"):
+class PeerRecord(Record, tag="peer", frozen=True):
     """Where a node's two listening processes are. `sequence` is the signer's clock in ms."""
 
     node: PublicKey
@@ -46,12 +46,12 @@ class PeerRecord(Record, tag="peer"):
     session_addresses: _Addresses
 
 
-class SignedRecord(Record, tag="signed"):
+class SignedRecord(Record, tag="signed", frozen=True):
     record: Annotated[bytes, msgspec.Meta(max_length=8192)]
     signature: Signature
 
 
-class Records(Record, tag="records"):
+class Records(Record, tag="records", frozen=True):
     """The only message of the protocol; both sides send it whenever they learn something new."""
 
     records: Annotated[tuple[SignedRecord, ...], msgspec.Meta(max_length=MAX_RECORDS_PER_MESSAGE)]

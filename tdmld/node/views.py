@@ -1,6 +1,7 @@
 """Jobs, accounts and blocks as the RPC shows them: pure functions of the finalized state."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from tdmld.chain import events as happened
 from tdmld.chain.crypto import address
@@ -8,7 +9,6 @@ from tdmld.chain.genesis import Genesis
 from tdmld.chain.records import (
     Audit,
     AuditStatus,
-    Earnings,
     Job,
     JobStatus,
     ProofStatus,
@@ -22,7 +22,9 @@ from tdmld.rpc.types import (
     AuditInfo,
     AuditState,
     JobDetail,
+    EventKind,
     JobEvent,
+    JobState,
     JobSummary,
     ResultStatus,
     SegmentLoss,
@@ -133,11 +135,6 @@ def detail(
     )
 
 
-def worker_of(slots: list[SlotState], owner: bytes) -> bool:
-    """Whether `owner` runs one of the slots."""
-    return any(slot.worker.owner == owner for slot in slots)
-
-
 def _slot(state: State, job: Job, index: int, slot: SlotState, spec: Spec | None) -> SlotInfo:
     stage = job.stage_of(index)
     earned = state.earnings(job.id, slot.worker.owner).worker
@@ -226,14 +223,18 @@ def _result(job: Job) -> ResultStatus | None:
     )
 
 
-def paid_to(earnings: Earnings) -> str:
-    """An owner's payments by role, for people."""
-    roles = {
-        "worker": earnings.worker,
-        "standby": earnings.standby,
-        "auditor": earnings.auditor,
-    }
-    return ", ".join(f"{role} {amount}" for role, amount in roles.items() if amount)
+@dataclass(frozen=True)
+class _Told:
+    """A chain event in words; `slot` and `segment` say where, when it has a place."""
+
+    kind: EventKind
+    text: str
+    slot: int | None = None
+    segment: int | None = None
+    state: JobState | None = None
+    loss: int | None = None
+    address: str = ""
+    amount: int = 0
 
 
 def event(
@@ -243,69 +244,78 @@ def event(
     job = state.job(job_id)
     if entry.job != job_id or job is None:
         return None
-    base = {"job": job_id.hex(), "height": height, "time": time}
+    told = _tell(state, job, entry)
+    if told is None:
+        return None
+    return JobEvent(
+        job=job_id.hex(),
+        height=height,
+        time=time,
+        kind=told.kind,
+        text=told.text,
+        state=told.state,
+        lane=None if told.slot is None else job.lane_of(told.slot),
+        stage=None if told.slot is None else job.stage_of(told.slot),
+        segment=told.segment,
+        loss=told.loss,
+        address=told.address,
+        amount=str(told.amount),
+    )
 
-    def place(slot: int, segment: int) -> dict[str, int]:
-        return {"lane": job.lane_of(slot), "stage": job.stage_of(slot), "segment": segment}
 
+def _tell(state: State, job: Job, entry: happened.Event) -> _Told | None:
     def where(slot: int, segment: int) -> str:
         return f"segment {segment} of stage {job.stage_of(slot)}, lane {job.lane_of(slot)}"
 
     match entry:
         case happened.JobOffered():
             text = "The offer is on the chain; matching is due."
-            return JobEvent(**base, kind="state", text=text, state="offered")
+            return _Told("state", text, state="offered")
         case happened.JobMatched(workers=workers):
             text = f"Matched to {len(workers)} workers and a standby; they are asked to accept."
-            return JobEvent(**base, kind="state", text=text, state="matched")
+            return _Told("state", text, state="matched")
         case happened.JobUnmatched(without=without):
             text = f"Offered again without {len(without)} nodes that did not accept."
-            return JobEvent(**base, kind="state", text=text, state="offered")
+            return _Told("state", text, state="offered")
         case happened.JobPreparing():
             text = "All accepted; members fetch the data and draw the weights."
-            return JobEvent(**base, kind="state", text=text, state="preparing")
+            return _Told("state", text, state="preparing")
         case happened.JobActive():
             text = "Everybody drew the same weights; training begins."
-            return JobEvent(**base, kind="state", text=text, state="active")
+            return _Told("state", text, state="active")
         case happened.JobFinishing():
             text = "All segments are settled; holders assemble the model."
-            return JobEvent(**base, kind="state", text=text, state="finishing")
-        case happened.JobEnded(status=status, reason=reason, detail=told, refund=refund):
-            text = f"The job is {status} ({told or reason}); {refund} go back to the submitter."
-            return JobEvent(**base, kind="state", text=text, state=status, amount=str(refund))
+            return _Told("state", text, state="finishing")
+        case happened.JobEnded(reason=reason, detail=detail, refund=refund):
+            told = f"{job.status} ({detail or reason})"
+            text = f"The job is {told}; {refund} go back to the submitter."
+            return _Told("state", text, state=job.status.value, amount=refund)
         case happened.ResultKnown(result=result):
-            return JobEvent(**base, kind="result", text=f"The result is {result.hex()}.")
+            return _Told("result", f"The result is {result.hex()}.")
         case happened.ResultDisputed(node=node):
-            text = "A holder attested another result."
-            return JobEvent(**base, kind="fault", text=text, address=address(node))
+            return _Told("fault", "A holder attested another result.", address=address(node))
         case happened.SegmentCommitted(slot=slot, segment=segment):
-            record = state.segment(job_id, slot, segment)
+            record = state.segment(job.id, slot, segment)
             loss = None if record is None else record.loss
-            told = "" if loss is None else f", loss {loss / 1e6:.4f}"
-            text = f"Committed {where(slot, segment)}{told}."
-            spot = place(slot, segment)
-            return JobEvent(**base, kind="segment", text=text, loss=loss, **spot)
+            shown = "" if loss is None else f", loss {loss / 1e6:.4f}"
+            text = f"Committed {where(slot, segment)}{shown}."
+            return _Told("segment", text, slot, segment, loss=loss)
         case happened.SegmentSettled(slot=slot, segment=segment):
-            text = f"Settled {where(slot, segment)}."
-            return JobEvent(**base, kind="settled", text=text, **place(slot, segment))
+            return _Told("settled", f"Settled {where(slot, segment)}.", slot, segment)
         case happened.AuditDrawn(slot=slot, segment=segment, auditor=auditor):
             text = f"Audit of {where(slot, segment)} drawn."
-            spot = place(slot, segment)
-            return JobEvent(**base, kind="audit", text=text, address=address(auditor), **spot)
+            return _Told("audit", text, slot, segment, address=address(auditor))
         case happened.AuditPassed(slot=slot, segment=segment, auditor=auditor):
             text = f"Audit of {where(slot, segment)} passed."
-            spot = place(slot, segment)
-            return JobEvent(**base, kind="audit", text=text, address=address(auditor), **spot)
+            return _Told("audit", text, slot, segment, address=address(auditor))
         case happened.AuditMismatch(slot=slot, segment=segment, auditor=auditor):
             text = f"Audit of {where(slot, segment)} found other bits than the worker's."
-            spot = place(slot, segment)
-            return JobEvent(**base, kind="fault", text=text, address=address(auditor), **spot)
+            return _Told("fault", text, slot, segment, address=address(auditor))
         case happened.Unaudited(slot=slot, segment=segment, reason=reason):
             text = f"No verdict on {where(slot, segment)}: {reason}."
-            return JobEvent(**base, kind="audit", text=text, **place(slot, segment))
+            return _Told("audit", text, slot, segment)
         case happened.Paid(owner=owner, role=role, amount=amount):
             text = f"Paid {amount} to a {role}."
-            to = address(owner)
-            return JobEvent(**base, kind="payment", text=text, address=to, amount=str(amount))
+            return _Told("payment", text, address=address(owner), amount=amount)
         case _:
             return None

@@ -42,6 +42,9 @@ JobState = Literal[
 FINAL_JOB_STATES = frozenset({"closed", "refunded", "expired"})
 
 AuditState = Literal["drawn", "committed", "opened", "passed", "mismatch", "expired", "unaudited"]
+EventKind = Literal[
+    "state", "step", "segment", "audit", "settled", "payment", "fault", "result"
+]
 Role = Literal["worker", "standby", "auditor"]
 
 
@@ -343,7 +346,7 @@ class JobEvent(Wire, frozen=True):
     job: HexId
     height: HeightNumber
     time: str
-    kind: Literal["state", "step", "segment", "audit", "settled", "payment", "fault", "result"]
+    kind: EventKind
     text: str
     state: JobState | None = None
     lane: int | None = None

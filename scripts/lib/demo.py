@@ -1,0 +1,449 @@
+"""The demo: seven nodes, one job, audits, payment, and a model that plain Python loads.
+
+Everything is real: separate `tdmld run` processes with their own keys, directories and owners, a
+chain that they agree on, carriers that move tensors over libp2p, workers that compute. This file
+only types what a person would type and looks at what comes out. It checks, at the end:
+
+    the model against `tdmld reference` (one process, unsplit model): every state root of every
+    segment that the chain knows, and the exported bytes; the held-out loss; that the exported
+    ledger of a stopped node sums to the supply; that the submitter paid what others got plus burns.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from tdmld import devnet
+from tdmld.chain.crypto import address
+from tdmld.node.ledgerfile import read_ledger
+from tdmld.node.provenance import check
+from tdmld.rpc.access import read_access
+from tdmld.rpc.client import Client
+from tdmld.rpc.errors import RpcError
+from tdmld.rpc.types import FINAL_JOB_STATES, AccountInfo, JobDetail, NodeStatus
+
+ROOT = Path(__file__).resolve().parents[2]
+NODES, VALIDATORS, SUBMITTER, BYSTANDER = 7, 4, 0, 1
+"""Node 1 validates and takes no work: the one to kill."""
+ASKS = range(2, NODES)
+ROUND_OF_THE_KILL = 5
+POLL_SECONDS = 1.0
+PATIENCE_SECONDS = 900.0
+HELDOUT_BOUND = 2.45
+"""Nats a byte; counting pairs of letters gives 2.5."""
+FLIP = ROOT / "tests" / "faults" / "flip_gradient.py"
+
+
+class DemoFailed(Exception):
+    """A check did not hold; the text says which."""
+
+
+def say(text: str = "") -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def tdmld(*arguments: str | Path) -> dict[str, Any]:
+    """Run a command of tdmld with --json; its document."""
+    command = [sys.executable, "-m", "tdmld", *map(str, arguments), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, cwd=ROOT, check=False)
+    if done.returncode != 0:
+        raise DemoFailed(f"`tdmld {' '.join(map(str, arguments))}` exited {done.returncode}")
+    return dict(json.loads(done.stdout))
+
+
+def short(text: str) -> str:
+    return f"{text[:4]}..{text[-4:]}"
+
+
+class Demo:
+    """One demo in one directory."""
+
+    def __init__(self, options: argparse.Namespace, directory: Path) -> None:
+        self.options = options
+        self.directory = directory
+        self.job_file: Path = options.job
+        settings: dict[str, object] = {"ask.standby_slots": 4}
+        if options.cheater:
+            settings["launcher"] = [sys.executable, str(FLIP)]
+        self.network = devnet.make_network(
+            directory / "network",
+            nodes=NODES,
+            validators=VALIDATORS,
+            asks=ASKS,
+            settings=settings,
+            parameters=json.loads(options.parameters),
+        )
+        self.names = {node.node: node.name for node in self.network.nodes}
+        self.names |= {node.owner: node.name for node in self.network.nodes}
+        self.killed = False
+        self.shown = ""
+
+    def run(self) -> dict[str, Any]:
+        network = self.network
+        say(f"starting {NODES} nodes ({VALIDATORS} validate) in {network.directory}")
+        with network:
+            network.start_all()
+            network.wait_ready(timeout_seconds=120)
+            before = trio.run(self._balances)
+            job = self._submit()
+            detail = trio.run(self._watch, job)
+            found: dict[str, Any] = {"job": job, "state": detail.summary.state}
+            if detail.result is not None:
+                found |= self._fetch(job)
+            detail = trio.run(self._settled, job)
+            after = trio.run(self._balances)
+            network.down()
+        found |= self._account(detail, before, after)
+        if "export_dir" in found:
+            found |= self._verify(found)
+        return found
+
+    def _submit(self) -> str:
+        where = ("--data-dir", self.network.data_dir(SUBMITTER))
+        password = ("--password-file", self.network.password_file(SUBMITTER))
+        job = str(tdmld("job", "submit", self.job_file, *where, *password)["job"])
+        say(f"job {job[:12]} is on the chain")
+        return job
+
+    async def _client(self, index: int) -> Client:
+        return Client(read_access(self.network.data_dir(index)))
+
+    async def _balances(self) -> dict[str, int]:
+        async with await self._client(SUBMITTER) as client:
+            found = {}
+            for node in self.network.nodes:
+                account = await client.call("chain_account", {"address": node.owner}, AccountInfo)
+                found[node.owner] = int(account.balance)
+            return found
+
+    async def _watch(self, job: str) -> JobDetail:
+        """Show the job until its result is known or it is over."""
+        with trio.fail_after(PATIENCE_SECONDS):
+            async with await self._client(SUBMITTER) as client:
+                while True:
+                    detail = await client.call("job_status", {"id": job}, JobDetail)
+                    status = await client.call("node_status", {}, NodeStatus)
+                    self._show(detail, status)
+                    over = detail.summary.state in FINAL_JOB_STATES
+                    if over or (detail.result is not None and len(detail.result.holders) > 1):
+                        return detail
+                    await trio.to_thread.run_sync(self._maybe_kill, detail)
+                    await trio.sleep(POLL_SECONDS)
+
+    async def _settled(self, job: str) -> JobDetail:
+        """The job's last state, once it is final."""
+        with trio.fail_after(60):
+            async with await self._client(SUBMITTER) as client:
+                while True:
+                    detail = await client.call("job_status", {"id": job}, JobDetail)
+                    if detail.summary.state in FINAL_JOB_STATES:
+                        return detail
+                    await trio.sleep(0.2)
+
+    def _show(self, detail: JobDetail, status: NodeStatus) -> None:
+        brief = detail.summary
+        audits: dict[str, int] = {}
+        for audit in detail.audits:
+            audits[audit.state] = audits.get(audit.state, 0) + 1
+        loss = "" if brief.loss is None else f"  loss {brief.loss / 1e6:.3f}"
+        told = "  ".join(
+            [
+                f"{brief.state:10}",
+                *(
+                    f"stage {slot.stage} {self.names.get(slot.worker, '?')} "
+                    f"{slot.segment:2}/{brief.rounds} settled {slot.settled:2}"
+                    for slot in detail.slots
+                ),
+                "audits "
+                + (", ".join(f"{n} {state}" for state, n in sorted(audits.items())) or "none"),
+                f"paid {brief.spent}",
+            ]
+        )
+        if told + loss != self.shown:
+            self.shown = told + loss
+            say(f"block {status.height:4}  {told}{loss}")
+
+    # faults ----------------------------------------------------------------------------------
+
+    def _maybe_kill(self, detail: JobDetail) -> None:
+        kind = self.options.kill
+        reached = any(slot.segment >= self.options.kill_round for slot in detail.slots)
+        if kind is None or self.killed or not reached:
+            return
+        self.killed = True
+        if kind == "validator":
+            say(f"killing the validator {self.network.nodes[BYSTANDER].name} with -9")
+            self.network.kill(BYSTANDER)
+            time.sleep(3)  # the network lives on without it for a while
+            self.network.start(BYSTANDER)
+            self.network.wait_ready([BYSTANDER])
+            say("it is back")
+            return
+        slot = detail.slots[0]
+        index = [node.node for node in self.network.nodes].index(slot.worker)
+        victims = list(self._children(index, f"tdmld.node.{kind}"))
+        if not victims:
+            raise DemoFailed(f"no {kind} process of {self.network.nodes[index].name} to kill")
+        say(f"killing the {kind} of {self.network.nodes[index].name} with -9")
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+
+    def _children(self, index: int, module: str) -> Iterator[int]:
+        """Processes of a node that run `module`."""
+        daemon = self.network.process(index)
+        assert daemon is not None
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except (OSError, ValueError):
+                continue
+            if parent == daemon.pid and module.encode() in words:
+                yield int(entry.name)
+
+    # what came out ---------------------------------------------------------------------------
+
+    def _fetch(self, job: str) -> dict[str, Any]:
+        out = self.options.out / "model"
+        shutil.rmtree(out, ignore_errors=True)
+        where = ("--data-dir", self.network.data_dir(SUBMITTER))
+        password = ("--password-file", self.network.password_file(SUBMITTER))
+        fetched = tdmld("job", "fetch", job, out, *where, *password)
+        say(f"fetched the model into {fetched['directory']}")
+        return {"export_dir": str(out), "provenance": str(out / "provenance.json")}
+
+    def _account(
+        self, detail: JobDetail, before: dict[str, int], after: dict[str, int]
+    ) -> dict[str, Any]:
+        """Money, from the exported ledger of the submitter's stopped node."""
+        ledger = read_ledger(self.network.data_dir(SUBMITTER))
+        paid = {who: int(amount) for who, amount in detail.payments.items() if int(amount)}
+        submitter = self.network.nodes[SUBMITTER].owner
+        spent = before[submitter] - after[submitter]
+        exact = spent == sum(paid.values()) + ledger.burned and all(
+            after[owner] - before[owner] == paid.get(owner, 0)
+            for owner in before
+            if owner != submitter
+        )
+        return {
+            "rounds": detail.summary.rounds,
+            "reason": detail.summary.reason,
+            "audits_passed": sum(audit.state == "passed" for audit in detail.audits),
+            "audits_mismatched": sum(audit.state == "mismatch" for audit in detail.audits),
+            "auditors": len({a.auditor for a in detail.audits if a.state == "passed"}),
+            "paid": paid,
+            "spent": spent,
+            "burned": ledger.burned,
+            "spent_is_paid_plus_burned": exact,
+            "supply_conserved": ledger.total == ledger.supply,
+            "convicted": [],
+            "workers": sorted({slot.worker for slot in detail.slots}),
+            "owners": {node.node: node.owner for node in self.network.nodes},
+            "standby": [standby.node for standby in detail.standbys],
+            "losses": [loss.loss / 1e6 for loss in detail.losses],
+            "height": ledger.height,
+        }
+
+    def _verify(self, found: dict[str, Any]) -> dict[str, Any]:
+        """Train again in one process and compare everything."""
+        say("training the same spec in one process, unsplit, to compare every bit ...")
+        reference = self.options.out / "reference"
+        shutil.rmtree(reference, ignore_errors=True)
+        made = tdmld("reference", self.job_file, "--out", reference)
+        record = check(Path(found["provenance"]).read_bytes())
+        export = Path(found["export_dir"])
+        equal = record["result"] == made["result_id"] and self._same_roots(
+            record, json.loads(Path(made["roots"]).read_bytes())
+        )
+        for name in ("model.safetensors", "config.json"):
+            same = (export / name).read_bytes() == (Path(made["export_dir"]) / name).read_bytes()
+            equal = equal and same
+        sample = tdmld("evaluate", export, "--job", self.job_file, "--length", "240")
+        return {
+            "bitwise_reference": equal,
+            "loss_first": found["losses"][0],
+            "loss_last": found["losses"][-1],
+            "loss_heldout": sample["loss_heldout"],
+            "loss_heldout_reference": made["loss_heldout"],
+            "sample": sample["sample"],
+        }
+
+    @staticmethod
+    def _same_roots(record: dict[str, Any], reference: dict[str, Any]) -> bool:
+        """Whether every committed state root is the reference's."""
+        compared = 0
+        for slot in record["slots"]:
+            name = f"{slot['lane']}.{slot['stage']}"
+            for segment in slot["segments"]:
+                expected = reference["boundaries"][segment["segment"] + 1][name]
+                if expected != [segment["end_shared"], segment["end_lane"]]:
+                    return False
+                compared += 1
+        everything = (len(reference["boundaries"]) - 1) * len(reference["boundaries"][0])
+        return compared == everything
+
+
+def checks(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Everything that must hold, by name."""
+    yield "the supply is conserved", found["supply_conserved"]
+    yield "the submitter paid what others got plus what was burned", found[
+        "spent_is_paid_plus_burned"
+    ]
+    if options.cheater:
+        yield "the job was refunded", found["state"] == "refunded"
+        yield "an audit found the flipped bit", found["audits_mismatched"] > 0
+        return
+    if options.kill in ("worker", "carrier"):
+        yield "the job was refunded", found["state"] == "refunded"
+        yield "the reason is clear", bool(found["reason"])
+        return
+    yield "there is a model", "export_dir" in found
+    if "export_dir" not in found:
+        return
+    yield "bit for bit the reference", found["bitwise_reference"]
+    yield "at least two audits passed", found["audits_passed"] >= 2
+    yield "at least two auditors", found["auditors"] >= 2
+    owners = found["owners"]
+    earners = {owners[node] for node in [*found["workers"], *found["standby"]]}
+    yield "workers and standby were paid", earners <= set(found["paid"])
+    if options.bound:
+        yield f"held-out loss below {HELDOUT_BOUND}", found["loss_heldout"] < HELDOUT_BOUND
+    yield "the held-out loss is the reference's", (
+        found["loss_heldout"] == found["loss_heldout_reference"]
+    )
+
+
+def environment() -> dict[str, Any]:
+    """The keys that every document of our scripts carries."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "command": " ".join(["scripts/demo", *sys.argv[1:]]),
+        "version": described.stdout.strip() or version("tdmld"),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load_before": os.getloadavg()[0],
+    }
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write one JSON document there")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "demo-out", help="where model and reference go"
+    )
+    parser.add_argument("--tui", action="store_true", help="show the dashboard meanwhile")
+    parser.add_argument(
+        "--cheater", action="store_true", help="every worker flips one bit of one gradient, once"
+    )
+    parser.add_argument("--kill", choices=["validator", "worker", "carrier"])
+    parser.add_argument("--kill-round", type=int, default=ROUND_OF_THE_KILL, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--job", type=Path, default=ROOT / "examples" / "plays-3m.toml", help="another job file"
+    )
+    parser.add_argument(
+        "--parameters", default="{}", help="genesis parameters to replace, as JSON"
+    )
+    options = parser.parse_args(arguments)
+    options.bound = options.job == parser.get_default("job")
+    options.out = options.out.absolute()
+    options.job = options.job.absolute()
+    return options
+
+
+def dashboard(demo: Demo, result: dict[str, Any]) -> None:
+    """Run the demo behind the dashboard of the submitter's node."""
+
+    def behind() -> None:
+        try:
+            result.update(demo.run())
+        except BaseException as error:
+            result["error"] = error
+
+    log = demo.directory / "demo.log"
+    with log.open("w") as file:
+        terminal, sys.stderr = sys.stderr, file
+        thread = threading.Thread(target=behind)
+        thread.start()
+        try:
+            data_dir = str(demo.network.data_dir(SUBMITTER))
+            command = [sys.executable, "-m", "tdmld", "tui", "--data-dir", data_dir]
+            while thread.is_alive() and not (demo.network.data_dir(SUBMITTER) / "run").exists():
+                time.sleep(0.1)
+            subprocess.run(command, cwd=ROOT, check=False)
+            thread.join()
+        finally:
+            sys.stderr = terminal
+    say(log.read_text())
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    document = environment()
+    started = time.monotonic()
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="tdmld-demo-", ignore_cleanup_errors=True) as temporary:
+        demo = Demo(options, Path(temporary))
+        try:
+            if options.tui:
+                dashboard(demo, found)
+                if isinstance(found.get("error"), BaseException):
+                    raise found["error"]
+            else:
+                found = demo.run()
+        except (DemoFailed, RpcError, trio.TooSlowError) as error:
+            say(f"the demo failed: {error or type(error).__name__}")
+            keep = options.out / "failed-network"
+            shutil.rmtree(keep, ignore_errors=True)
+            shutil.copytree(demo.network.directory, keep, ignore=shutil.ignore_patterns("LOCK"))
+            say(f"the nodes' directories are kept in {keep}")
+            return 1
+    seconds = time.monotonic() - started
+    results = list(checks(options, found))
+    say()
+    for name, holds in results:
+        say(f"  {'ok  ' if holds else 'FAIL'}  {name}")
+    say()
+    for key in ("state", "reason", "rounds", "audits_passed", "loss_first", "loss_last"):
+        if key in found:
+            say(f"  {key:16} {found[key]}")
+    if "loss_heldout" in found:
+        say(f"  {'loss_heldout':16} {found['loss_heldout']} nats a byte")
+    for who, amount in sorted(found["paid"].items(), key=lambda row: -row[1]):
+        say(f"  paid {amount:10} to {demo.names.get(who, '?')} ({short(who)})")
+    say(f"  seconds          {seconds:.1f}")
+    if "sample" in found:
+        say("\n  the model writes:\n")
+        say("    " + found["sample"].replace("\n", "\n    "))
+    document |= found | {"seconds": round(seconds, 3), "ok": all(holds for _, holds in results)}
+    if options.json is not None:
+        options.json.write_text(json.dumps(document, indent=2, default=str) + "\n")
+    return 0 if document["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
