@@ -151,7 +151,9 @@ def run_pipeline(
                 )
                 for link in spec.links(stage)
             }
-            records[stage].append(run_segment(slot, segment, QueueChannel(stage, boxes, logs)))
+            channel = QueueChannel(stage, boxes, logs)
+            records[stage].append(run_segment(slot, segment, channel))
+            assert not channel.held  # every buffer was released
             for log in logs.values():
                 log.close()
             slot.save(place / "state" / str(segment + 1))
