@@ -158,6 +158,8 @@ class _Socket:
         self._queue, self._outgoing = trio.open_memory_channel[bytes](limits.QUEUE_MESSAGES)
         self._calls = trio.CapacityLimiter(limits.CALLS_IN_FLIGHT)
         self._overrun = trio.Event()
+        self._writing = trio.CancelScope()
+        self._written = trio.Event()
 
     async def run(self, receive: Receive, send: Send) -> None:
         async with trio.open_nursery() as nursery:
@@ -193,14 +195,17 @@ class _Socket:
             self._calls.release_on_behalf_of(ticket)
 
     async def _write(self, send: Send) -> None:
-        async for message in self._outgoing:
-            await send({"type": "websocket.send", "text": message.decode()})
+        with self._writing:
+            async for message in self._outgoing:
+                await send({"type": "websocket.send", "text": message.decode()})
+        self._written.set()
 
-    @staticmethod
-    async def _leave(when: trio.Event, code: int, send: Send, nursery: trio.Nursery) -> None:
+    async def _leave(self, when: trio.Event, code: int, send: Send, nursery: trio.Nursery) -> None:
         await when.wait()
-        with trio.move_on_after(1):
-            await send({"type": "websocket.close", "code": code})
+        # Nothing may be sent after the close, so the writer ends first (its send has a deadline).
+        self._writing.cancel()
+        await self._written.wait()
+        await send({"type": "websocket.close", "code": code})
         nursery.cancel_scope.cancel()
 
 

@@ -42,9 +42,7 @@ JobState = Literal[
 FINAL_JOB_STATES = frozenset({"closed", "refunded", "expired"})
 
 AuditState = Literal["drawn", "committed", "opened", "passed", "mismatch", "expired", "unaudited"]
-EventKind = Literal[
-    "state", "step", "segment", "audit", "settled", "payment", "fault", "result"
-]
+EventKind = Literal["state", "step", "segment", "audit", "settled", "payment", "fault", "result"]
 Role = Literal["worker", "standby", "auditor"]
 
 

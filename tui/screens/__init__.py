@@ -1,0 +1,1 @@
+"""The screens; each lays widgets out and hands a snapshot on to them."""

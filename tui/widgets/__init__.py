@@ -1,0 +1,1 @@
+"""One widget a file; each has `show(...)`, which takes wire types and nothing else."""
