@@ -23,7 +23,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import trio
-from libp2p.abc import IHost
+from libp2p.abc import IHost, INetStream
 from libp2p.exceptions import ValidationError
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, PROTOCOL_ID_V12, GossipSub
@@ -45,7 +45,11 @@ _SEEN_SECONDS = 120
 _DEGREE, _DEGREE_LOW, _DEGREE_HIGH = 6, 4, 12
 _TOPICS_PER_PEER = 32
 _BURST = 16
-"""Publications that may go out at once: half of what libp2p queues for a peer."""
+"""Publications that may go out at once."""
+_QUEUE_BUSY = 16
+"""The library queues 32 messages for a peer and drops further ones without a word: wait at half."""
+_LAG_SECONDS = 1.0
+"""So long a publication waits for the slowest peer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ class _Router(GossipSub):
 class _Pubsub(Pubsub):
     """Pubsub with our size check, validation and delivery in the place of the library's."""
 
-    def __init__(self, host: IHost, router: GossipSub, limits: Limits) -> None:
+    def __init__(self, host: IHost, router: GossipSub) -> None:
         super().__init__(
             host,
             router,
@@ -92,7 +96,8 @@ class _Pubsub(Pubsub):
         self.topics: dict[str, _Topic] = {}
         self.dropped = 0
         self.rejected = 0
-        self._limits = limits
+        self._written = trio.Event()
+        self._lagging: set[ID] = set()
 
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
         """Every message, ours included, enters here; the library runs it in a task of the
@@ -123,6 +128,29 @@ class _Pubsub(Pubsub):
             valid = False
         if not valid:
             raise ValidationError("the validator refused")
+
+    async def write_msg(self, stream: INetStream, rpc_msg: rpc_pb2.RPC) -> bool:
+        try:
+            return await super().write_msg(stream, rpc_msg)
+        finally:
+            self._written.set()
+            self._written = trio.Event()
+
+    async def wait_for_room(self, topic: str) -> None:
+        """Until the queues of the peers on `topic` are short; a peer that does not read holds us
+        up once, and then no more before its queue is short again."""
+        with trio.move_on_after(_LAG_SECONDS):
+            while self._busy(topic) - self._lagging:
+                await self._written.wait()
+        self._lagging = self._busy(topic)
+
+    def _busy(self, topic: str) -> set[ID]:
+        """Peers to whom so much is waiting that more might be dropped."""
+        return {
+            peer
+            for peer in self.peer_topics.get(topic, ())
+            if (queue := self.peer_queues.get(peer)) is not None and len(queue) >= _QUEUE_BUSY
+        }
 
     def notify_subscriptions(self, publish_message: rpc_pb2.Message) -> None:
         source = ID(publish_message.from_id)
@@ -161,7 +189,7 @@ class Gossip:
             adaptive_gossip_enabled=False,
             eclipse_protection_enabled=False,
         )
-        self._pubsub = _Pubsub(host, self._router, limits)
+        self._pubsub = _Pubsub(host, self._router)
         self._limits = limits
         self._pace = trio.Lock()
         self._next = 0.0
@@ -196,17 +224,15 @@ class Gossip:
             raise GossipRefused(f"subscribe to {topic} before publishing on it")
         if len(data) > known.limit:
             raise GossipRefused(f"{topic} takes at most {known.limit} bytes, not {len(data)}")
-        await self._wait_for_turn()
-        await self._pubsub.publish(topic, data)
-
-    async def _wait_for_turn(self) -> None:
-        """A bucket of `_BURST` publications, refilled with `gossip_per_second`."""
-        interval = 1 / self._limits.gossip_per_second
         async with self._pace:
+            # A bucket of `_BURST` publications, refilled with `gossip_per_second`.
+            interval = 1 / self._limits.gossip_per_second
             now = trio.current_time()
             self._next = max(self._next, now - _BURST * interval) + interval
             if self._next > now:
                 await trio.sleep(self._next - now)
+            await self._pubsub.wait_for_room(topic)
+            await self._pubsub.publish(topic, data)
 
     def forget(self, peer: ID) -> None:
         self._pubsub.forget(peer)

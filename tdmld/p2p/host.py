@@ -62,6 +62,7 @@ def _quiet_libp2p() -> None:
     logging.getLogger("multiaddr").setLevel(logging.WARNING)
     for name in (
         "network.swarm",
+        "network.auto_connector",
         "host.basic_host",
         "protocol_muxer",
         "stream_muxer",

@@ -30,6 +30,8 @@ _CHANGES_WAITING = 1024
 _LIVED_SECONDS = 1.0
 """A connection that lived shorter does not reset the back-off: the peer takes us and throws us
 out."""
+_SETTLE_SECONDS = 1.0
+"""After a dial that came out second in a simultaneous dial, the first should be here so soon."""
 _FORGOTTEN_PEERS = 4096
 """Entries of strangers that are no longer connected, kept for their traffic counters."""
 
@@ -163,6 +165,11 @@ class Peers:
                 peer.last_error = str(error)
                 raise
             peer.last_error = ""
+            # When both sides dialled at once, ours may be the one that the peer drops: its own is
+            # on the way then.
+            with trio.move_on_after(_SETTLE_SECONDS):
+                while self.live(peer) is None:
+                    await peer.changed.wait()
             if (conn := self.live(peer)) is not None:
                 return conn
             peer.last_error = "the peer closed the connection at once: it may be full or stopping"

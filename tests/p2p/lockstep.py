@@ -1,4 +1,4 @@
-"""Raw connections in memory that take bytes only when the other side reads: perfect back-pressure."""
+"""Raw connections in memory that take bytes only when the other side reads: back-pressure."""
 
 import trio
 import trio.testing

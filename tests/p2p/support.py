@@ -1,4 +1,4 @@
-"""Helpers of the network tests: hosts by number, waiting for a condition, hosts in other processes."""
+"""Helpers of the network tests: hosts by number, waiting, hosts in other processes."""
 
 import os
 import signal
@@ -73,7 +73,7 @@ async def connected_pair(
 async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     """Wait for something that nothing announces; fails after `seconds`."""
     with trio.fail_after(seconds):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 (nothing announces it)
             await trio.sleep(0.005)
 
 
@@ -126,7 +126,7 @@ def foreign_host(number: int, **options: object) -> IHost:
 
 
 class RemoteHost:
-    """An echoing host in a process of its own, on a fixed port, so that it can be killed or frozen."""
+    """An echoing host in a process of its own, on a fixed port: to be killed or frozen."""
 
     def __init__(self, number: int) -> None:
         self.number = number

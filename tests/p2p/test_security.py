@@ -2,6 +2,7 @@
 
 import os
 import ssl
+from contextlib import suppress
 
 import libp2p
 import pytest
@@ -164,16 +165,16 @@ async def test_garbage_and_silence_on_the_port_leave_the_host_serving():
     limits = Limits(handshake_seconds=0.3, pending_per_address=4)
     async with hosts(2, limits=limits) as (a, b):
         port = int(b.addresses[0].rsplit("/", 1)[1])
-        for first in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(5000), b"\x13/multistream/1.0.0\n\xff\xff"):
+        for first in (
+            b"GET / HTTP/1.1\r\n\r\n",
+            os.urandom(5000),
+            b"\x13/multistream/1.0.0\n\xff\xff",
+        ):
             async with await trio.open_tcp_stream("127.0.0.1", port) as stranger:
                 await stranger.send_all(first)
-                with trio.fail_after(2), pytest.raises(EOFError):
-                    while True:
-                        try:
-                            if not await stranger.receive_some():
-                                raise EOFError
-                        except trio.BrokenResourceError:
-                            raise EOFError from None
+                with trio.fail_after(2), suppress(trio.BrokenResourceError):
+                    while await stranger.receive_some():
+                        pass
         silent = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(8)]
         for stranger in silent:  # four at once, the other four after the time-out
             with trio.fail_after(2):
@@ -192,16 +193,24 @@ async def test_hostile_bytes_in_protocol_negotiation_end_that_stream_only():
         for bad in (b"\x05\xff\xfe\xfd\xfc\n", b"\x00", b"\xff" * 64):
             stream = await conn.new_stream()
             await stream.write(b"\x13/multistream/1.0.0\n" + bad)
-            with trio.fail_after(2), pytest.raises(BaseLibp2pError):
-                while True:
-                    await stream.read(1000)
+            with trio.fail_after(2), suppress(BaseLibp2pError):
+                while await stream.read(1000):
+                    pass
         assert await says_hello(a, b.peer_id)
 
 
 @pytest.mark.parametrize(
     "address",
-    ["", "127.0.0.1:4001", "/ip4/127.0.0.1", "/ip4/1.2.3.4/udp/4001/quic-v1", "/tcp/4001"]
-    + ["/ip4/1.2.3.4/tcp/99999", "/ip4/1.2.3.4/tcp/1/ws", "x" * 1000],
+    [
+        "",
+        "127.0.0.1:4001",
+        "/ip4/127.0.0.1",
+        "/ip4/1.2.3.4/udp/4001/quic-v1",
+        "/tcp/4001",
+        "/ip4/1.2.3.4/tcp/99999",
+        "/ip4/1.2.3.4/tcp/1/ws",
+        "x" * 1000,
+    ],
 )
 async def test_an_address_that_cannot_be_dialled_is_refused_when_added(address: str):
     async with hosts(1) as (a,):

@@ -63,7 +63,7 @@ async def test_an_oversized_message_is_refused_before_its_body_is_read():
     ended = []
 
     async def greedy(stream: Stream) -> None:
-        with pytest.raises(MessageTooLarge, match="announced 4000000 bytes .* 1000 are allowed"):
+        with pytest.raises(MessageTooLarge, match=r"announced 4000000 bytes .* 1000 are allowed"):
             await stream.receive(1000)
         ended.append(host_b.peers()[0].bytes_in)
         with pytest.raises(MessageTooLarge):
@@ -170,7 +170,7 @@ async def test_a_cancelled_receive_loses_nothing():
 
 
 async def test_a_send_cancelled_under_back_pressure_resets_its_stream_and_no_other():
-    """The library's own write leaves half a record behind and every stream of the connection dies."""
+    """The library's own write leaves half a record behind: all streams of the connection die."""
     ends: list[BaseException] = []
     asleep = trio.Event()
 

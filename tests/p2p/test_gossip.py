@@ -1,0 +1,229 @@
+"""Gossip arrives, once, at others; and no message, however made, takes a host down."""
+
+import pytest
+import trio
+import trio.testing
+from libp2p.custom_types import TProtocol
+from libp2p.pubsub.gossipsub import PROTOCOL_ID_V12
+from libp2p.pubsub.pb import rpc_pb2
+from libp2p.utils.varint import encode_varint_prefixed
+
+from tdmld.p2p import GossipMessage, Host, Limits, open_host
+from tdmld.p2p.errors import GossipRefused
+from tdmld.p2p.host import _negotiate
+from tests.p2p.support import connected_pair, hosts, info, says_hello, seed, until
+
+TOPIC = "/test/gossip/1"
+FAST = Limits(gossip_per_second=400)
+
+
+def accept(source: str, data: bytes) -> bool:
+    return True
+
+
+async def join(*members: Host, validate=accept, limit: int = 1000):
+    """Subscribe all and wait until each knows that each of its peers has."""
+    channels = [await host.subscribe(TOPIC, limit=limit, validate=validate) for host in members]
+    for host in members:
+        await until(lambda: known(host) == len(host.connected()))  # noqa: B023
+    return channels
+
+
+def known(host: Host) -> int:
+    pubsub = host._gossip._pubsub
+    return len(pubsub.peer_topics.get(TOPIC, set()) & pubsub.peers.keys())
+
+
+async def collect(channel: trio.MemoryReceiveChannel[GossipMessage], count: int) -> list[bytes]:
+    with trio.fail_after(10):
+        return [(await channel.receive()).data for _ in range(count)]
+
+
+async def test_a_message_reaches_the_others_and_not_its_author():
+    async with connected_pair(gossip=True) as (a, b):
+        mine, yours = await join(a, b)
+        await a.publish(TOPIC, b"news")
+        with trio.fail_after(5):
+            assert await yours.receive() == GossipMessage(a.peer_id, TOPIC, b"news")
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        with pytest.raises(trio.WouldBlock):
+            mine.receive_nowait()
+
+
+async def test_a_message_is_relayed_and_delivered_once():
+    async with hosts(4, gossip=True) as (a, b, c, d):
+        for host in (b, c):
+            host.add_peer(info(a))
+            host.add_peer(info(d))
+        await until(lambda: len(a.connected()) == len(d.connected()) == 2)
+        channels = await join(a, b, c, d)
+        for number in range(10):
+            await a.publish(TOPIC, b"%d" % number)
+        received = await collect(channels[3], 10)
+        assert sorted(received) == [b"%d" % number for number in range(10)]
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        with pytest.raises(trio.WouldBlock):
+            channels[3].receive_nowait()
+
+
+async def test_a_burst_arrives_completely():
+    """The library delivers 16 of 200 (its queues hold 32), and 10 a second with spam protection."""
+    async with connected_pair(gossip=True, limits=FAST) as (a, b):
+        _, yours = await join(a, b)
+        sent = [b"message %d" % number for number in range(200)]
+        async with trio.open_nursery() as nursery:
+            for message in sent:
+                nursery.start_soon(a.publish, TOPIC, message)
+            received = await collect(yours, len(sent))
+        assert sorted(received) == sorted(sent)
+        assert b.gossip_dropped == 0
+
+
+async def test_a_subscriber_that_does_not_read_loses_the_newest_and_it_is_counted():
+    limits = Limits(gossip_queue=5, gossip_per_second=400)
+    async with connected_pair(gossip=True, limits=limits) as (a, b):
+        _, yours = await join(a, b)
+        for number in range(12):
+            await a.publish(TOPIC, b"%d" % number)
+        await until(lambda: b.gossip_dropped == 7)
+        assert len(await collect(yours, 5)) == 5
+        await a.publish(TOPIC, b"again")
+        assert await collect(yours, 1) == [b"again"]
+
+
+async def test_what_the_validator_refuses_or_fails_on_is_not_delivered(caplog):
+    """In the library a validator that raises ends the whole host."""
+
+    def validate(source: str, data: bytes) -> bool:
+        if data == b"boom":
+            raise KeyError("a bug")
+        return data != b"bad"
+
+    async with connected_pair(gossip=True) as (a, b):
+        _, yours = await join(a, b, validate=validate)
+        for data in (b"bad", b"boom", b"good"):
+            await a.publish(TOPIC, data)
+        assert await collect(yours, 1) == [b"good"]
+        assert await says_hello(a, b.peer_id)
+    assert "the validator of /test/gossip/1 failed" in caplog.text
+
+
+async def test_a_message_over_the_limit_is_neither_sent_nor_taken():
+    seen = []
+
+    def note(source: str, data: bytes) -> bool:
+        seen.append(data)
+        return True
+
+    async with connected_pair(gossip=True) as (a, b):
+        await a.subscribe(TOPIC, limit=100, validate=accept)
+        with pytest.raises(GossipRefused, match="at most 100 bytes, not 101"):
+            await a.publish(TOPIC, bytes(101))
+        yours = await b.subscribe(TOPIC, limit=50, validate=note)
+        await until(lambda: known(a) == known(b) == 1)
+        await a.publish(TOPIC, bytes(51))
+        await a.publish(TOPIC, bytes(50))
+        assert await collect(yours, 1) == [bytes(50)]
+        assert seen == [bytes(50)]
+        assert b._gossip.rejected == 1
+
+
+async def test_gossip_can_be_switched_off():
+    async with open_host(seed(1), gossip=False) as host:
+        with pytest.raises(GossipRefused):
+            await host.publish(TOPIC, b"x")
+        with pytest.raises(GossipRefused):
+            await host.subscribe(TOPIC, limit=1, validate=accept)
+
+
+async def test_a_limit_above_what_gossip_carries_is_refused():
+    async with open_host(seed(1)) as host:
+        with pytest.raises(GossipRefused, match="serve the rest by stream"):
+            await host.subscribe(TOPIC, limit=1 << 20, validate=accept)
+        with pytest.raises(GossipRefused, match=r"subscribe to .* before"):
+            await host.publish(TOPIC, b"x")
+
+
+async def test_a_restarted_author_is_heard_at_once():
+    """The library repeats its sequence numbers after a restart and is taken for seen."""
+    async with hosts(1, gossip=True, limits=FAST) as (a,):
+        yours = await a.subscribe(TOPIC, limit=100, validate=accept)
+        for life in range(2):
+            async with open_host(seed(2), limits=FAST) as author:
+                await author.subscribe(TOPIC, limit=100, validate=accept)
+                author.add_peer(info(a))
+                await until(lambda: known(author) == 1 and known(a) == 1)
+                sent = [b"life %d message %d" % (life, number) for number in range(30)]
+                for message in sent:
+                    await author.publish(TOPIC, message)
+                assert sorted(await collect(yours, 30)) == sorted(sent)
+
+
+async def test_gossip_goes_on_after_a_connection_was_lost_or_replaced():
+    """The library stays deaf to a peer that comes back before its old connection is cleaned up."""
+    async with connected_pair(gossip=True) as (a, b):
+        _, yours = await join(a, b)
+        for number in range(5):
+            for conn in b._swarm.get_connections():
+                # As when the socket breaks: both sides notice at once, and a redials at once.
+                await conn.muxed_conn._session.close()
+            await until(lambda: not a.connected() or not b.connected())
+            await until(lambda: known(a) == known(b) == 1)
+            await a.publish(TOPIC, b"%d" % number)
+            assert await collect(yours, 1) == [b"%d" % number]
+
+
+async def test_gossip_survives_a_peer_that_restarts_unnoticed():
+    async with hosts(1, gossip=True) as (a,):
+        channel = await a.subscribe(TOPIC, limit=100, validate=accept)
+        async with open_host(seed(2)) as first:
+            first.add_peer(info(a))
+            await until(lambda: first.peer_id in a.connected())
+            first.remove_peer(a.peer_id)
+            async with open_host(seed(2)) as second:
+                other = await second.subscribe(TOPIC, limit=100, validate=accept)
+                second.add_peer(info(a))
+                await until(lambda: known(a) == 1 and known(second) == 1)
+                await second.publish(TOPIC, b"here again")
+                assert await collect(channel, 1) == [b"here again"]
+                await a.publish(TOPIC, b"welcome back")
+                assert await collect(other, 1) == [b"welcome back"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"from_id": b"garbage", "key": b"garbage", "signature": b"x"},
+        {"from_id": b"", "signature": b"x"},
+        {"from_id": b"\x00\x24\x08\x01\x12\x20" + bytes(32), "signature": bytes(64)},
+        {"from_id": b"\x00\x24\x08\x01\x12\x20" + bytes(32)},
+    ],
+)
+async def test_a_forged_message_is_dropped_and_the_host_lives(message: dict[str, bytes]):
+    """A key that cannot be parsed ends the library's host."""
+    async with connected_pair(gossip=True) as (a, b):
+        _, yours = await join(a, b)
+        [conn] = a._swarm.get_connections()
+        stream = await _negotiate(conn, TProtocol(PROTOCOL_ID_V12))
+        forged = rpc_pb2.Message(data=b"forged", topicIDs=[TOPIC], seqno=bytes(8), **message)
+        rpc = rpc_pb2.RPC(publish=[forged])
+        await stream.write(encode_varint_prefixed(rpc.SerializeToString()))
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        await a.publish(TOPIC, b"genuine")
+        assert await collect(yours, 1) == [b"genuine"]
+
+
+@pytest.mark.parametrize("raw", [b"\xff" * 20, b"\x05\x12\xff\xff\xff\xff", b"\x80" * 12])
+async def test_garbage_on_a_gossip_stream_harms_its_sender_only(raw: bytes):
+    async with hosts(3, gossip=True) as (hostile, b, c):
+        for host in (hostile, c):
+            host.add_peer(info(b))
+        await until(lambda: len(b.connected()) == 2)
+        _, _, channel = await join(hostile, b, c)
+        [conn] = hostile._swarm.get_connections()
+        stream = await _negotiate(conn, TProtocol(PROTOCOL_ID_V12))
+        await stream.write(raw)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        await b.publish(TOPIC, b"genuine")
+        assert await collect(channel, 1) == [b"genuine"]
+        assert await says_hello(b, c.peer_id)
