@@ -122,9 +122,12 @@ class CarrierClient:
         if self._socket is None:
             raise CarrierUnavailable("the carrier process is being restarted; try again soon")
         number = next(self._ids)
+        raw = control.encode_message(make(number))
+        # A wrong argument is an error of the caller here and must not end the carrier there.
+        control.decode_to_carrier(raw)
         pending = self._pending[number] = _Pending()
         try:
-            await self._socket.send(control.encode_message(make(number)), descriptors)
+            await self._socket.send(raw, descriptors)
             await pending.answered.wait()
         except ControlError as error:
             raise CarrierUnavailable(f"the carrier process is gone: {error}") from error

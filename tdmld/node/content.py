@@ -37,7 +37,7 @@ from tdmld.node.control import (
 from tdmld.node.errors import ContentError, ContentMismatch, ContentRefused, ContentUnavailable
 from tdmld.node.layout import Layout, is_file_name
 from tdmld.p2p import Host, Stream
-from tdmld.p2p.errors import P2PError, StreamClosed
+from tdmld.p2p.errors import DialFailed, P2PError, StreamClosed, StreamError
 from tdmld.train.data import cut_shards
 from tdmld.train.digest import digest
 from tdmld.train.files import write_durably
@@ -53,6 +53,8 @@ CHUNK_BYTES = 1 << 20
 STREAMS_PER_PEER = 8
 STREAMS = 64
 IDLE_SECONDS = 30.0
+RETRY_SECONDS = (0.2, 1.0)
+"""Pauses before a holder is asked again after a broken stream."""
 MAX_RESULT_FILES = 32
 DISK_RESERVE_BYTES = 64 << 20
 """Left free on the disk, so that the chain's database can go on."""
@@ -323,7 +325,7 @@ class ContentClient:
                 if holder == self._host.peer_id:
                     await trio.to_thread.run_sync(self._copy, item, limit, target)
                     return holder
-                await self._from(holder, item, limit, target, blob)
+                await self._from_patiently(holder, item, limit, target, blob)
             except (P2PError, ContentUnavailable, ContentMismatch, trio.TooSlowError) as error:
                 answers.append(f"{holder}: {str(error) or 'too slow'}")
             else:
@@ -366,6 +368,19 @@ class ContentClient:
         if isinstance(reply, Refuse):
             raise ContentUnavailable(reply.reason)
         return reply
+
+    async def _from_patiently(
+        self, holder: str, item: Item, limit: int, target: Path, blob: bool
+    ) -> None:
+        """As `_from`, again after a broken stream: when two peers dial each other at the same time
+        one of the connections is dropped, and streams on it with it."""
+        for pause in RETRY_SECONDS:
+            try:
+                return await self._from(holder, item, limit, target, blob)
+            except (StreamError, DialFailed) as error:
+                log.info("content from %s: %s; again", holder, error)
+            await trio.sleep(pause)
+        await self._from(holder, item, limit, target, blob)
 
     async def _from(self, holder: str, item: Item, limit: int, target: Path, blob: bool) -> None:
         async with await self._host.open_stream(holder, self._protocol) as stream:
