@@ -8,7 +8,8 @@
 **Who is to blame for a stall.** A pipeline stops as a whole when one of its members does. When the
 `segment_window` of a slot ends, the job is refunded; a fault is counted for the slots that are
 furthest behind, and for nobody where no slot is ahead of another: then the chain cannot tell. While
-any slot waits at its limit D for a settlement, nobody is blamed, for its neighbours wait with it.
+any slot waits at its limit D for a settlement that is on its way, nobody is blamed, for its
+neighbours wait with it.
 """
 
 from msgspec.structs import replace
@@ -18,7 +19,7 @@ from tdmld.chain.closing import end, refund
 from tdmld.chain.events import JobActive, ResultDisputed, ResultKnown
 from tdmld.chain.execution import Execution, known_job, known_slot, require
 from tdmld.chain.records import CloseReason, Due, GenesisRoots, Job, JobStatus, Timer
-from tdmld.chain.settlement import arm_stall, at_limit, count
+from tdmld.chain.settlement import arm_stall, count, waits_for_settlement
 from tdmld.chain.transactions import AttestGenesis, AttestResult, Fetched
 
 
@@ -76,7 +77,7 @@ def stall(run: Execution, entry: Due) -> None:
     """Due: a slot has not committed for a whole `segment_window`."""
     job = run.job(entry.job)
     slots = [run.slot(job.id, slot) for slot in range(job.slots)]
-    if any(at_limit(job, slot) for slot in slots):
+    if any(waits_for_settlement(run, job, slot) for slot in range(job.slots)):
         due.put(run.state, entry, run.height + run.parameters.segment_window)
         return
     furthest = max(slot.committed for slot in slots)

@@ -47,6 +47,18 @@ def at_limit(job: Job, slot: SlotState) -> bool:
     return slot.committed < job.rounds and slot.committed - slot.settled >= job.unsettled
 
 
+def waits_for_settlement(run: Execution, job: Job, slot: int) -> bool:
+    """Whether the slot is at its limit D, and what it waits for is the chain and not a neighbour.
+
+    A slot at its limit whose next segment is not even linked waits for the other end of a link.
+    """
+    state = run.slot(job.id, slot)
+    if not at_limit(job, state):
+        return False
+    waiting = run.segment(job.id, slot, state.settled)
+    return waiting.status is not SegmentStatus.COMMITTED
+
+
 def arm_stall(run: Execution, job: Job, slot: int) -> None:
     """(Re)start the slot's `segment_window`, or stop it where the slot is done or must wait."""
     state = run.slot(job.id, slot)

@@ -209,6 +209,19 @@ def test_waiting_for_a_settlement_is_no_stall() -> None:
     assert job.reason is CloseReason.FETCHED
 
 
+def test_a_slot_at_its_limit_beside_a_dead_one_does_not_keep_the_job_alive() -> None:
+    """It waits for its neighbour and not for a settlement, which cannot come."""
+    world, job_id = active(rounds=8, audit_rate=0)
+    world.stop_before[worker(world, job_id, 1)] = 0
+    job = world.play_until(job_id)
+    assert job.reason is CloseReason.FAULT
+    ahead = world.state.slot(job_id, 0)
+    assert ahead is not None
+    assert (ahead.committed, ahead.settled) == (job.unsettled, 0)
+    (faulty,) = [i for i in range(7) if world.state.facts(owner_key(i).public).faults]
+    assert node_key(faulty).public == worker(world, job_id, 1)
+
+
 def _members(world: World, job: bytes) -> set[bytes]:
     return {worker(world, job, 0), worker(world, job, 1), standby(world, job)}
 
