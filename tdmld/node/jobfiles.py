@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tdmld.node.errors import MachineError
-from tdmld.node.layout import list_file
+from tdmld.node.layout import Layout, list_file
 from tdmld.train.digest import digest, link_root
 from tdmld.train.errors import FileError
 from tdmld.train.export import Result, merge_states, read_result
@@ -103,6 +103,15 @@ def discard_job(directory: Path) -> None:
         elif path.name.startswith("slot-"):
             remove_tree(path / "ring")
             remove_tree(path / "state")
+
+
+def remove_leftovers(layout: Layout) -> None:
+    """At start: what a run that was killed had not finished."""
+    for pattern in ("*/audit", "*/gathered", "*/*.new", "*/standby-*/state/*.new"):
+        for path in layout.jobs.glob(pattern):
+            remove_tree(path)
+    for path in (*layout.content.glob("*/*.part"), *layout.content.glob("*/*.new")):
+        path.unlink(missing_ok=True)
 
 
 def replace_directory(aside: Path, target: Path) -> None:

@@ -29,27 +29,19 @@ from tdmld.node import channel, control
 from tdmld.node.carrierclient import CarrierClient
 from tdmld.node.errors import (
     AuditImpossible,
-    CarrierUnavailable,
-    ContentError,
-    ContentMismatch,
-    ContentRefused,
     ContentUnavailable,
     MachineError,
     WorkerFailed,
 )
+from tdmld.node.gather import Gatherer
 from tdmld.node.jobfiles import (
     discard_job,
     discard_settled,
-    has_frames,
-    has_part,
     has_state,
-    is_used_directory,
     keep_last_states,
-    prepare_directory,
+    remove_leftovers,
     remove_tree,
-    replace_directory,
     state_limit,
-    write_result,
 )
 from tdmld.node.layout import SEED_BYTES, Layout, list_file, state
 from tdmld.node.machine_types import (
@@ -72,8 +64,6 @@ from tdmld.node.machine_types import (
 from tdmld.node.workers import LiveSlot, WorkerLauncher
 from tdmld.p2p import PeerInfo
 from tdmld.train.errors import FileError
-from tdmld.train.export import RESULT_FILES, read_result
-from tdmld.train.framelog import frame_log_name
 from tdmld.train.segment import SegmentRecord, read_list
 from tdmld.train.spec import decode_spec
 from tdmld.train.statefile import PARTS, keyed_state_hash, part_file
@@ -151,6 +141,7 @@ def _prepare(data_dir: Path) -> tuple[Layout, str]:
     layout = Layout(data_dir.resolve())
     for directory in (layout.content, layout.jobs, layout.logs, layout.session_key.parent):
         directory.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(layout)
     with contextlib.suppress(FileExistsError):
         fd = os.open(layout.session_key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(fd, "wb") as file:
@@ -199,6 +190,8 @@ class Machine:
         self._slots: dict[Key, LiveSlot] = {}
         self._scopes: dict[bytes, set[trio.CancelScope]] = {}
         self._settled: dict[Key, int] = {}
+        self._locks: dict[tuple[bytes, Path], trio.Lock] = {}
+        """One task at a time works in a directory of a job."""
         self._workers = WorkerLauncher(layout, launcher, niceness, nursery)
         self._carrier = CarrierClient(
             config,
@@ -208,6 +201,7 @@ class Machine:
             on_up=self._carrier_up,
             restore=self._restore,
         )
+        self._gather = Gatherer(layout, session, self._carrier)
 
     @property
     def carrier_pid(self) -> int | None:
@@ -245,16 +239,12 @@ class Machine:
     async def fetch(self, job: bytes, content: bytes, size: int, holders: Sequence[str]) -> Path:
         """Bring content by id from the first holder that gives it. At once when it is here.
         ContentError."""
-        reply = await self._call(
-            lambda n: control.FetchBlob(n, job, content, size, _holders(holders)), control.Stored
-        )
-        return Path(reply.path)
+        return await self._gather.fetch(job, content, size, holders)
 
     async def fetch_data(self, job: bytes, spec: bytes, holders: Sequence[str]) -> None:
         """Bring all data shards of a spec. ContentError. Needed before `open_slot` and
         `genesis_roots`."""
-        for content, size in decode_spec(spec).shards:
-            await self.fetch(job, content, size, holders)
+        await self._gather.fetch_data(job, spec, holders)
 
     # --- a slot of our own
 
@@ -267,7 +257,7 @@ class Machine:
         if (job, slot) in self._slots:
             raise MachineError(f"slot {slot} of job {job.hex()} is open already")
         directory = self._layout.slot(job, *slot)
-        shards = await self._begin(job, assignment.spec, directory, fresh=True)
+        shards = await self._gather.begin(job, assignment.spec, directory, fresh=True)
         await self.set_members(job, assignment.members)
         live = LiveSlot(job, slot, spec)
         self._slots[job, slot] = live
@@ -330,10 +320,11 @@ class Machine:
         copy, give the roots. WorkerFailed, ContentUnavailable."""
         with self._scope(job, WorkerFailed):
             directory = self._layout.standby(job, *slot)
-            shards = await self._begin(job, spec, directory, fresh=False)
-            report = await self._workers.run(
-                job, slot, "genesis", shards, directory, channel.Genesis
-            )
+            async with self._lock(job, directory):
+                shards = await self._gather.begin(job, spec, directory, fresh=False)
+                report = await self._workers.run(
+                    job, slot, "genesis", shards, directory, channel.Genesis
+                )
             return GenesisRoots(report.shared, report.lane, report.data)
         raise AssertionError("unreachable")
 
@@ -350,10 +341,13 @@ class Machine:
         last two boundaries of the slot. At once when it is here. ContentError."""
         owner = self._layout.standby(job, *slot)
         target = state(owner, boundary)
-        if not await trio.to_thread.run_sync(has_state, target, expected):
-            limit = state_limit(decode_spec(spec), slot.stage)
-            await self._fetch_state(job, slot, boundary, holders, expected, target, limit)
-        await trio.to_thread.run_sync(keep_last_states, owner, KEPT_BOUNDARIES)
+        limit = state_limit(decode_spec(spec), slot.stage)
+        async with self._lock(job, owner):
+            if not await trio.to_thread.run_sync(has_state, target, expected):
+                await self._gather.fetch_state(
+                    job, slot, boundary, holders, expected, target, limit
+                )
+            await trio.to_thread.run_sync(keep_last_states, owner, KEPT_BOUNDARIES)
 
     async def keyed_hash(self, job: bytes, slot: SlotId, boundary: int, key: bytes) -> bytes:
         """The StandbyProof of a state that is here (own slot or standby copy), 32 bytes.
@@ -373,18 +367,25 @@ class Machine:
         the replay itself broke on our side."""
         with self._scope(task.job, AuditImpossible):
             directory = self._layout.audit(task.job, task.slot.lane, task.slot.stage, task.segment)
-            try:
-                shards = await self._gather_audit(task, directory)
-                await self._workers.run(
-                    task.job, task.slot, "replay", shards, directory, channel.Segment, task.segment
-                )
-                stored = await trio.to_thread.run_sync(
-                    read_list, list_file(directory, task.segment)
-                )
-                return stored.record
-            finally:
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(remove_tree, directory)
+            async with self._lock(task.job, directory):
+                try:
+                    shards = await self._gather.audit_inputs(task, directory)
+                    await self._workers.run(
+                        task.job,
+                        task.slot,
+                        "replay",
+                        shards,
+                        directory,
+                        channel.Segment,
+                        task.segment,
+                    )
+                    stored = await trio.to_thread.run_sync(
+                        read_list, list_file(directory, task.segment)
+                    )
+                    return stored.record
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(remove_tree, directory)
         raise AssertionError("unreachable")
 
     async def make_result(
@@ -393,55 +394,14 @@ class Machine:
         """Gather the shared parts at the last boundary for every stage of one lane (own slot,
         standby copy, or from holders), merge them into jobs/<job>/result and serve that.
         ContentError."""
-        program = decode_spec(spec)
-        boundary = program.rounds
-        scratch = self._layout.job(job) / "gathered"
-        files: list[Path] = []
-        try:
-            for stage in range(program.stages):
-                slot = next((found for found in sorted(final) if found.stage == stage), None)
-                if slot is None:
-                    raise ContentUnavailable(f"no state of stage {stage} was named")
-                source = final[slot]
-                path = await trio.to_thread.run_sync(
-                    self._local_shared, job, slot, boundary, source.root
-                )
-                if path is None:
-                    path = scratch / str(stage) / part_file("shared")
-                    limit = state_limit(program, stage)
-                    item = control.StateFile(control.Slot(job, *slot), boundary, "shared")
-                    await self._fetch_checked(
-                        item, limit, source.holders, path, partial(has_part, path, source.root)
-                    )
-                files.append(path)
-            target = self._layout.result(job)
-            result = await trio.to_thread.run_sync(write_result, program, files, target)
-        except FileError as error:
-            raise ContentMismatch(str(error)) from error
-        finally:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(remove_tree, scratch)
-        return ResultInfo(result.result_id, result.directory, result.files)
+        return await self._gather.make_result(job, spec, final)
 
     async def fetch_result(
         self, job: bytes, result_id: bytes, holders: Sequence[str], out: Path
     ) -> ResultInfo:
         """For the submitter: bring the result into the new or empty directory `out`; its id is
         checked. ContentError."""
-        if await trio.to_thread.run_sync(is_used_directory, out):
-            raise ContentRefused(f"{out} is not empty; name a new directory")
-        answers = []
-        for holder in holders:
-            try:
-                await self._fetch_result_from(job, holder, out)
-                result = await trio.to_thread.run_sync(read_result, out)
-                if result.result_id == result_id:
-                    return ResultInfo(result.result_id, out, result.files)
-                answers.append(f"{holder}: another result than the one attested")
-            except (ContentUnavailable, FileError) as error:
-                answers.append(f"{holder}: {error}")
-            await trio.to_thread.run_sync(remove_tree, out)
-        raise ContentUnavailable("; ".join(answers) or "no holder is known")
+        return await self._gather.fetch_result(job, result_id, holders, out)
 
     # --- the end of things
 
@@ -478,6 +438,8 @@ class Machine:
                 await self.close_slot(job, slot, reason)
         for key in [key for key in self._settled if key[0] == job]:
             del self._settled[key]
+        for at in [at for at, lock in self._locks.items() if at[0] == job and not lock.locked()]:
+            del self._locks[at]
         await trio.to_thread.run_sync(discard_job, self._layout.job(job))
 
     # --- inside
@@ -526,6 +488,9 @@ class Machine:
         for live in list(self._slots.values()):
             self._fail(live, f"the carrier process {reason}")
 
+    def _lock(self, job: bytes, directory: Path) -> trio.Lock:
+        return self._locks.setdefault((job, directory), trio.Lock())
+
     @contextmanager
     def _scope(self, job: bytes, kind: type[MachineError]) -> Iterator[None]:
         """Work that `close_job` can end; it then raises `kind`."""
@@ -541,146 +506,19 @@ class Machine:
         if scope.cancelled_caught:
             raise kind("the job was closed meanwhile")
 
-    async def _begin(
-        self, job: bytes, spec: bytes, directory: Path, *, fresh: bool
-    ) -> tuple[Path, ...]:
-        """Directory, spec file and data shards for a worker of a job."""
-        paths = []
-        for number, (content, size) in enumerate(decode_spec(spec).shards):
-            path = self._layout.blob(content)
-            if not path.is_file() or path.stat().st_size != size:
-                raise ContentUnavailable(f"data shard {number} is not here; fetch_data first")
-            paths.append(path)
-        await trio.to_thread.run_sync(
-            prepare_directory, directory, self._layout.spec(job), spec, fresh
-        )
-        return tuple(paths)
-
-    async def _gather_audit(self, task: AuditTask, directory: Path) -> tuple[Path, ...]:
-        spec = decode_spec(task.spec)
-        everybody = [*task.data_holders, *task.state_holders]
-        everybody += [holder for link in task.links.values() for holder in link.holders]
-        try:
-            await self.fetch_data(task.job, task.spec, list(dict.fromkeys(everybody)))
-        except ContentError as error:
-            raise AuditImpossible(f"data: {error}") from error
-        shards = await self._begin(task.job, task.spec, directory, fresh=True)
-        target = state(directory, task.segment)
-        limit = state_limit(spec, task.slot.stage)
-        try:
-            await self._fetch_state(
-                task.job,
-                task.slot,
-                task.segment,
-                task.state_holders,
-                task.start,
-                target,
-                limit,
-            )
-        except ContentError as error:
-            raise AuditImpossible(f"start state: {error}") from error
-        frames = spec.pipeline.segment_steps * spec.train.micro_batches
-        limit = frames * (spec.frame_bytes + FRAME_OVERHEAD_BYTES)
-        for link in spec.links(task.slot.stage):
-            if link not in task.links:
-                raise AuditImpossible(f"frames of link {link}: no root and holder are known")
-            source = task.links[link]
-            step, theirs = (-1, "down") if link == "up" else (1, "up")
-            neighbour = control.Slot(task.job, task.slot.lane, task.slot.stage + step)
-            item = control.FramesFile(neighbour, task.segment, theirs)
-            path = directory / frame_log_name(task.segment, link, "received")
-            check = partial(has_frames, path, source.root, spec.frame_bytes)
-            try:
-                await self._fetch_checked(item, limit, source.holders, path, check)
-            except ContentError as error:
-                raise AuditImpossible(f"frames of link {link}: {error}") from error
-        return shards
-
-    async def _fetch_state(
-        self,
-        job: bytes,
-        slot: SlotId,
-        boundary: int,
-        holders: Sequence[str],
-        expected: StateRoots,
-        target: Path,
-        limit: int,
-    ) -> None:
-        """Bring both parts of a state to `target`, which appears whole or not at all."""
-        aside = target.with_name(f"{target.name}.new")
-        local = [self.session] if self._has_local(job, slot, boundary) else []
-        try:
-            for part, root in zip(PARTS, expected, strict=True):
-                path = aside / part_file(part)
-                item = control.StateFile(control.Slot(job, *slot), boundary, part)
-                await self._fetch_checked(
-                    item, limit, [*local, *holders], path, partial(has_part, path, root)
-                )
-            await trio.to_thread.run_sync(replace_directory, aside, target)
-        finally:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(remove_tree, aside)
-
-    def _has_local(self, job: bytes, slot: SlotId, boundary: int) -> bool:
-        return any(
-            path.is_dir() for path in self._layout.states(job, slot.lane, slot.stage, boundary)
-        )
-
-    def _local_shared(self, job: bytes, slot: SlotId, boundary: int, root: bytes) -> Path | None:
-        for directory in self._layout.states(job, slot.lane, slot.stage, boundary):
-            path = directory / part_file("shared")
-            if path.is_file() and has_part(path, root):
-                return path
-        return None
-
-    async def _fetch_checked(
-        self,
-        item: control.Item,
-        limit: int,
-        holders: Sequence[str],
-        path: Path,
-        check: Callable[[], bool],
-    ) -> None:
-        """Bring a file from the first holder whose copy passes `check` (run in a thread)."""
-        answers = []
-        for holder in dict.fromkeys(holders):
-            try:
-                await self._call(
-                    lambda n, h=holder: control.FetchFile(n, item, limit, (h,), str(path)),  # type: ignore[misc]
-                    control.Stored,
-                )
-            except ContentUnavailable as error:
-                answers.append(str(error))
-                continue
-            if await trio.to_thread.run_sync(check):
-                return
-            answers.append(f"{holder}: has not the root that was promised")
-            await trio.to_thread.run_sync(partial(path.unlink, missing_ok=True))
-        raise ContentUnavailable("; ".join(answers) or "no holder is known")
-
-    async def _fetch_result_from(self, job: bytes, holder: str, out: Path) -> None:
-        listing = await self._call(lambda n: control.ListResult(n, job, (holder,)), control.Listing)
-        sizes = dict(listing.files)
-        for name in RESULT_FILES:
-            if name not in sizes:
-                raise ContentUnavailable(f"it has no {name}")
-            path = str(Path.cwd() / out / name)
-            item = control.ResultFile(job, name)
-            await self._call(
-                lambda n, i=item, p=path, s=sizes[name]: control.FetchFile(n, i, s, (holder,), p),  # type: ignore[misc]
-                control.Stored,
-            )
-
     async def _end_slot(self, live: LiveSlot, *, abort: bool) -> None:
         """Stop links and worker of a slot and forget it."""
         key = (live.job, live.slot)
         wire_slot = control.Slot(live.job, *live.slot)
-        with contextlib.suppress(CarrierUnavailable):
+        try:
             await self._call(lambda n: control.CloseSlot(n, wire_slot, abort), control.Done)
+        except MachineError as error:
+            log.info("slot %s: the carrier could not close it: %s", live.slot, error)
         if live.child_started:
             await live.child.stop(0 if abort else WORKER_GRACE_SECONDS)
         live.close()
-        self._slots.pop(key, None)
+        if self._slots.get(key) is live:
+            del self._slots[key]
 
     async def _watch(self, live: LiveSlot) -> None:
         await live.child.ended.wait()
@@ -747,7 +585,3 @@ class Machine:
 
     def _emit(self, event: Event) -> None:
         self._events.send_nowait(event)
-
-
-def _holders(holders: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(holders))[: control.MAX_HOLDERS]

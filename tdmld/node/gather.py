@@ -1,0 +1,249 @@
+"""Bringing together what a task needs: data, states, frames, results; checked by their roots.
+
+The carrier fetches and hashes; whether a file is the right one is decided here, by its root.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from tdmld.node import control
+from tdmld.node.carrierclient import CarrierClient
+from tdmld.node.errors import (
+    AuditImpossible,
+    ContentError,
+    ContentMismatch,
+    ContentRefused,
+    ContentUnavailable,
+)
+from tdmld.node.jobfiles import (
+    has_frames,
+    has_part,
+    is_used_directory,
+    prepare_directory,
+    remove_tree,
+    replace_directory,
+    state_limit,
+    write_result,
+)
+from tdmld.node.layout import Layout, state
+from tdmld.node.machine_types import AuditTask, ResultInfo, SlotId, StateRoots, StateSource
+from tdmld.train.errors import FileError
+from tdmld.train.export import RESULT_FILES, read_result
+from tdmld.train.framelog import frame_log_name
+from tdmld.train.spec import decode_spec
+from tdmld.train.statefile import PARTS, part_file
+
+FRAME_OVERHEAD_BYTES = 128
+
+
+class Gatherer:
+    """All methods may be cancelled; what is half done is removed."""
+
+    def __init__(self, layout: Layout, session: str, carrier: CarrierClient) -> None:
+        self._layout = layout
+        self._session = session
+        self._carrier = carrier
+
+    async def fetch(self, job: bytes, content: bytes, size: int, holders: Sequence[str]) -> Path:
+        """See Machine.fetch."""
+        reply = await self._carrier.call(
+            lambda n: control.FetchBlob(n, job, content, size, _holders(holders)), control.Stored
+        )
+        return Path(reply.path)
+
+    async def fetch_data(self, job: bytes, spec: bytes, holders: Sequence[str]) -> None:
+        """See Machine.fetch_data."""
+        for content, size in decode_spec(spec).shards:
+            await self.fetch(job, content, size, holders)
+
+    async def begin(
+        self, job: bytes, spec: bytes, directory: Path, *, fresh: bool
+    ) -> tuple[Path, ...]:
+        """Directory, spec file and data shards for a worker of a job."""
+        paths = []
+        for number, (content, size) in enumerate(decode_spec(spec).shards):
+            path = self._layout.blob(content)
+            if not path.is_file() or path.stat().st_size != size:
+                raise ContentUnavailable(f"data shard {number} is not here; fetch_data first")
+            paths.append(path)
+        await trio.to_thread.run_sync(
+            prepare_directory, directory, self._layout.spec(job), spec, fresh
+        )
+        return tuple(paths)
+
+    async def audit_inputs(self, task: AuditTask, directory: Path) -> tuple[Path, ...]:
+        spec = decode_spec(task.spec)
+        everybody = [*task.data_holders, *task.state_holders]
+        everybody += [holder for link in task.links.values() for holder in link.holders]
+        try:
+            await self.fetch_data(task.job, task.spec, list(dict.fromkeys(everybody)))
+        except ContentError as error:
+            raise AuditImpossible(f"data: {error}") from error
+        shards = await self.begin(task.job, task.spec, directory, fresh=True)
+        target = state(directory, task.segment)
+        limit = state_limit(spec, task.slot.stage)
+        try:
+            await self.fetch_state(
+                task.job,
+                task.slot,
+                task.segment,
+                task.state_holders,
+                task.start,
+                target,
+                limit,
+            )
+        except ContentError as error:
+            raise AuditImpossible(f"start state: {error}") from error
+        frames = spec.pipeline.segment_steps * spec.train.micro_batches
+        limit = frames * (spec.frame_bytes + FRAME_OVERHEAD_BYTES)
+        for link in spec.links(task.slot.stage):
+            if link not in task.links:
+                raise AuditImpossible(f"frames of link {link}: no root and holder are known")
+            source = task.links[link]
+            step, theirs = (-1, "down") if link == "up" else (1, "up")
+            neighbour = control.Slot(task.job, task.slot.lane, task.slot.stage + step)
+            item = control.FramesFile(neighbour, task.segment, theirs)
+            path = directory / frame_log_name(task.segment, link, "received")
+            check = partial(has_frames, path, source.root, spec.frame_bytes)
+            try:
+                await self._fetch_checked(item, limit, source.holders, path, check)
+            except ContentError as error:
+                raise AuditImpossible(f"frames of link {link}: {error}") from error
+        return shards
+
+    async def fetch_state(
+        self,
+        job: bytes,
+        slot: SlotId,
+        boundary: int,
+        holders: Sequence[str],
+        expected: StateRoots,
+        target: Path,
+        limit: int,
+    ) -> None:
+        """Bring both parts of a state to `target`, which appears whole or not at all."""
+        aside = target.with_name(f"{target.name}.new")
+        local = [self._session] if self._has_local(job, slot, boundary) else []
+        try:
+            for part, root in zip(PARTS, expected, strict=True):
+                path = aside / part_file(part)
+                item = control.StateFile(control.Slot(job, *slot), boundary, part)
+                await self._fetch_checked(
+                    item, limit, [*local, *holders], path, partial(has_part, path, root)
+                )
+            await trio.to_thread.run_sync(replace_directory, aside, target)
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(remove_tree, aside)
+
+    def _has_local(self, job: bytes, slot: SlotId, boundary: int) -> bool:
+        return any(
+            path.is_dir() for path in self._layout.states(job, slot.lane, slot.stage, boundary)
+        )
+
+    def _local_shared(self, job: bytes, slot: SlotId, boundary: int, root: bytes) -> Path | None:
+        for directory in self._layout.states(job, slot.lane, slot.stage, boundary):
+            path = directory / part_file("shared")
+            if path.is_file() and has_part(path, root):
+                return path
+        return None
+
+    async def _fetch_checked(
+        self,
+        item: control.Item,
+        limit: int,
+        holders: Sequence[str],
+        path: Path,
+        check: Callable[[], bool],
+    ) -> None:
+        """Bring a file from the first holder whose copy passes `check` (run in a thread)."""
+        answers = []
+        for holder in dict.fromkeys(holders):
+            try:
+                await self._carrier.call(
+                    lambda n, h=holder: control.FetchFile(n, item, limit, (h,), str(path)),  # type: ignore[misc]
+                    control.Stored,
+                )
+            except ContentUnavailable as error:
+                answers.append(str(error))
+                continue
+            if await trio.to_thread.run_sync(check):
+                return
+            answers.append(f"{holder}: has not the root that was promised")
+            await trio.to_thread.run_sync(partial(path.unlink, missing_ok=True))
+        raise ContentUnavailable("; ".join(answers) or "no holder is known")
+
+    async def _fetch_result_from(self, job: bytes, holder: str, out: Path) -> None:
+        listing = await self._carrier.call(
+            lambda n: control.ListResult(n, job, (holder,)), control.Listing
+        )
+        sizes = dict(listing.files)
+        for name in RESULT_FILES:
+            if name not in sizes:
+                raise ContentUnavailable(f"it has no {name}")
+            path = str(Path.cwd() / out / name)
+            item = control.ResultFile(job, name)
+            await self._carrier.call(
+                lambda n, i=item, p=path, s=sizes[name]: control.FetchFile(n, i, s, (holder,), p),  # type: ignore[misc]
+                control.Stored,
+            )
+
+    async def make_result(
+        self, job: bytes, spec: bytes, final: Mapping[SlotId, StateSource]
+    ) -> ResultInfo:
+        """See Machine.make_result."""
+        program = decode_spec(spec)
+        boundary = program.rounds
+        scratch = self._layout.job(job) / "gathered"
+        files: list[Path] = []
+        try:
+            for stage in range(program.stages):
+                slot = next((found for found in sorted(final) if found.stage == stage), None)
+                if slot is None:
+                    raise ContentUnavailable(f"no state of stage {stage} was named")
+                source = final[slot]
+                path = await trio.to_thread.run_sync(
+                    self._local_shared, job, slot, boundary, source.root
+                )
+                if path is None:
+                    path = scratch / str(stage) / part_file("shared")
+                    limit = state_limit(program, stage)
+                    item = control.StateFile(control.Slot(job, *slot), boundary, "shared")
+                    await self._fetch_checked(
+                        item, limit, source.holders, path, partial(has_part, path, source.root)
+                    )
+                files.append(path)
+            target = self._layout.result(job)
+            result = await trio.to_thread.run_sync(write_result, program, files, target)
+        except FileError as error:
+            raise ContentMismatch(str(error)) from error
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(remove_tree, scratch)
+        return ResultInfo(result.result_id, result.directory, result.files)
+
+    async def fetch_result(
+        self, job: bytes, result_id: bytes, holders: Sequence[str], out: Path
+    ) -> ResultInfo:
+        """See Machine.fetch_result."""
+        if await trio.to_thread.run_sync(is_used_directory, out):
+            raise ContentRefused(f"{out} is not empty; name a new directory")
+        answers = []
+        for holder in holders:
+            try:
+                await self._fetch_result_from(job, holder, out)
+                result = await trio.to_thread.run_sync(read_result, out)
+                if result.result_id == result_id:
+                    return ResultInfo(result.result_id, out, result.files)
+                answers.append(f"{holder}: another result than the one attested")
+            except (ContentUnavailable, FileError) as error:
+                answers.append(f"{holder}: {error}")
+            await trio.to_thread.run_sync(remove_tree, out)
+        raise ContentUnavailable("; ".join(answers) or "no holder is known")
+
+
+def _holders(holders: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(holders))[: control.MAX_HOLDERS]
