@@ -9,7 +9,8 @@ Rules
       proposes then; everybody else counts the view's time-out from then.
   P3  Demand is: something to put into a block or to commit by one (`Situation.work`), a message of
       this view (`Situation.heard`), or no block for `heartbeat`. A notarized block above the
-      finalized head counts only after `interval`: normally its finalization is in flight.
+      finalized head counts only after `patience`, normally its finalization is in flight; else
+      each block would ask for the next on a machine whose finalizations take an interval.
   P4  When demand vanishes the timer is disarmed; the next demand starts a new one.
   P5  The time-out grows by half for each failed view in a row, up to MAX_TIMEOUT, and is reset
       by a notarization. While the leader is not connected it is `leader_away`.
@@ -38,6 +39,11 @@ class Times:
     timeout: float
     leader_away: float
     heartbeat: float
+
+    @property
+    def patience(self) -> float:
+        """How long a finalization may be in flight before a block is made for it (P3)."""
+        return max(self.interval, self.timeout / 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +118,11 @@ class Pacing:
         if not situation.quorum_connected:
             self._demand = None
             return [], now + IDLE
-        tip = situation.unfinalized_tip
-        if not (situation.work or situation.heard or now >= beat or (tip and now >= due)):
+        late = self._last_block + times.patience if situation.unfinalized_tip else beat
+        if not (situation.work or situation.heard or now >= min(beat, late)):
             self._demand = None
             self._timed_out = False
-            return [], min(beat, due) if tip else beat
+            return [], min(beat, late)
         if self._demand is None:
             self._demand = now
         start = max(self._entered, self._demand, due)

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import trio
 
-from tdmld.chain import vrf
 from tdmld.chain.blocks import (
     Block,
     BlockLimits,
@@ -28,14 +27,11 @@ from tdmld.chain.blocks import (
     Header,
     Kind,
     Vote,
-    beacon_input,
     beacon_mix,
     block_hash,
     check_block,
     check_child,
-    sign_block,
     sign_vote,
-    transactions_root,
     verify_certificate,
     verify_vote,
 )
@@ -70,6 +66,7 @@ from tdmld.node.chainwire import (
     Transactions,
 )
 from tdmld.node.finality import Finality
+from tdmld.node.proposer import Position, build_block
 from tdmld.node.store import AppliedBlock
 
 log = logging.getLogger(__name__)
@@ -87,6 +84,9 @@ ABSTAIN_VIEWS = 4
 
 class Validator:
     """One validator's part. `hint_sync` asks for catch-up; `now_ms` is the wall clock."""
+
+    links: Links
+    """Set by the service before `run`."""
 
     def __init__(
         self,
@@ -124,8 +124,6 @@ class Validator:
         self._outbox_news = trio.Event()
         self._wake = trio.Event()
         self._due = next_due(store.get) is not None
-        self.links: Links
-        """Set by the service before `run`."""
         for block in store.bodies():
             self._tree.add(block, wanted=True)
             if block.header.proposer == key.public:
@@ -467,14 +465,13 @@ class Validator:
 
     def _work(self) -> bool:
         """P3: transactions, due entries, or a state root that no header commits yet."""
-        if self._due or not (self._store.closed or self._finality.backlog):
+        store, path = self._store, self._tree.path(self.core.tip[1]) or []
+        header = path[-1].header if path else self._finality.header
+        committed = header.state_root == store.state_root or self._finality.backlog > 0
+        if self._due or not committed:
             return True
-        return self._admission.waiting(self._held())
-
-    def _held(self) -> set[bytes]:
-        """Ids in notarized blocks above the final head."""
-        path = self._tree.path(self.core.tip[1]) or []
-        return {sha256(raw) for block in path for raw in block.transactions}
+        held = {sha256(raw) for block in path for raw in block.transactions}
+        return self._admission.waiting(held)
 
     def _may_propose(self) -> bool:
         return (
@@ -487,7 +484,7 @@ class Validator:
     def _propose(self, view: int) -> None:
         """Build, sign and post the block of `view` (N5)."""
         found = self.core.parent()
-        path = self._tree.path(found.hash) if found is not None else None
+        path = None if found is None else self._tree.path(found.hash)
         if found is None or path is None:
             return
         parent, mix = self._header(found.hash), self._judged.get(found.hash)
@@ -498,21 +495,16 @@ class Validator:
         body = [transaction.raw for transaction in self._admission.select(held)]
         if self.core.depth >= MAX_DEPTH:
             body = []
-        height, chain_id = parent.height + 1, self._committee.chain_id
-        header = Header(
-            protocol=protocol_at(self._genesis, height),
-            height=height,
-            view=view,
-            parent_view=parent.view,
-            parent=found.hash,
-            time_ms=max(parent.time_ms + 1, self._now_ms()),
-            proposer=self.key.public,
-            proof=vrf.prove(self.key.seed, beacon_input(chain_id, mix, height)),
-            tx_root=transactions_root(body),
+        block = build_block(
+            self.key,
+            self._committee.chain_id,
+            Position(view, parent, found.hash, mix),
+            body,
+            protocol=protocol_at(self._genesis, parent.height + 1),
+            now_ms=self._now_ms(),
             state_height=store.height,
             state_root=store.state_root,
         )
-        block = sign_block(self.key, chain_id, header, body)
         self._proposed.add(view)
         self._pacing.block_seen(trio.current_time())
         self._tree.add(block, wanted=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tdmld.chain.blocks import Kind, Vote
+from tdmld.chain.blocks import Block, Kind, Vote
 from tdmld.chain.consensus import CastVote, Effect, Simplex
 from tests.chain import simulator
 from tests.chain.simulator import Node, Plan, Violation, World, run_seed
@@ -168,3 +168,23 @@ def test_the_world_comes_to_rest_after_chaos() -> None:
 
 def test_the_simulator_uses_the_production_core() -> None:
     assert simulator.Node.simplex is Simplex
+
+
+def test_a_body_that_is_lost_is_asked_for_after_its_certificate() -> None:
+    """Three of four finish without the fourth; nobody nullifies, and it has the block at once."""
+    world = resting_world()
+    victim = world.nodes[3]
+    assert world.leader(1) != victim.index
+    transmit = world._transmit
+
+    def lossy(source: Node, target: Node, message: object) -> None:
+        pushed = source.index == world.leader(1) and not victim.chain and not victim.want
+        if not (isinstance(message, Block) and target is victim and pushed):
+            transmit(source, target, message)
+
+    world._transmit = lossy  # type: ignore[method-assign]
+    world.run_until(1.0)
+    world.submit(0)
+    world.run_until(1.5)
+    assert blocks_and_timeouts(world) == (1, 0)
+    assert [len(node.chain) for node in world.nodes] == [1, 1, 1, 1]

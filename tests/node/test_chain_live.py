@@ -46,6 +46,7 @@ class NodeProcess:
         self._answers: dict[int, dict[str, Any]] = {}
         self._news = trio.Event()
         self._number = 0
+        self._sending = trio.Lock()
         self.process: trio.Process
 
     async def start(self, nursery: trio.Nursery) -> None:
@@ -87,7 +88,8 @@ class NodeProcess:
         number = self._number
         assert self.process.stdin is not None
         line = json.dumps([number, name, argument]).encode() + b"\n"
-        await self.process.stdin.send_all(line)
+        async with self._sending:
+            await self.process.stdin.send_all(line)
         while number not in self._answers:
             await self._news.wait()
         message = self._answers.pop(number)

@@ -1,0 +1,85 @@
+"""A small chain by hand: four validators, blocks and certificates with real signatures."""
+
+from collections.abc import Sequence
+
+from tdmld.chain import vrf
+from tdmld.chain.blocks import (
+    Block,
+    Certificate,
+    Committee,
+    Header,
+    Kind,
+    Vote,
+    beacon_input,
+    block_hash,
+    sign_block,
+    sign_vote,
+    transactions_root,
+)
+from tdmld.chain.crypto import KeyPair
+from tdmld.chain.genesis import Genesis, chain_id, genesis_from_document, validators
+from tdmld.chain.leader import Rotation
+from tdmld.chain.transactions import Transfer, sign_transaction
+from tdmld.node.store import ChainStore
+
+OWNERS = [KeyPair(bytes([10 + i]) * 32) for i in range(4)]
+KEYS = sorted((KeyPair(bytes([50 + i]) * 32) for i in range(4)), key=lambda key: key.public)
+
+
+def make_genesis(name: str = "chainkit") -> Genesis:
+    return genesis_from_document(
+        {
+            "chain": name,
+            "time": "2026-01-01T00:00:00Z",
+            "accounts": [[owner.address, 1000] for owner in OWNERS],
+            "validators": [
+                [owner.address, key.address, 10] for owner, key in zip(OWNERS, KEYS, strict=True)
+            ],
+            "parameters": {"interval_ms": 10},
+        }
+    )
+
+
+GENESIS = make_genesis()
+CHAIN = chain_id(GENESIS)
+COMMITTEE = Committee.of(CHAIN, [(v.node, v.stake) for v in validators(GENESIS)])
+ROTATION = Rotation(COMMITTEE.stakes)
+
+
+def transfer(sender: int, nonce: int, amount: int = 5, to: int = 3) -> bytes:
+    return sign_transaction(
+        OWNERS[sender], CHAIN, Transfer(OWNERS[to].public, amount), nonce=nonce, fee=10
+    )
+
+
+def next_block(
+    store: ChainStore, body: Sequence[bytes] = (), view: int = 0, **changes: object
+) -> Block:
+    """A valid block on the store's head, by the view's leader."""
+    head = store.head
+    view = view or head.view + 1
+    leader = KEYS[ROTATION.leader(view)]
+    fields: dict[str, object] = {
+        "protocol": 1,
+        "height": head.height + 1,
+        "view": view,
+        "parent_view": head.view,
+        "parent": head.hash,
+        "time_ms": head.header.time_ms + 1,
+        "proposer": leader.public,
+        "proof": vrf.prove(leader.seed, beacon_input(CHAIN, head.mix, head.height + 1)),
+        "tx_root": transactions_root(body),
+        "state_height": head.height,
+        "state_root": head.state_root,
+    }
+    return sign_block(leader, CHAIN, Header(**(fields | changes)), body)  # type: ignore[arg-type]
+
+
+def vote(kind: Kind, block: Block, voter: int) -> Vote:
+    key = block_hash(block.header)
+    return sign_vote(KEYS[voter], CHAIN, kind, block.header.view, key, voter)
+
+
+def certificate(kind: Kind, block: Block, voters: Sequence[int] = (0, 1, 2)) -> Certificate:
+    rows = tuple((voter, vote(kind, block, voter).signature) for voter in voters)
+    return Certificate(kind, block.header.view, block_hash(block.header), rows)

@@ -1,0 +1,213 @@
+"""The validator's shell, with links that are lists: order of storing and sending, late bodies,
+restart, what is refused."""
+
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+import trio.testing
+
+from tdmld.chain.blocks import Block, Kind, Vote, block_hash
+from tdmld.chain.mempool import Mempool
+from tdmld.chain.pacing import Times
+from tdmld.node.admission import Admission
+from tdmld.node.chainwire import BlockRequest, Hello, Proposal
+from tdmld.node.finality import Finality
+from tdmld.node.store import ChainStore
+from tdmld.node.validator import ABSTAIN_VIEWS, Validator
+from tests.node.chainkit import (
+    COMMITTEE,
+    GENESIS,
+    KEYS,
+    ROTATION,
+    certificate,
+    next_block,
+    transfer,
+    vote,
+)
+
+CLOCK_MS = GENESIS.time_ms + 5000
+ME = 0
+NEVER = Times(0.01, 3600, 3600, 3600)
+"""No timer fires: only messages move the validator."""
+
+
+class FakeLinks:
+    """Everybody is linked; what is sent is kept, and checked to be on disk already."""
+
+    def __init__(self, store: ChainStore) -> None:
+        self.indices = set(range(1, len(KEYS)))
+        self.sent: list[object] = []
+        self._store = store
+        self._news = trio.Event()
+
+    def broadcast(self, message: object) -> None:
+        if isinstance(message, Vote) and message.view > self._store.head.view:
+            assert message in self._store.votes(), "sent before it was stored"
+        self.sent.append(message)
+        self._news.set()
+        self._news = trio.Event()
+
+    def get(self, _: int) -> None:
+        return None
+
+    async def votes(self, count: int) -> list[Vote]:
+        """Wait until so many votes were sent."""
+        while len(found := [m for m in self.sent if isinstance(m, Vote)]) < count:
+            await self._news.wait()
+        return found
+
+
+class FakeLink:
+    """Where a message comes from."""
+
+    index = 1
+
+
+class Bench:
+    """One validator, run by hand."""
+
+    def __init__(self, store: ChainStore) -> None:
+        self.store = store
+        self.finality = Finality(store)
+        self.admission = Admission(self.finality, Mempool(GENESIS), self._spread, lambda: None)
+        self.hints: list[int | None] = []
+        self.validator = Validator(
+            KEYS[ME],
+            COMMITTEE,
+            self.finality,
+            self.admission,
+            NEVER,
+            now_ms=lambda: CLOCK_MS,
+            hint_sync=self.hints.append,
+        )
+        self.links = FakeLinks(store)
+        self.validator.links = self.links  # type: ignore[assignment]
+        self.posted: list[object] = []
+        post = self.validator._post
+
+        def spy(item: Vote | Block) -> None:
+            self.posted.append(item)
+            post(item)
+
+        self.validator._post = spy  # type: ignore[method-assign]
+
+    async def _spread(self, _: Iterable[bytes]) -> None: ...
+
+    async def hear(self, *messages: object) -> None:
+        for message in messages:
+            await self.validator.receive(FakeLink(), message)  # type: ignore[arg-type]
+
+    async def executed(self, height: int) -> None:
+        feed = self.finality.heads()
+        while self.store.height < height:
+            await feed.receive()
+
+
+@asynccontextmanager
+async def bench(path: Path) -> AsyncIterator[Bench]:
+    with trio.fail_after(10), ChainStore(path / "chain", GENESIS) as store:
+        made = Bench(store)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(made.finality.run)
+            nursery.start_soon(made.validator.run)
+            yield made
+            nursery.cancel_scope.cancel()
+
+
+def foreign_view() -> int:
+    """A first view that somebody else leads."""
+    return next(view for view in range(1, 9) if ROTATION.leader(view) != ME)
+
+
+def foreign_block(store: ChainStore, body: tuple[bytes, ...] = (), **changes: object) -> Block:
+    assert foreign_view() == 1
+    return next_block(store, body, 1, **changes)
+
+
+async def test_a_good_block_is_notarized_and_finalized(tmp_path: Path) -> None:
+    async with bench(tmp_path) as made:
+        block = foreign_block(made.store, (transfer(0, 0),))
+        await made.hear(Proposal(block, ()))
+        assert [v.kind for v in await made.links.votes(1)] == [Kind.NOTARIZE]
+        assert made.store.bodies() == (block,)
+        await made.hear(vote(Kind.NOTARIZE, block, 1), vote(Kind.NOTARIZE, block, 2))
+        assert [v.kind for v in await made.links.votes(2)] == [Kind.NOTARIZE, Kind.FINALIZE]
+        await made.hear(vote(Kind.FINALIZE, block, 1), vote(Kind.FINALIZE, block, 2))
+        await made.executed(1)
+        assert made.store.head.hash == block_hash(block.header)
+        assert made.store.certificate(1) is not None
+
+
+async def test_a_body_that_comes_after_its_certificate_is_taken(tmp_path: Path) -> None:
+    """The view has passed meanwhile; only the height counts (N3)."""
+    async with bench(tmp_path) as made:
+        block = foreign_block(made.store)
+        await made.hear(certificate(Kind.NOTARIZE, block), certificate(Kind.FINALIZE, block))
+        await trio.testing.wait_all_tasks_blocked()
+        assert BlockRequest(block_hash(block.header)) in made.links.sent
+        assert made.store.height == 0
+        await made.hear(Proposal(block, ()))
+        await made.executed(1)
+        assert made.validator.view == 2
+
+
+async def test_blocks_that_break_a_rule_get_no_vote(tmp_path: Path) -> None:
+    async with bench(tmp_path) as made:
+        unsigned = transfer(0, 0)[:-1] + b"\x00"
+        for block in (
+            foreign_block(made.store, state_root=bytes(32)),
+            foreign_block(made.store, proof=bytes(80)),
+            foreign_block(made.store, time_ms=GENESIS.time_ms),
+            foreign_block(made.store, (unsigned,)),
+            foreign_block(made.store, protocol=2),
+        ):
+            await made.hear(Proposal(block, ()))
+        assert made.posted == []
+
+
+async def test_a_block_from_the_future_waits(tmp_path: Path) -> None:
+    async with bench(tmp_path) as made:
+        await made.hear(Proposal(foreign_block(made.store, time_ms=CLOCK_MS + 60_000), ()))
+        assert made.posted == []
+
+
+async def test_forged_votes_and_certificates_count_for_nothing(tmp_path: Path) -> None:
+    async with bench(tmp_path) as made:
+        block = foreign_block(made.store)
+        stolen = vote(Kind.NOTARIZE, block, 1)
+        forged = [
+            Vote(v.kind, v.view, v.hash, i, v.signature) for i, v in ((2, stolen), (3, stolen))
+        ]
+        await made.hear(*forged, certificate(Kind.NOTARIZE, block, (1, 2)))
+        assert made.validator.view == 1
+
+
+async def test_a_restart_says_the_same_again_and_signs_nothing_new(tmp_path: Path) -> None:
+    async with bench(tmp_path) as made:
+        block = foreign_block(made.store)
+        await made.hear(Proposal(block, ()))
+        before = await made.links.votes(1)
+    async with bench(tmp_path) as made:
+        other = foreign_block(made.store, time_ms=GENESIS.time_ms + 9)
+        await made.hear(Proposal(other, ()))
+        assert made.posted == []
+        hello, *rest = list(made.validator.greet())
+        assert isinstance(hello, Hello)
+        assert rest == before
+        await made.hear(vote(Kind.NOTARIZE, block, 1), vote(Kind.NOTARIZE, block, 2))
+        assert [v.kind for v in await made.links.votes(1)] == [Kind.FINALIZE]
+
+
+async def test_an_empty_directory_on_a_running_chain_does_not_vote_at_once(tmp_path: Path) -> None:
+    """This key may have voted from another directory (N6)."""
+    async with bench(tmp_path) as made:
+        block = foreign_block(made.store)
+        made.validator.adopt([block], certificate(Kind.FINALIZE, block))
+        await made.executed(1)
+        assert ROTATION.leader(2) != ME
+        await made.hear(Proposal(next_block(made.store, (), 2), ()))
+        assert made.validator.core.cast(Kind.NOTARIZE, 2)
+        assert 1 + ABSTAIN_VIEWS >= 2
+        assert made.posted == []
