@@ -1,5 +1,6 @@
 """Where things lie in a node's directory (the machine's part of it)."""
 
+import errno
 import re
 from pathlib import Path
 
@@ -86,3 +87,10 @@ def tail(path: Path, start: int = 0) -> str:
         return ""
     lines = [line.strip() for line in raw.decode("utf-8", "replace").splitlines() if line.strip()]
     return " | ".join(lines[-4:])[-600:]
+
+
+def disk_text(error: OSError) -> str:
+    """An error of the disk with its remedy."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({error}); free some space, nothing unsettled was deleted"
+    return str(error)

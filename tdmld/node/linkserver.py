@@ -12,6 +12,7 @@ import trio
 
 from tdmld.chain.crypto import public_key
 from tdmld.node.errors import LinkMismatch, LinkRefused
+from tdmld.node.layout import disk_text
 from tdmld.node.link import (
     Ack,
     Bye,
@@ -133,7 +134,7 @@ class LinkServer:
             self._broken(f"link {self.place.link} to {self.peer}: {error}")
             raise
         except OSError as error:
-            self._broken(f"frames of link {self.place.link} cannot be written: {error}")
+            self._broken(f"link {self.place.link}: {disk_text(error)}")
 
     async def _serve(self, stream: Stream, cursor: int) -> None:
         if self._scope is not None:

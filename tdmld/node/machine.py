@@ -18,7 +18,6 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,6 +43,7 @@ from tdmld.node.jobfiles import (
     state_limit,
 )
 from tdmld.node.layout import SEED_BYTES, Layout, list_file, state
+from tdmld.node.liveslots import LiveSlots
 from tdmld.node.machine_types import (
     AuditTask,
     CarrierDown,
@@ -61,7 +61,7 @@ from tdmld.node.machine_types import (
     StateSource,
     StepDone,
 )
-from tdmld.node.workers import LiveSlot, WorkerLauncher
+from tdmld.node.workers import WorkerLauncher
 from tdmld.p2p import PeerInfo
 from tdmld.train.errors import FileError
 from tdmld.train.segment import SegmentRecord, read_list
@@ -91,10 +91,9 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-WORKER_GRACE_SECONDS = 3.0
+CARRIER_GRACE_SECONDS = 3.0
 MAX_WAITING_STEPS = 256
 """StepDone events that a slow consumer may have waiting before new ones are left out."""
-FRAME_OVERHEAD_BYTES = 128
 KEPT_BOUNDARIES = 2
 
 R = TypeVar("R", bound=control.Reply)
@@ -184,10 +183,8 @@ class Machine:
         self._nursery = nursery
         # Not bounded by number: at most a few events a segment and slot; steps are left out.
         self._events, self.events = trio.open_memory_channel[Event](math.inf)
-        self._incoming, self._to_handle = trio.open_memory_channel[control.CarrierEvent](math.inf)
         self._peers: tuple[control.Peer, ...] = ()
         self._members: dict[bytes, frozenset[str]] = {}
-        self._slots: dict[Key, LiveSlot] = {}
         self._scopes: dict[bytes, set[trio.CancelScope]] = {}
         self._settled: dict[Key, int] = {}
         self._locks: dict[tuple[bytes, Path], trio.Lock] = {}
@@ -196,12 +193,13 @@ class Machine:
         self._carrier = CarrierClient(
             config,
             layout.logs / "carrier.log",
-            on_event=self._incoming.send_nowait,
+            on_event=lambda event: self._slots.received(event),
             on_down=self._carrier_down,
             on_up=self._carrier_up,
             restore=self._restore,
         )
         self._gather = Gatherer(layout, session, self._carrier)
+        self._slots = LiveSlots(layout, self._workers, self._carrier, nursery, self._emit)
 
     @property
     def carrier_pid(self) -> int | None:
@@ -210,8 +208,7 @@ class Machine:
 
     def worker_pid(self, job: bytes, slot: SlotId) -> int | None:
         """Process id of a slot's worker, for status."""
-        live = self._slots.get((job, slot))
-        return live.child.pid if live and not live.child.ended.is_set() else None
+        return self._slots.worker_pid(job, slot)
 
     # --- peers and content
 
@@ -252,66 +249,23 @@ class Machine:
         """Start the worker of a slot, draw its weights, write boundary 0, open the links (this also
         does `set_members`). The worker then waits for `grant`. WorkerFailed, ContentUnavailable
         (a shard is not here), CarrierUnavailable, SpecError."""
-        job, slot = assignment.job, assignment.slot
-        spec = decode_spec(assignment.spec)
-        if (job, slot) in self._slots:
-            raise MachineError(f"slot {slot} of job {job.hex()} is open already")
-        directory = self._layout.slot(job, *slot)
-        shards = await self._gather.begin(job, assignment.spec, directory, fresh=True)
-        await self.set_members(job, assignment.members)
-        live = LiveSlot(job, slot, spec)
-        self._slots[job, slot] = live
-        try:
-            live.child = self._workers.start_live(live, shards, directory)
-            self._nursery.start_soon(self._watch, live)
-            wire_slot = control.Slot(job, *slot)
-            dimensions = control.Dimensions(
-                spec.stages,
-                spec.rounds,
-                spec.pipeline.segment_steps,
-                spec.train.micro_batches,
-                spec.frame_bytes,
+        directory = self._layout.slot(assignment.job, *assignment.slot)
+        async with self._lock(assignment.job, directory):
+            self._slots.check_absent(assignment.job, assignment.slot)
+            shards = await self._gather.begin(
+                assignment.job, assignment.spec, directory, fresh=True
             )
-            await self._call(
-                lambda n: control.OpenSlot(
-                    n,
-                    wire_slot,
-                    assignment.epoch,
-                    assignment.incarnation,
-                    dimensions,
-                    assignment.up,
-                    assignment.down,
-                ),
-                control.Done,
-                live.carrier_descriptors,
-            )
-            await live.drawn.wait()
-        except BaseException:
-            # The caller learns of it from the exception: no SlotFailed for a slot never opened.
-            live.closing = True
-            with trio.CancelScope(shield=True):
-                await self._end_slot(live, abort=True)
-            raise
-        if live.roots is None:
-            await self._end_slot(live, abort=True)
-            raise WorkerFailed(live.failure)
-        live.announced = True
-        return live.roots
+            await self.set_members(assignment.job, assignment.members)
+            return await self._slots.open(assignment, shards, directory)
 
     async def grant(self, job: bytes, slot: SlotId, until_segment: int) -> None:
         """Let the worker run segments < `until_segment` (stall at D). Never takes anything back.
         Ignored when the slot is not open (it failed: the event says so)."""
-        if (job, slot) in self._slots:
-            wire_slot = control.Slot(job, *slot)
-            await self._call(lambda n: control.Grant(n, wire_slot, until_segment), control.Done)
+        await self._slots.grant(job, slot, until_segment)
 
     async def close_slot(self, job: bytes, slot: SlotId, reason: str) -> None:
         """Stop a slot's worker and links; files stay. No SlotFailed follows."""
-        live = self._slots.get((job, slot))
-        if live is not None:
-            log.info("slot %s of job %s is closed: %s", slot, job.hex()[:12], reason)
-            live.closing = True
-            await self._end_slot(live, abort=False)
+        await self._slots.close(job, slot, reason)
 
     # --- standby, audit, result
 
@@ -412,30 +366,24 @@ class Machine:
         self._settled[job, slot] = max(segment, self._settled.get((job, slot), -1))
         for stage in (slot.stage - 1, slot.stage, slot.stage + 1):
             near = SlotId(slot.lane, stage)
-            live = self._slots.get((job, near))
-            if live is None:
+            spec = self._slots.spec_of(job, near)
+            if spec is None:
                 continue
-            count = live.spec.stages
+            count = spec.stages
             ends = [SlotId(slot.lane, s) for s in range(max(stage - 1, 0), min(stage + 2, count))]
             border = min(self._settled.get((job, end), -1) for end in ends)
             own = self._settled.get((job, near), -1)
             owner = self._layout.slot(job, *near)
             await trio.to_thread.run_sync(discard_settled, owner, border, own, KEPT_BOUNDARIES)
             if border >= 0:
-                wire_slot = control.Slot(job, *near)
-                await self._call(
-                    lambda n, s=wire_slot, b=border: control.Discard(n, s, b),  # type: ignore[misc]
-                    control.Done,
-                )
+                await self._slots.discard(job, near, border)
 
     async def close_job(self, job: bytes, reason: str) -> None:
         """Stop every slot, drawing and audit of the job; drop frames, states and audits; keep the
         result and lists. Members may still fetch the result."""
         for scope in self._scopes.get(job, set()):
             scope.cancel()
-        for open_job, slot in list(self._slots):
-            if open_job == job:
-                await self.close_slot(job, slot, reason)
+        await self._slots.close_job(job, reason)
         for key in [key for key in self._settled if key[0] == job]:
             del self._settled[key]
         for at in [at for at, lock in self._locks.items() if at[0] == job and not lock.locked()]:
@@ -448,14 +396,12 @@ class Machine:
         ready: control.Ready = await self._nursery.start(self._carrier.run)
         if ready.session != self.session:
             raise MachineError("the carrier has another session key than this node")
-        self._nursery.start_soon(self._handle_events)
+        self._nursery.start_soon(self._slots.handle_events)
 
     async def _stop(self) -> None:
-        for live in list(self._slots.values()):
-            live.closing = True
-            live.child.kill()
+        self._slots.kill_all()
         self._carrier.stop()
-        with trio.move_on_after(WORKER_GRACE_SECONDS):
+        with trio.move_on_after(CARRIER_GRACE_SECONDS):
             await self._carrier.ended.wait()
 
     async def _call(
@@ -485,8 +431,7 @@ class Machine:
 
     def _carrier_down(self, reason: str) -> None:
         self._emit(CarrierDown(reason))
-        for live in list(self._slots.values()):
-            self._fail(live, f"the carrier process {reason}")
+        self._slots.fail_all(f"the carrier process {reason}")
 
     def _lock(self, job: bytes, directory: Path) -> trio.Lock:
         return self._locks.setdefault((job, directory), trio.Lock())
@@ -506,82 +451,7 @@ class Machine:
         if scope.cancelled_caught:
             raise kind("the job was closed meanwhile")
 
-    async def _end_slot(self, live: LiveSlot, *, abort: bool) -> None:
-        """Stop links and worker of a slot and forget it."""
-        key = (live.job, live.slot)
-        wire_slot = control.Slot(live.job, *live.slot)
-        try:
-            await self._call(lambda n: control.CloseSlot(n, wire_slot, abort), control.Done)
-        except MachineError as error:
-            log.info("slot %s: the carrier could not close it: %s", live.slot, error)
-        if live.child_started:
-            await live.child.stop(0 if abort else WORKER_GRACE_SECONDS)
-        live.close()
-        if self._slots.get(key) is live:
-            del self._slots[key]
-
-    async def _watch(self, live: LiveSlot) -> None:
-        await live.child.ended.wait()
-        if live.child.status != 0:
-            self._fail(live, f"the worker process {live.child.epitaph()}")
-
-    def _fail(self, live: LiveSlot, reason: str) -> None:
-        """A slot cannot go on. Said once; its worker and links are ended in the background."""
-        if live.closing or live.failure:
-            return
-        live.failure = reason
-        live.drawn.set()
-        live.child.kill()
-        if live.announced:
-            self._emit(SlotFailed(live.job, live.slot, reason))
-            self._nursery.start_soon(partial(self._end_slot, live, abort=True))
-
-    async def _handle_events(self) -> None:
-        async for event in self._to_handle:
-            live = self._slots.get((event.slot.job, SlotId(event.slot.lane, event.slot.stage)))
-            if live is None or live.failure:
-                continue
-            match event:
-                case control.GenesisReported():
-                    live.roots = GenesisRoots(event.shared, event.lane, event.data)
-                    live.drawn.set()
-                case control.StepReported():
-                    self._step(live, event)
-                case control.SegmentReported(_, segment):
-                    await self._segment(live, segment)
-                case control.SlotEnded():
-                    self._emit(SlotFinished(live.job, live.slot))
-                case control.SlotBroken(_, text):
-                    self._fail(live, text)
-
-    def _step(self, live: LiveSlot, event: control.StepReported) -> None:
-        if self._events.statistics().current_buffer_used >= MAX_WAITING_STEPS:
-            return
-        timings = {
-            "compute": max(event.seconds - event.waiting - event.verifying, 0.0),
-            "waiting": event.waiting,
-            "verifying": event.verifying,
-        }
-        self._emit(
-            StepDone(
-                live.job,
-                live.slot,
-                event.step,
-                event.loss,
-                event.seconds,
-                timings,
-                event.gradient_norm,
-            )
-        )
-
-    async def _segment(self, live: LiveSlot, segment: int) -> None:
-        path = list_file(self._layout.slot(live.job, *live.slot), segment)
-        try:
-            stored = await trio.to_thread.run_sync(read_list, path)
-        except FileError as error:
-            self._fail(live, f"the list of segment {segment} cannot be read: {error}")
-            return
-        self._emit(SegmentDone(live.job, live.slot, stored.record, stored.salt))
-
     def _emit(self, event: Event) -> None:
-        self._events.send_nowait(event)
+        waiting = self._events.statistics().current_buffer_used
+        if not isinstance(event, StepDone) or waiting < MAX_WAITING_STEPS:
+            self._events.send_nowait(event)

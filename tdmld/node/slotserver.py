@@ -21,7 +21,7 @@ from tdmld.node.control import (
     StepReported,
 )
 from tdmld.node.errors import ControlError, LinkRefused
-from tdmld.node.layout import list_file
+from tdmld.node.layout import disk_text, list_file
 from tdmld.node.link import LinkLog, LinkSigner, Place
 from tdmld.node.linkserver import LinkServer
 from tdmld.node.ring import SlotRing
@@ -162,7 +162,7 @@ class SlotServer:
                     return self.fail("the worker process closed its channel")
                 await self._packet(decode_packet(raw))
             except OSError as error:
-                return self.fail(f"disk or channel of the slot: {error}")
+                return self.fail(f"the slot cannot go on: {disk_text(error)}")
             except (ControlError, LinkRefused, ValueError, FileError) as error:
                 return self.fail(str(error))
 

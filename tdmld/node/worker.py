@@ -27,7 +27,7 @@ import msgspec
 
 from tdmld.node.channel import Failure, FrameMemory, Genesis, Segment, Step, WorkerChannel
 from tdmld.node.errors import ControlError
-from tdmld.node.layout import list_file, state
+from tdmld.node.layout import disk_text, list_file, state
 from tdmld.node.parentdeath import die_with_parent
 from tdmld.node.worker_task import TASK_BYTES, Task
 from tdmld.train.channel import LogChannel
@@ -139,9 +139,10 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_TASK
     except (TrainError, OSError, ControlError) as error:
         # The one boundary of this process: whatever stopped the task becomes its last words.
-        log.error("%s: %s", type(error).__name__, error)
+        text = disk_text(error) if isinstance(error, OSError) else str(error)
+        log.error("%s: %s", type(error).__name__, text)
         try:
-            WorkerChannel(end, None).report(Failure(str(error)))
+            WorkerChannel(end, None).report(Failure(text))
         except ControlError:
             log.error("and nobody is there to hear it")
         return EXIT_FAILED

@@ -1,0 +1,237 @@
+"""The slots that this machine works on: opened, watched, reported, ended."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from tdmld.node import control
+from tdmld.node.carrierclient import CarrierClient
+from tdmld.node.errors import MachineError, WorkerFailed
+from tdmld.node.layout import Layout, list_file
+from tdmld.node.machine_types import (
+    Event,
+    GenesisRoots,
+    SegmentDone,
+    SlotAssignment,
+    SlotFailed,
+    SlotFinished,
+    SlotId,
+    StepDone,
+)
+from tdmld.node.workers import LiveSlot, WorkerLauncher
+from tdmld.train.errors import FileError
+from tdmld.train.segment import read_list
+from tdmld.train.spec import Spec, decode_spec
+
+log = logging.getLogger(__name__)
+
+WORKER_GRACE_SECONDS = 3.0
+
+
+class LiveSlots:
+    """Supervision of live slots. `emit` takes events for the daemon; it never blocks.
+
+    A slot fails once: SlotFailed is emitted when `open` had returned, else `open` raises. Run
+    `handle_events` in one task.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        workers: WorkerLauncher,
+        carrier: CarrierClient,
+        nursery: trio.Nursery,
+        emit: Callable[[Event], None],
+    ) -> None:
+        self._layout = layout
+        self._workers = workers
+        self._carrier = carrier
+        self._nursery = nursery
+        self._emit = emit
+        self._slots: dict[tuple[bytes, SlotId], LiveSlot] = {}
+        # Filled by the carrier's reader, which must not wait for disk; the slots' own pace
+        # (a few packets a step) bounds it.
+        self._incoming, self._to_handle = trio.open_memory_channel[control.CarrierEvent](math.inf)
+
+    def received(self, event: control.CarrierEvent) -> None:
+        """Take an event of the carrier."""
+        self._incoming.send_nowait(event)
+
+    def check_absent(self, job: bytes, slot: SlotId) -> None:
+        """MachineError when the slot is open."""
+        if (job, slot) in self._slots:
+            raise MachineError(f"slot {slot} of job {job.hex()} is open already")
+
+    def worker_pid(self, job: bytes, slot: SlotId) -> int | None:
+        """Process id of a slot's worker while it runs."""
+        live = self._slots.get((job, slot))
+        running = live is not None and live.child_started and not live.child.ended.is_set()
+        return live.child.pid if live is not None and running else None
+
+    def spec_of(self, job: bytes, slot: SlotId) -> Spec | None:
+        """The spec of an open slot."""
+        live = self._slots.get((job, slot))
+        return live.spec if live is not None else None
+
+    async def open(
+        self, assignment: SlotAssignment, shards: Sequence[Path], directory: Path
+    ) -> GenesisRoots:
+        """Start worker and links, wait for the drawn state. WorkerFailed, CarrierUnavailable."""
+        job, slot = assignment.job, assignment.slot
+        spec = decode_spec(assignment.spec)
+        live = LiveSlot(job, slot, spec)
+        self._slots[job, slot] = live
+        try:
+            live.child = self._workers.start_live(live, shards, directory)
+            self._nursery.start_soon(self._watch, live)
+            wire_slot = control.Slot(job, *slot)
+            dimensions = control.Dimensions(
+                spec.stages,
+                spec.rounds,
+                spec.pipeline.segment_steps,
+                spec.train.micro_batches,
+                spec.frame_bytes,
+            )
+            await self._carrier.call(
+                lambda n: control.OpenSlot(
+                    n,
+                    wire_slot,
+                    assignment.epoch,
+                    assignment.incarnation,
+                    dimensions,
+                    assignment.up,
+                    assignment.down,
+                ),
+                control.Done,
+                live.carrier_descriptors,
+            )
+            await live.drawn.wait()
+        except BaseException:
+            # The caller learns of it from the exception: no SlotFailed for a slot never opened.
+            live.closing = True
+            with trio.CancelScope(shield=True):
+                await self._end(live, abort=True)
+            raise
+        if live.failure or live.roots is None:
+            await self._end(live, abort=True)
+            raise WorkerFailed(live.failure)
+        live.announced = True
+        return live.roots
+
+    async def grant(self, job: bytes, slot: SlotId, until: int) -> None:
+        """See Machine.grant."""
+        if (job, slot) in self._slots:
+            wire_slot = control.Slot(job, *slot)
+            await self._carrier.call(lambda n: control.Grant(n, wire_slot, until), control.Done)
+
+    async def discard(self, job: bytes, slot: SlotId, segment: int) -> None:
+        """Let the carrier forget digests of segments <= `segment`."""
+        wire_slot = control.Slot(job, *slot)
+        await self._carrier.call(lambda n: control.Discard(n, wire_slot, segment), control.Done)
+
+    async def close(self, job: bytes, slot: SlotId, reason: str) -> None:
+        """See Machine.close_slot."""
+        live = self._slots.get((job, slot))
+        if live is not None:
+            log.info("slot %s of job %s is closed: %s", slot, job.hex()[:12], reason)
+            live.closing = True
+            await self._end(live, abort=False)
+
+    async def close_job(self, job: bytes, reason: str) -> None:
+        """Close every slot of a job."""
+        for open_job, slot in list(self._slots):
+            if open_job == job:
+                await self.close(job, slot, reason)
+
+    def kill_all(self) -> None:
+        """End all workers at once and silently: the machine is being closed."""
+        for live in self._slots.values():
+            live.closing = True
+            if live.child_started:
+                live.child.kill()
+
+    def fail_all(self, reason: str) -> None:
+        """The carrier is gone, and every slot with it."""
+        for live in list(self._slots.values()):
+            self._fail(live, reason)
+
+    async def _end(self, live: LiveSlot, *, abort: bool) -> None:
+        """Stop links and worker of a slot and forget it."""
+        key = (live.job, live.slot)
+        wire_slot = control.Slot(live.job, *live.slot)
+        try:
+            await self._carrier.call(lambda n: control.CloseSlot(n, wire_slot, abort), control.Done)
+        except MachineError as error:
+            log.info("slot %s: the carrier could not close it: %s", live.slot, error)
+        if live.child_started:
+            await live.child.stop(0 if abort else WORKER_GRACE_SECONDS)
+        live.close()
+        if self._slots.get(key) is live:
+            del self._slots[key]
+
+    async def _watch(self, live: LiveSlot) -> None:
+        await live.child.ended.wait()
+        if live.child.status != 0:
+            self._fail(live, f"the worker process {live.child.epitaph()}")
+
+    def _fail(self, live: LiveSlot, reason: str) -> None:
+        """A slot cannot go on. Said once; its worker and links are ended in the background."""
+        if live.closing or live.failure:
+            return
+        live.failure = reason
+        live.drawn.set()
+        if live.child_started:
+            live.child.kill()
+        if live.announced:
+            self._emit(SlotFailed(live.job, live.slot, reason))
+            self._nursery.start_soon(partial(self._end, live, abort=True))
+
+    async def handle_events(self) -> None:
+        """Turn what the carrier says into events, in order; until cancelled."""
+        async for event in self._to_handle:
+            live = self._slots.get((event.slot.job, SlotId(event.slot.lane, event.slot.stage)))
+            if live is None or live.failure:
+                continue
+            match event:
+                case control.GenesisReported():
+                    live.roots = GenesisRoots(event.shared, event.lane, event.data)
+                    live.drawn.set()
+                case control.StepReported():
+                    self._step(live, event)
+                case control.SegmentReported(_, segment):
+                    await self._segment(live, segment)
+                case control.SlotEnded():
+                    self._emit(SlotFinished(live.job, live.slot))
+                case control.SlotBroken(_, text):
+                    self._fail(live, text)
+
+    def _step(self, live: LiveSlot, event: control.StepReported) -> None:
+        timings = {
+            "compute": max(event.seconds - event.waiting - event.verifying, 0.0),
+            "waiting": event.waiting,
+            "verifying": event.verifying,
+        }
+        self._emit(
+            StepDone(
+                live.job,
+                live.slot,
+                event.step,
+                event.loss,
+                event.seconds,
+                timings,
+                event.gradient_norm,
+            )
+        )
+
+    async def _segment(self, live: LiveSlot, segment: int) -> None:
+        path = list_file(self._layout.slot(live.job, *live.slot), segment)
+        try:
+            stored = await trio.to_thread.run_sync(read_list, path)
+        except FileError as error:
+            self._fail(live, f"the list of segment {segment} cannot be read: {error}")
+            return
+        self._emit(SegmentDone(live.job, live.slot, stored.record, stored.salt))
