@@ -45,9 +45,5 @@ class SpecUnavailable(ChainSideError):
     """Nobody connected could give the spec."""
 
 
-class TransactionExpired(ChainSideError):
-    """The transaction's expiry height has passed without it."""
-
-
 class ServiceBusy(ChainSideError):
     """A limit of the service is reached."""
