@@ -8,7 +8,6 @@ ChainSideError
 ├── SignGuardError         a vote would contradict a stored one; stop voting at once
 ├── ProtocolUnknown        the chain has moved to rules that this program does not know
 ├── SpecUnavailable        no connected peer has the spec; try again later
-├── TransactionExpired     it can no longer become final; sign a new one
 └── ServiceBusy            a bounded queue is full; try again later
 """
 
