@@ -6,7 +6,7 @@ only spelling that exists. A kind evolves by a new tag, never by trailing fields
 """
 
 from functools import cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import msgspec
 
@@ -53,7 +53,7 @@ def decode(kind: type[T], raw: bytes | bytearray | memoryview, limit: int) -> T:
     if len(raw) > limit:
         raise DecodeError(f"{len(raw)} bytes where at most {limit} are allowed")
     try:
-        value = _decoder(kind).decode(raw)
+        value = _decoder(cast(Any, kind)).decode(raw)
         again = _encode(value)
     except (msgspec.MsgspecError, RecursionError, OverflowError, UnicodeDecodeError) as error:
         raise DecodeError(f"not a {getattr(kind, '__name__', kind)}: {error}") from error

@@ -141,7 +141,7 @@ class _Node:
                     data_dir=config.data_dir,
                     stop=self._stop,
                 )
-                await nursery.start(chain.run)
+                await nursery.start(chain.run)  # type: ignore[arg-type]  # third-party stubs of trio
                 nursery.start_soon(peers.run)
                 nursery.start_soon(self._announce, peers, machine)
                 nursery.start_soon(agent.run)
