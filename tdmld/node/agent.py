@@ -56,11 +56,13 @@ from tdmld.node.offers import OfferMismatch, check_offer
 from tdmld.node.peers import PeerBook
 from tdmld.p2p import PeerInfo
 from tdmld.train.errors import TrainError
-from tdmld.train.segment import SegmentRecord, read_list
+from tdmld.train.segment import StoredList, read_list
 from tdmld.train.spec import Spec, decode_spec
 
 log = logging.getLogger(__name__)
 
+_OFFSETS = {"up": -1, "down": 1}
+"""Which stage is at the other end of a link."""
 RETRY_BLOCKS = 6
 """A duty that still stands this many blocks after it was done or failed is done again."""
 SlotKey = tuple[bytes, int]
@@ -117,7 +119,7 @@ class Agent:
 
     def __post_init__(self) -> None:
         self._attempts: dict[object, _Attempt] = {}
-        self._records: dict[tuple[bytes, int, int], SegmentRecord] = {}
+        self._lists: dict[tuple[bytes, int, int], StoredList] = {}
         self._found: dict[tuple[bytes, int, int], bytes] = {}
         self._specs: dict[bytes, tuple[bytes, Spec]] = {}
         self._stages: dict[bytes, int] = {}
@@ -275,8 +277,8 @@ class Agent:
                 slot=slot,
                 epoch=job.epoch,
                 incarnation=self._slot_state(state, job, index).incarnation,
-                up=self._neighbour(state, job, index, -1),
-                down=self._neighbour(state, job, index, +1),
+                up=self._neighbour(state, job, index, _OFFSETS["up"]),
+                down=self._neighbour(state, job, index, _OFFSETS["down"]),
                 members=self._members.get(job.id, frozenset()),
             )
         )
@@ -301,9 +303,10 @@ class Agent:
         await self.machine.grant(job.id, self._slot(job, todo.slot), todo.until)
 
     async def _commit(self, job: Job, index: int, number: int) -> None:
-        record = self._records.get((job.id, index, number))
-        if record is None:
+        stored = self._lists.get((job.id, index, number))
+        if stored is None:
             return
+        record = stored.record
         await self._submit(
             Commit(
                 job=job.id,
@@ -316,7 +319,7 @@ class Agent:
                 end_shared=record.end_shared,
                 end_lane=record.end_lane,
                 links=tuple(LinkRoots(r.link, r.sent, r.received) for r in record.link_roots),
-                seal=blake3(self._salt(job, index, number) + record.steps_root).digest(),
+                seal=blake3(stored.salt + record.steps_root).digest(),
                 loss=record.loss_micro,
             )
         )
@@ -349,7 +352,7 @@ class Agent:
         for number in range(self._told.get(key, 0), todo.settled):
             await self.machine.settled(job.id, self._slot(job, todo.slot), number)
             self._told[key] = number + 1
-            self._records.pop((job.id, todo.slot, number), None)
+            self._lists.pop((job.id, todo.slot, number), None)
 
     # audits ----------------------------------------------------------------------------------
 
@@ -379,11 +382,9 @@ class Agent:
             worker = self._slot_state(state, job, index).worker
             standby = [job.standby] if job.standby is not None else []
             links = {
-                roots.link: LinkSource(
-                    roots.received,
-                    (self._neighbour(state, job, index, -1 if roots.link == "up" else 1) or "",),
-                )
+                roots.link: LinkSource(roots.received, (neighbour,))
                 for roots in segment.links
+                if (neighbour := self._neighbour(state, job, index, _OFFSETS[roots.link]))
             }
             record = await self.machine.audit(
                 AuditTask(
@@ -399,18 +400,16 @@ class Agent:
                     data_holders=tuple(self._holders_of_data(state, job)),
                 )
             )
-            self._found[at] = record.list_root(job.id, index)
+            self._found[at] = record.list_root(job.id, job.stage_of(index), job.lane_of(index))
         return self._found[at]
 
     async def _open_seal(self, job: Job, index: int, number: int) -> None:
-        record = self._records.get((job.id, index, number))
-        if record is None:
+        stored = self._lists.get((job.id, index, number))
+        if stored is None:
             directory = Layout(self.data_dir).slot(job.id, *self._slot(job, index))
-            path = list_file(directory, number)
-            stored = await trio.to_thread.run_sync(read_list, path)
-            record = stored.record
-        salt = self._salt(job, index, number)
-        await self._submit(Open(job.id, job.epoch, index, number, salt, record.steps_root))
+            stored = await trio.to_thread.run_sync(read_list, list_file(directory, number))
+        root = stored.record.steps_root
+        await self._submit(Open(job.id, job.epoch, index, number, stored.salt, root))
 
     async def _open_verdict(self, state: State, job: Job, todo: duty.OpenVerdict) -> None:
         found = await self._find(state, job, todo.slot, todo.segment)
@@ -437,7 +436,7 @@ class Agent:
         log.info("job %s is %s %s", job.id.hex()[:12], job.status, job.reason)
         await self.machine.close_job(job.id, f"{job.status}: {job.detail or job.reason}")
         self._open = {key for key in self._open if key[0] != job.id}
-        for cache in (self._records, self._found):
+        for cache in (self._lists, self._found):
             for at in [at for at in cache if at[0] == job.id]:
                 del cache[at]
         for slot in [slot for slot in self._told if slot[0] == job.id]:
@@ -453,9 +452,9 @@ class Agent:
                     progress.phase, progress.step = "running", event.step + 1
                     progress.loss, progress.seconds = event.loss, event.seconds
                     self.on_step(event)
-                case SegmentDone(job=job, slot=slot, record=record):
+                case SegmentDone(job=job, slot=slot, record=record, salt=salt):
                     index = self._index(job, slot)
-                    self._records[job, index, record.segment] = record
+                    self._lists[job, index, record.segment] = StoredList(salt, record)
                     todo = duty.CommitSegment(job, index, record.segment)
                     if not (a := self._attempts.get(todo)) or not a.running:
                         self._attempts.pop(todo, None)
@@ -546,7 +545,7 @@ class Agent:
         return slot.index(self._stages[job])
 
     def _salt(self, job: Job, index: int, number: int) -> bytes:
-        """The salt of our commitment: the same after a restart, and nobody else's to guess."""
+        """The salt of our audit: the same after a restart, and nobody else's to guess."""
         what = job.id + index.to_bytes(4, "big") + number.to_bytes(8, "big")
         return blake3(what, key=self._salt_key).digest()
 

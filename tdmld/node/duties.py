@@ -110,7 +110,8 @@ class OpenVerdict(Duty):
 
 @dataclass(frozen=True)
 class ForgetSegments(Duty):
-    """Segments of a slot below `settled` are paid: their frames and states may go."""
+    """Segments of any slot of the job below `settled` are paid: frames and states that only they
+    needed may go."""
 
     slot: int
     settled: int
@@ -160,6 +161,8 @@ def duties(state: State, node: bytes, job: Job) -> Iterator[Duty]:
         return
     for index, slot in enumerate(slots):
         yield from _of_slot(state, node, job, index, slot, standby=standby)
+        if mine or standby:
+            yield ForgetSegments(job.id, index, slot.settled)
     if job.status is JobStatus.FINISHING and all(holder != node for holder, _ in job.results):
         last = len(job.stages) - 1
         if standby or slots[last].worker.node == node:
@@ -181,8 +184,6 @@ def _of_slot(
         audit = state.audit(job.id, index, number)
         if audit is not None:
             yield from _of_audit(node, job, index, number, audit, worker=worker)
-    if worker or standby:
-        yield ForgetSegments(job.id, index, slot.settled)
 
 
 def _proofs(
