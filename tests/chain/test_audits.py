@@ -287,6 +287,7 @@ def test_each_opening_comes_from_the_right_party_in_the_right_order() -> None:
     assert "nothing to open" in world.refused(mine, Open(*at, salt, steps))
     assert "not opened" in world.refused(auditor, AuditOpen(*at, root, mark("s")))
     assert "epoch 1" in world.refused(auditor, AuditCommit(job_id, 1, 0, 0, sworn))
+    assert "not drawn for this" in world.refused(mine, AuditFail(*at, "nothing"))
     world.do(auditor, AuditCommit(*at, sworn))
     assert "not drawn" in world.refused(auditor, AuditCommit(*at, sworn))
     assert "not drawn" in world.refused(auditor, AuditFail(*at, "nothing"))
@@ -312,6 +313,15 @@ def test_a_segment_that_was_not_drawn_has_no_audit() -> None:
     world, job_id = active(audit_rate=0)
     world.play(job_id)
     assert "was not drawn" in world.refused(node_key(3), AuditCommit(job_id, 0, 0, 0, mark(1)))
+
+
+def test_audits_end_with_the_training() -> None:
+    world, job_id = active(**ALL)
+    world.play_until(job_id, JobStatus.FINISHING)
+    audit = world.state.audit(job_id, 0, 0)
+    assert audit is not None
+    late = AuditCommit(job_id, 0, 0, 0, mark("late"))
+    assert "finishing, not active" in world.refused(world.keys[audit.auditor], late)
 
 
 def test_an_opening_in_the_block_of_its_deadline_is_too_late() -> None:

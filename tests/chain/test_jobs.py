@@ -162,10 +162,17 @@ def test_genesis_is_attested_once_and_by_members_only() -> None:
     attested = AttestGenesis(job_id, 0, mark(1), mark(2), mark(3))
     assert "worker and by the standby" in world.refused(other, attested)
     mine = world.keys[worker(world, job_id, 0)]
+    assert "no slot 5" in world.refused(mine, AttestGenesis(job_id, 5, mark(1), mark(2), mark(3)))
     world.do(mine, attested)
     assert "has attested" in world.refused(mine, attested)
     other_slot = AttestGenesis(job_id, 1, mark(1), mark(2), mark(3))
     assert "worker and by the standby" in world.refused(mine, other_slot)
+    trained, done = active()
+    again = AttestGenesis(done, 0, mark(1), mark(2), mark(3))
+    assert "not preparing" in trained.refused(trained.keys[worker(trained, done, 0)], again)
+    early = AttestResult(done, mark(1))
+    assert "not finishing" in trained.refused(trained.keys[standby(trained, done)], early)
+    assert "not finishing" in trained.refused(owner_key(0), Fetched(done))
 
 
 @pytest.mark.parametrize("slot", [0, 1])

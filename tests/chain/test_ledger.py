@@ -154,6 +154,9 @@ def test_a_node_key_is_bound_once_by_itself_and_for_good() -> None:
     assert "not the node key's" in world.refused(BOB, registration(world))
     world.do(ALICE, registration(world))
     assert "bound already" in world.refused(ALICE, registration(world))
+    proof = sign_registration(ALICE, world.chain_id, ALICE.public, world.height + 5)
+    own = Register(ALICE.public, world.height + 5, proof)
+    assert "another key than the owner's" in world.refused(ALICE, own)
     taken = registration(world, owner=1)
     assert "bound already" in world.refused(BOB, taken)
     past = replace(

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 from tdmld.chain.events import Paid, ProofChecked, SegmentSettled
 from tdmld.chain.records import CloseReason, JobStatus, ProofStatus, Segment, SegmentStatus
 from tdmld.chain.transactions import Commit, StandbyProof
-from tests.chain.test_jobs import active, standby, worker
+from tests.chain.test_jobs import active, standby, started, worker
 from tests.chain.world import Vice, World, mark, node_key
 
 QUIET = {"audit_rate": 0}
@@ -45,6 +45,17 @@ def test_a_commit_must_be_the_next_of_its_slot_by_its_worker() -> None:
     second = sworn(world, job, 0, 1)
     assert "start state" in world.refused(mine, replace(second, start_shared=good.start_shared))
     world.do(mine, second)
+
+
+def test_nothing_is_committed_or_proven_before_the_activation_and_after_the_end() -> None:
+    world, job = started(**QUIET)
+    world.play_until(job, JobStatus.PREPARING)
+    mine, holder = world.keys[worker(world, job, 0)], world.keys[standby(world, job)]
+    proof = StandbyProof(job, 0, 0, 0, 1, mark("proof"))
+    assert "preparing, not active" in world.refused(mine, sworn(world, job, 0, 0))
+    assert "preparing, not active" in world.refused(holder, proof)
+    world.play_until(job, JobStatus.FINISHING)
+    assert "finishing, not active" in world.refused(holder, proof)
 
 
 def test_a_failing_commit_costs_the_job_nothing() -> None:
