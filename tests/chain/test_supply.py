@@ -89,7 +89,7 @@ def check_idle(world: World) -> None:
         assert world.state.account(owner_key(index).public).work_stake == STAKE
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(shape=shapes, who=vices, taints=st.sets(st.integers(0, 60)), data=st.data())
 def test_a_job_with_any_actors_ends_and_conserves_money(
     shape: dict[str, int], who: dict[int, frozenset[Vice]], taints: set[int], data: st.DataObject
@@ -145,7 +145,7 @@ def noise(world: World, job: bytes, data: st.DataObject) -> bytes:
     return world.sign(node, payload)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(shape=shapes, data=st.data())
 def test_strangers_and_repetitions_change_nobodys_money(
     shape: dict[str, int], data: st.DataObject
