@@ -1,11 +1,11 @@
 """Everything `tdmld.chain` raises.
 
-    ChainError
-    ├── DecodeError          bytes from outside are not what they claim: size, type or canonical form
-    ├── GenesisError         the genesis document cannot found a chain; names the field
-    ├── InvalidTransaction   expected in normal operation: refused at admission, or a recorded failure
-    ├── InvalidBlock         expected from a faulty leader: do not notarize, do not apply
-    └── InvariantViolation   never expected: our own bug or a corrupt database; stop the node
+ChainError
+├── DecodeError          bytes from outside are not what they claim: size, type, form
+├── GenesisError         the genesis document cannot found a chain; names the field
+├── InvalidTransaction   expected in normal operation: refused, or a recorded failure
+├── InvalidBlock         expected from a faulty leader: do not notarize, do not apply
+└── InvariantViolation   never expected: our own bug or a corrupt database; stop the node
 """
 
 

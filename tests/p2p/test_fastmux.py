@@ -3,6 +3,7 @@
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -12,6 +13,7 @@ from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamReset
 
 from tdmld.chain.crypto import KeyPair
 from tdmld.p2p.fastmux import FRAME_BYTES, WINDOW_BYTES, WINDOW_MAX_BYTES, FastMux
+from tdmld.p2p.keepalive import is_alive
 from tests.p2p.support import seed
 
 DATA, OPEN, CREDIT, FIN, RST, PING, PONG = range(7)
@@ -179,11 +181,12 @@ async def test_frames_of_unknown_streams_are_answered_or_ignored():
 
 async def test_streams_above_the_limit_are_reset_at_once_and_a_place_becomes_free_again():
     async with muxer(inbound_streams=2) as (mux, peer):
-        for number in (1, 3, 5):
+        for number in (1, 3):
             await peer.send(OPEN, number)
+            await mux.accept_stream()
+        await peer.send(OPEN, 5)
         assert await peer.receive() == (RST, 5, 0, b"")
         await peer.send(RST, 1)
-        await (await mux.accept_stream()).close()
         await peer.send(OPEN, 7)
         await trio.testing.wait_all_tasks_blocked()
         assert sorted(mux._streams) == [3, 7]
@@ -222,6 +225,15 @@ async def test_a_ping_is_answered_and_measured():
             kind, _, number, _ = await peer.receive()
             assert kind == PING
             await peer.send(PONG, 0, number)
+
+
+async def test_a_late_answer_behind_bulk_data_is_a_sign_of_life_and_silence_is_not():
+    async with muxer() as (mux, peer):
+        conn = SimpleNamespace(muxed_conn=mux)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(peer.send, CREDIT, 1, 1)
+            assert await is_alive(conn, 0.05) == 0.05
+        assert await is_alive(conn, 0.05) is None
 
 
 async def test_a_peer_that_pings_and_never_reads_loses_the_connection():

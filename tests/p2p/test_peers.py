@@ -40,6 +40,14 @@ async def test_a_kept_peer_is_redialled_at_once_when_it_drops():
         assert await says_hello(b, a.peer_id)
 
 
+async def test_a_stream_opens_although_the_connection_breaks_under_it():
+    async with connected_pair() as (a, b):
+        for _ in range(5):
+            [conn] = b._swarm.get_connections()
+            await conn.muxed_conn._session.close()
+            assert await says_hello(a, b.peer_id)
+
+
 async def test_a_peer_that_is_not_kept_is_left_alone():
     async with connected_pair() as (a, b):
         a.remove_peer(b.peer_id)
