@@ -14,9 +14,9 @@ import errno
 import logging
 import os
 import socket
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Literal, Protocol
 
 import trio
@@ -130,7 +130,7 @@ class Connector:
         self._limits = limits
         self._registry = registry
         self._me = swarm.get_peer_id()
-        self._admission: defaultdict[ID, trio.Lock] = defaultdict(trio.Lock)
+        self._admission: dict[ID, trio.Lock] = {}
         self._admitted_at: dict[INetConn, float] = {}
         self._pending: Counter[str] = Counter()
         self.refused = 0
@@ -265,7 +265,7 @@ class Connector:
     async def _admit(self, muxed: IMuxedConn, peer: ID, direction: Direction) -> bool:
         """Register the connection with the swarm; False when the peer's other connection stays."""
         smaller = self._me.to_bytes() < peer.to_bytes()
-        async with self._admission[peer]:
+        async with self._admission_of(peer):
             for conn in self._live(peer):
                 age = trio.current_time() - self._admitted_at.get(conn, 0.0)
                 existing: Direction = "outbound" if conn.muxed_conn.is_initiator else "inbound"
@@ -284,6 +284,17 @@ class Connector:
             self._admitted_at = {c: t for c, t in self._admitted_at.items() if not c.is_closed}
             self._admitted_at[conn] = trio.current_time()
             return True
+
+    @asynccontextmanager
+    async def _admission_of(self, peer: ID) -> AsyncIterator[None]:
+        """One admission at a time for each peer."""
+        lock = self._admission.setdefault(peer, trio.Lock())
+        try:
+            async with lock:
+                yield
+        finally:
+            if not lock.locked():
+                self._admission.pop(peer, None)
 
     def _live(self, peer: ID) -> list[INetConn]:
         return [conn for conn in self._swarm.get_connections(peer) if not conn.is_closed]

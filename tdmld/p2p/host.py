@@ -14,12 +14,13 @@ from typing import cast
 
 import libp2p
 import trio
-from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee
+from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee, IPeerStore
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.custom_types import StreamHandlerFn, TMuxerClass, TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.network.config import ConnectionConfig
 from libp2p.network.swarm import Swarm
+from libp2p.peer.peerstore import PeerStoreError
 from libp2p.protocol_muxer.exceptions import ProtocolNotSupportedError
 from libp2p.protocol_muxer.multiselect_client import MultiselectClient
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
@@ -78,8 +79,9 @@ def _quiet_libp2p() -> None:
 class _Notifee(INotifee):
     """Tells the peer manager what the swarm registers and loses."""
 
-    def __init__(self, peers: Peers, gossip: Gossip | None) -> None:
+    def __init__(self, peers: Peers, gossip: Gossip | None, peerstore: IPeerStore) -> None:
         self._peers = peers
+        self._peerstore = peerstore
         self._gossip = gossip
 
     async def connected(self, network: INetwork, conn: INetConn) -> None:
@@ -88,6 +90,9 @@ class _Notifee(INotifee):
     async def disconnected(self, network: INetwork, conn: INetConn) -> None:
         if self._gossip is not None:
             self._gossip.forget(conn.muxed_conn.peer_id)
+        with suppress(PeerStoreError):
+            # Or everybody who was ever here would stay in memory: identities cost nothing.
+            self._peerstore.clear_peerdata(conn.muxed_conn.peer_id)
         self._peers.on_disconnected(conn)
 
     async def opened_stream(self, network: INetwork, stream: INetStream) -> None: ...
@@ -115,7 +120,7 @@ class Host:
         self._peers = Peers(inner.get_id(), limits)
         self._connector = Connector(self._swarm, limits, self._peers)
         self._inbound_streams: Counter[str] = Counter()
-        self._swarm.register_notifee(_Notifee(self._peers, gossip))
+        self._swarm.register_notifee(_Notifee(self._peers, gossip, inner.get_peerstore()))
         self._swarm.set_stream_handler(self._guard(self._swarm.common_stream_handler))
 
     # Streams

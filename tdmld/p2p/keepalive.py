@@ -1,10 +1,10 @@
 """Is the other end of a connection still there?"""
 
+import logging
 import os
 
 import trio
 from libp2p.abc import INetConn
-from libp2p.exceptions import BaseLibp2pError
 from libp2p.host.ping import ID as PING
 from libp2p.io.utils import read_exactly
 from libp2p.protocol_muxer.multiselect_client import MultiselectClient
@@ -12,6 +12,8 @@ from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicat
 
 from tdmld.p2p.fastmux import FastMux
 from tdmld.p2p.shield import shielded
+
+log = logging.getLogger(__name__)
 
 _PING_BYTES = 32
 
@@ -28,7 +30,10 @@ async def is_alive(conn: INetConn, seconds: float) -> float | None:
     with trio.move_on_after(seconds) as scope:
         try:
             latency = await (muxed.ping() if isinstance(muxed, FastMux) else _ping_by_stream(conn))
-        except (BaseLibp2pError, UnicodeDecodeError):
+        except Exception as error:
+            # Boundary: a foreign muxer and a hostile peer's negotiation fail in many ways, and the
+            # keepalive task must outlive them all.
+            log.debug("a keepalive failed: %r", error)
             return None
     late = scope.cancelled_caught and isinstance(muxed, FastMux) and muxed.last_received > started
     return seconds if late else latency

@@ -49,6 +49,7 @@ class _Peer:
     """Unix time."""
     latency: float | None = None
     last_error: str = ""
+    dials: int = 0
     traffic: Traffic = field(default_factory=Traffic)
     dialling: trio.Lock = field(default_factory=trio.Lock)
     changed: trio.Event = field(default_factory=trio.Event)
@@ -151,9 +152,13 @@ class Peers:
 
     async def connect(self, peer: _Peer) -> INetConn:
         """The present connection, or a new one; DialFailed. Simultaneous calls dial once."""
+        dials = peer.dials
         async with peer.dialling:
             if (conn := self.live(peer)) is not None:
                 return conn
+            if peer.dials > dials and peer.last_error:
+                raise DialFailed(peer.last_error)  # of the dial that we have been waiting for
+            peer.dials += 1
             if self._connector is None:
                 raise DialFailed("the host is closed")
             try:

@@ -67,10 +67,10 @@ async def test_a_message_is_relayed_and_delivered_once():
 
 
 async def test_a_burst_arrives_completely():
-    """The library delivers 16 of 200 (its queues hold 32), and 10 a second with spam protection."""
+    """The library delivers 16 of 100 (its queues hold 32), and 10 a second with spam protection."""
     async with connected_pair(gossip=True, limits=FAST) as (a, b):
         _, yours = await join(a, b)
-        sent = [b"message %d" % number for number in range(200)]
+        sent = [b"message %d" % number for number in range(100)]
         async with trio.open_nursery() as nursery:
             for message in sent:
                 nursery.start_soon(a.publish, TOPIC, message)
@@ -166,7 +166,7 @@ async def test_gossip_goes_on_after_a_connection_was_lost_or_replaced():
         b.add_peer(info(a))
         for number in range(5):
             for conn in b._swarm.get_connections():
-                # As when the socket breaks; b has a stream to open and so redials in the same moment.
+                # As when the socket breaks; b has a stream to open and redials at once.
                 await conn.muxed_conn._session.close()
             assert await says_hello(b, a.peer_id)
             assert await hears_again(a, yours, number)

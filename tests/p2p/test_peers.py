@@ -140,7 +140,7 @@ async def test_a_busy_connection_is_not_taken_for_a_dead_one():
 
 
 async def test_two_hosts_that_dial_each_other_end_with_one_usable_connection():
-    for _ in range(10):
+    for _ in range(5):
         async with hosts(2) as (a, b):
             a.add_peer(info(b))
             b.add_peer(info(a))
@@ -197,7 +197,7 @@ async def test_connections_come_and_go_without_leaving_tasks_or_using_up_places(
     """The library keeps a task and one of its 250 places for every connection that ever came in."""
     async with hosts(2, limits=Limits(connections=3)) as (a, b):
         counts = []
-        for _ in range(12):
+        for _ in range(8):
             b.add_peer(info(a))
             await until(lambda: b.peer_id in a.connected() and a.peer_id in b.connected())
             b.remove_peer(a.peer_id)
