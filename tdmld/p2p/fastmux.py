@@ -18,14 +18,12 @@ with the next data or by the flusher, and so a reset costs nothing and cannot bl
 of other streams pass between frames.
 """
 
-import struct
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Protocol, cast
 
 import trio
-from libp2p.abc import IMuxedConn, IMuxedStream, ISecureConn
+from libp2p.abc import IMuxedConn, ISecureConn
 from libp2p.connection_types import ConnectionType
 from libp2p.custom_types import TProtocol
 from libp2p.io.exceptions import IOException
@@ -33,21 +31,27 @@ from libp2p.network.connection.exceptions import RawConnError
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import (
     MuxedConnUnavailable,
-    MuxedStreamClosed,
-    MuxedStreamEOF,
     MuxedStreamReset,
 )
 from multiaddr import Multiaddr
 
+from tdmld.p2p.muxstream import (
+    CREDIT,
+    DATA,
+    FIN,
+    FRAME_BYTES,
+    HEADER,
+    OPEN,
+    PING,
+    PONG,
+    RST,
+    Buffer,
+    FastMuxStream,
+)
 from tdmld.p2p.shield import shielded
 
 PROTOCOL = TProtocol("/tdmld/fastmux/1.0.0")
 
-FRAME_BYTES = 512 * 1024
-"""Large enough to amortize a system call and a lock, small enough that others wait under a
-millisecond."""
-WINDOW_BYTES = 1024 * 1024
-WINDOW_MAX_BYTES = 8 * 1024 * 1024
 INBOUND_STREAMS = 256
 """Streams a peer may have open towards us; the host's own limit is lower."""
 _CONTROL_FRAMES = 4096
@@ -58,212 +62,12 @@ _DIE_SECONDS = 2.0
 _CLOSE_SECONDS = 0.2
 """Time for the last FIN frames when a connection is closed in good order."""
 
-_HEADER = struct.Struct("!BII")
-_DATA, _OPEN, _CREDIT, _FIN, _RST, _PING, _PONG = range(7)
-
 _BROKEN = (IOException, RawConnError, trio.ClosedResourceError)
 """How a secure session fails."""
-
-Buffer = bytes | memoryview
 
 
 class _GatheringSession(Protocol):
     async def write_parts(self, parts: Sequence[Buffer]) -> None: ...
-
-
-class FastMuxStream(IMuxedStream):
-    """One stream. One reader at a time; writers are serialized, a write is contiguous."""
-
-    def __init__(self, conn: "FastMux", number: int) -> None:
-        self.muxed_conn: IMuxedConn = conn
-        self._mux = conn
-        self._number = number
-        self._chunks: deque[bytes] = deque()
-        self._head = 0
-        """How much of the first chunk has been taken already."""
-        self._granted = WINDOW_BYTES
-        """What the peer may still send."""
-        self._window = WINDOW_BYTES
-        self._taken = 0
-        """Taken by the application, not yet granted again."""
-        self._credit = WINDOW_BYTES
-        self._readable = trio.Event()
-        self._writable = trio.Event()
-        self._write_lock = trio.Lock()
-        self._ended = False
-        """The peer said FIN."""
-        self._closed = False
-        """We said FIN."""
-        self._deaf = False
-        """The application will read no more."""
-        self._reset = False
-
-    # Reading
-
-    async def read(self, n: int | None = None) -> bytes:
-        """Up to `n` bytes; MuxedStreamEOF at the peer's FIN, MuxedStreamReset when broken."""
-        return b"".join(await self.read_chunks(WINDOW_BYTES if n is None or n < 0 else n))
-
-    async def read_chunks(self, limit: int) -> list[bytes]:
-        """At least one byte and at most `limit`, as the chunks in which they came (no copy)."""
-        if limit == 0:
-            return []
-        while not self._chunks:
-            if self._ended:
-                raise MuxedStreamEOF("the peer closed the stream")
-            if self._reset or self._deaf:
-                raise MuxedStreamReset("the stream was reset")
-            self._readable = trio.Event()
-            await self._readable.wait()
-        taken: list[bytes] = []
-        size = 0
-        while self._chunks and size < limit:
-            chunk = self._chunks[0]
-            end = min(len(chunk), self._head + limit - size)
-            taken.append(chunk if end - self._head == len(chunk) else chunk[self._head : end])
-            size += end - self._head
-            self._head = end
-            if end == len(chunk):
-                self._chunks.popleft()
-                self._head = 0
-        self._taken += size
-        if self._taken >= self._window // 4 and not self._ended and not self._reset:
-            self._grant(self._taken)
-            self._taken = 0
-        return taken
-
-    def expect(self, size: int) -> None:
-        """The application has agreed to take `size` bytes: let the peer send far ahead."""
-        window = min(size, WINDOW_MAX_BYTES)
-        if window > self._window and not self._ended and not self._reset:
-            self._grant(window - self._window)
-            self._window = window
-
-    def _grant(self, size: int) -> None:
-        self._granted += size
-        self._mux.queue_control(_CREDIT, self._number, size)
-
-    # Writing
-
-    async def write(self, data: bytes) -> None:
-        await self.write_parts((data,))
-
-    async def write_parts(self, parts: Iterable[Buffer]) -> None:
-        """Write the parts one after another without joining large ones.
-
-        Cancelled before the last frame, it has sent a prefix: reset the stream then.
-        """
-        views = [memoryview(part).cast("B") for part in parts]
-        left = sum(len(view) for view in views)
-        views.reverse()
-        async with self._write_lock:
-            while left:
-                while self._credit <= 0 and not (self._reset or self._closed):
-                    self._writable = trio.Event()
-                    await self._writable.wait()
-                if self._reset:
-                    raise MuxedStreamReset("the stream was reset")
-                if self._closed:
-                    raise MuxedStreamClosed("the stream is closed for writing")
-                size = min(left, self._credit, FRAME_BYTES)
-                self._credit -= size
-                left -= size
-                await self._mux.send_data(self._number, size, _take(views, size))
-
-    async def close(self) -> None:
-        """Say FIN and read no more; a peer that goes on sending gets a reset. Never blocks."""
-        if not self._reset:
-            self._deaf = True
-            self._discard()
-            self._readable.set()
-            await self.close_write()
-
-    async def close_write(self) -> None:
-        """Say FIN but go on reading. Never blocks."""
-        if self._closed or self._reset:
-            return
-        self._closed = True
-        self._writable.set()
-        self._mux.queue_control(_FIN, self._number, 0)
-        if self._ended:
-            self._mux.forget(self._number)
-
-    async def reset(self) -> None:
-        """Drop the stream in both directions. Never blocks."""
-        if not self._reset:
-            self._break()
-            self._discard()
-            self._mux.queue_control(_RST, self._number, 0)
-            self._mux.forget(self._number)
-
-    def set_deadline(self, ttl: int) -> None:
-        """Not supported: use a cancel scope."""
-
-    def get_remote_address(self) -> tuple[str, int] | None:
-        return self._mux.get_remote_address()
-
-    async def __aenter__(self) -> "FastMuxStream":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    # Called by the connection
-
-    def _wake(self) -> None:
-        self._readable.set()
-        self._writable.set()
-
-    def _discard(self) -> None:
-        self._chunks.clear()
-        self._head = 0
-
-    def _break(self) -> None:
-        self._reset = True
-        self._wake()
-
-    def on_announced(self, size: int) -> bool:
-        """A DATA frame of `size` bytes begins; False when the peer was not granted that much."""
-        self._granted -= size
-        return self._granted >= 0 and not self._ended
-
-    @property
-    def is_deaf(self) -> bool:
-        return self._deaf
-
-    def on_data(self, chunk: bytes) -> None:
-        if not (self._reset or self._deaf):
-            self._chunks.append(chunk)
-            self._readable.set()
-
-    def on_credit(self, size: int) -> None:
-        self._credit += size
-        self._writable.set()
-
-    def on_fin(self) -> None:
-        self._ended = True
-        self._readable.set()
-        if self._closed:
-            self._mux.forget(self._number)
-
-    def on_break(self) -> None:
-        """RST or the connection's end. Data before a FIN stay readable, others are worthless."""
-        if not self._ended:
-            self._discard()
-        self._break()
-
-
-def _take(views: list[memoryview], size: int) -> list[memoryview]:
-    """Split `size` bytes off the end of a reversed list of views."""
-    taken: list[memoryview] = []
-    while size:
-        view = views.pop()
-        if len(view) > size:
-            views.append(view[size:])
-            view = view[:size]
-        size -= len(view)
-        taken.append(view)
-    return taken
 
 
 class FastMux(IMuxedConn):
@@ -330,7 +134,7 @@ class FastMux(IMuxedConn):
         number = self._next
         self._next += 2
         stream = self._streams[number] = FastMuxStream(self, number)
-        self.queue_control(_OPEN, number, 0)
+        self.queue_control(OPEN, number, 0)
         return stream
 
     async def accept_stream(self) -> FastMuxStream:
@@ -349,7 +153,7 @@ class FastMux(IMuxedConn):
         answered = self._pings[number] = trio.Event()
         started = trio.current_time()
         try:
-            self.queue_control(_PING, 0, number)
+            self.queue_control(PING, 0, number)
             await answered.wait()
         finally:
             self._pings.pop(number, None)
@@ -378,7 +182,7 @@ class FastMux(IMuxedConn):
 
     async def send_data(self, number: int, size: int, views: Sequence[memoryview]) -> None:
         """One DATA frame, whole, whatever happens to the caller; MuxedStreamReset when dead."""
-        header = _HEADER.pack(_DATA, number, size)
+        header = HEADER.pack(DATA, number, size)
         parts: Sequence[Buffer] = (
             (b"".join((header, *views)),) if size <= _SMALL_BYTES else (header, *views)
         )
@@ -396,7 +200,7 @@ class FastMux(IMuxedConn):
         """Send a control frame as soon as possible without waiting for it."""
         if self._dead:
             return
-        self._control.append(_HEADER.pack(kind, number, value))
+        self._control.append(HEADER.pack(kind, number, value))
         self._control_added.set()
 
     async def _write(self, parts: Sequence[Buffer]) -> None:
@@ -427,9 +231,9 @@ class FastMux(IMuxedConn):
     async def _read_frames(self) -> None:
         try:
             while len(self._control) <= _CONTROL_FRAMES:
-                kind, number, value = _HEADER.unpack(await self._exactly(_HEADER.size))
+                kind, number, value = HEADER.unpack(await self._exactly(HEADER.size))
                 self.last_received = trio.current_time()
-                if kind == _DATA:
+                if kind == DATA:
                     await self._on_data(number, value)
                 elif not self._on_control(kind, number, value):
                     return
@@ -450,7 +254,7 @@ class FastMux(IMuxedConn):
         if size > FRAME_BYTES or (stream is not None and not stream.on_announced(size)):
             raise EOFError("the peer broke flow control")
         if stream is None:
-            self.queue_control(_RST, number, 0)
+            self.queue_control(RST, number, 0)
         elif stream.is_deaf:
             await stream.reset()
         while size:
@@ -463,20 +267,20 @@ class FastMux(IMuxedConn):
 
     def _on_control(self, kind: int, number: int, value: int) -> bool:
         """False when the peer breaks the protocol."""
-        if kind == _OPEN:
+        if kind == OPEN:
             return self._on_open(number)
-        if kind == _PING:
-            self.queue_control(_PONG, 0, value)
-        elif kind == _PONG:
+        if kind == PING:
+            self.queue_control(PONG, 0, value)
+        elif kind == PONG:
             if (answered := self._pings.get(value)) is not None:
                 answered.set()
-        elif kind in (_CREDIT, _FIN, _RST):
+        elif kind in (CREDIT, FIN, RST):
             stream = self._streams.get(number)
             if stream is None:
                 return True
-            if kind == _CREDIT:
+            if kind == CREDIT:
                 stream.on_credit(value)
-            elif kind == _FIN:
+            elif kind == FIN:
                 stream.on_fin()
             else:
                 stream.on_break()
@@ -490,13 +294,13 @@ class FastMux(IMuxedConn):
             return False
         self._highest_inbound = number
         if self._inbound_open >= self._inbound_limit:
-            self.queue_control(_RST, number, 0)
+            self.queue_control(RST, number, 0)
             return True
         stream = FastMuxStream(self, number)
         try:
             self._accepted_send.send_nowait(stream)
         except (trio.WouldBlock, trio.BrokenResourceError):
-            self.queue_control(_RST, number, 0)
+            self.queue_control(RST, number, 0)
             return True
         self._streams[number] = stream
         self._inbound_open += 1

@@ -18,7 +18,7 @@ from libp2p.network.stream.exceptions import StreamEOF
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
 
 from tdmld.p2p.errors import MessageTooLarge, StreamBroken, StreamClosed
-from tdmld.p2p.fastmux import FastMuxStream
+from tdmld.p2p.muxstream import FastMuxStream
 from tdmld.p2p.shield import shielded
 
 _LENGTH = struct.Struct("!I")

@@ -12,8 +12,9 @@ from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamReset
 
 from tdmld.chain.crypto import KeyPair
-from tdmld.p2p.fastmux import FRAME_BYTES, WINDOW_BYTES, WINDOW_MAX_BYTES, FastMux
+from tdmld.p2p.fastmux import FastMux
 from tdmld.p2p.keepalive import is_alive
+from tdmld.p2p.muxstream import FRAME_BYTES, WINDOW_BYTES, WINDOW_MAX_BYTES
 from tests.p2p.support import seed
 
 DATA, OPEN, CREDIT, FIN, RST, PING, PONG = range(7)

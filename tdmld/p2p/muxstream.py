@@ -1,0 +1,219 @@
+"""One stream of the light muxer; see `fastmux` for the wire and the rules of flow control."""
+
+import struct
+from collections import deque
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import trio
+from libp2p.abc import IMuxedConn, IMuxedStream
+from libp2p.stream_muxer.exceptions import MuxedStreamClosed, MuxedStreamEOF, MuxedStreamReset
+
+if TYPE_CHECKING:
+    from tdmld.p2p.fastmux import FastMux
+
+FRAME_BYTES = 512 * 1024
+"""Large enough to amortize a system call and a lock, small enough that others wait under a
+millisecond."""
+WINDOW_BYTES = 1024 * 1024
+WINDOW_MAX_BYTES = 8 * 1024 * 1024
+
+HEADER = struct.Struct("!BII")
+DATA, OPEN, CREDIT, FIN, RST, PING, PONG = range(7)
+
+Buffer = bytes | memoryview
+
+
+class FastMuxStream(IMuxedStream):
+    """One stream. One reader at a time; writers are serialized, a write is contiguous."""
+
+    def __init__(self, conn: "FastMux", number: int) -> None:
+        self.muxed_conn: IMuxedConn = conn
+        self._mux = conn
+        self._number = number
+        self._chunks: deque[bytes] = deque()
+        self._head = 0
+        """How much of the first chunk has been taken already."""
+        self._granted = WINDOW_BYTES
+        """What the peer may still send."""
+        self._window = WINDOW_BYTES
+        self._taken = 0
+        """Taken by the application, not yet granted again."""
+        self._credit = WINDOW_BYTES
+        self._readable = trio.Event()
+        self._writable = trio.Event()
+        self._write_lock = trio.Lock()
+        self._ended = False
+        """The peer said FIN."""
+        self._closed = False
+        """We said FIN."""
+        self._deaf = False
+        """The application will read no more."""
+        self._reset = False
+
+    # Reading
+
+    async def read(self, n: int | None = None) -> bytes:
+        """Up to `n` bytes; MuxedStreamEOF at the peer's FIN, MuxedStreamReset when broken."""
+        return b"".join(await self.read_chunks(WINDOW_BYTES if n is None or n < 0 else n))
+
+    async def read_chunks(self, limit: int) -> list[bytes]:
+        """At least one byte and at most `limit`, as the chunks in which they came (no copy)."""
+        if limit == 0:
+            return []
+        while not self._chunks:
+            if self._ended:
+                raise MuxedStreamEOF("the peer closed the stream")
+            if self._reset or self._deaf:
+                raise MuxedStreamReset("the stream was reset")
+            self._readable = trio.Event()
+            await self._readable.wait()
+        taken: list[bytes] = []
+        size = 0
+        while self._chunks and size < limit:
+            chunk = self._chunks[0]
+            end = min(len(chunk), self._head + limit - size)
+            taken.append(chunk if end - self._head == len(chunk) else chunk[self._head : end])
+            size += end - self._head
+            self._head = end
+            if end == len(chunk):
+                self._chunks.popleft()
+                self._head = 0
+        self._taken += size
+        if self._taken >= self._window // 4 and not self._ended and not self._reset:
+            self._grant(self._taken)
+            self._taken = 0
+        return taken
+
+    def expect(self, size: int) -> None:
+        """The application has agreed to take `size` bytes: let the peer send far ahead."""
+        window = min(size, WINDOW_MAX_BYTES)
+        if window > self._window and not self._ended and not self._reset:
+            self._grant(window - self._window)
+            self._window = window
+
+    def _grant(self, size: int) -> None:
+        self._granted += size
+        self._mux.queue_control(CREDIT, self._number, size)
+
+    # Writing
+
+    async def write(self, data: bytes) -> None:
+        await self.write_parts((data,))
+
+    async def write_parts(self, parts: Iterable[Buffer]) -> None:
+        """Write the parts one after another without joining large ones.
+
+        Cancelled before the last frame, it has sent a prefix: reset the stream then.
+        """
+        views = [memoryview(part).cast("B") for part in parts]
+        left = sum(len(view) for view in views)
+        views.reverse()
+        async with self._write_lock:
+            while left:
+                while self._credit <= 0 and not (self._reset or self._closed):
+                    self._writable = trio.Event()
+                    await self._writable.wait()
+                if self._reset:
+                    raise MuxedStreamReset("the stream was reset")
+                if self._closed:
+                    raise MuxedStreamClosed("the stream is closed for writing")
+                size = min(left, self._credit, FRAME_BYTES)
+                self._credit -= size
+                left -= size
+                await self._mux.send_data(self._number, size, _take(views, size))
+
+    async def close(self) -> None:
+        """Say FIN and read no more; a peer that goes on sending gets a reset. Never blocks."""
+        if not self._reset:
+            self._deaf = True
+            self._discard()
+            self._readable.set()
+            await self.close_write()
+
+    async def close_write(self) -> None:
+        """Say FIN but go on reading. Never blocks."""
+        if self._closed or self._reset:
+            return
+        self._closed = True
+        self._writable.set()
+        self._mux.queue_control(FIN, self._number, 0)
+        if self._ended:
+            self._mux.forget(self._number)
+
+    async def reset(self) -> None:
+        """Drop the stream in both directions. Never blocks."""
+        if not self._reset:
+            self._break()
+            self._discard()
+            self._mux.queue_control(RST, self._number, 0)
+            self._mux.forget(self._number)
+
+    def set_deadline(self, ttl: int) -> None:
+        """Not supported: use a cancel scope."""
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        return self._mux.get_remote_address()
+
+    async def __aenter__(self) -> "FastMuxStream":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    # Called by the connection
+
+    def _wake(self) -> None:
+        self._readable.set()
+        self._writable.set()
+
+    def _discard(self) -> None:
+        self._chunks.clear()
+        self._head = 0
+
+    def _break(self) -> None:
+        self._reset = True
+        self._wake()
+
+    def on_announced(self, size: int) -> bool:
+        """A DATA frame of `size` bytes begins; False when the peer was not granted that much."""
+        self._granted -= size
+        return self._granted >= 0 and not self._ended
+
+    @property
+    def is_deaf(self) -> bool:
+        return self._deaf
+
+    def on_data(self, chunk: bytes) -> None:
+        if not (self._reset or self._deaf):
+            self._chunks.append(chunk)
+            self._readable.set()
+
+    def on_credit(self, size: int) -> None:
+        self._credit += size
+        self._writable.set()
+
+    def on_fin(self) -> None:
+        self._ended = True
+        self._readable.set()
+        if self._closed:
+            self._mux.forget(self._number)
+
+    def on_break(self) -> None:
+        """RST or the connection's end. Data before a FIN stay readable, others are worthless."""
+        if not self._ended:
+            self._discard()
+        self._break()
+
+
+def _take(views: list[memoryview], size: int) -> list[memoryview]:
+    """Split `size` bytes off the end of a reversed list of views."""
+    taken: list[memoryview] = []
+    while size:
+        view = views.pop()
+        if len(view) > size:
+            views.append(view[size:])
+            view = view[:size]
+        size -= len(view)
+        taken.append(view)
+    return taken
