@@ -20,6 +20,10 @@ stake (an owner that genesis names as auditor counts one unit more), with an ask
 job's class and audit capacity left. The standby's owner holds the state: by one bit of the beacon
 holders are preferred or excluded, unless only the other kind is there. Then one node of the owner.
 
+**When all are busy**, the audit waits, and is drawn again every `draw_delay` blocks with the beacon
+of that height; after `audit_window` x D blocks it goes on as `unaudited`. The slot stalls at D
+meanwhile: a job that wants many audits runs at the speed of its auditors.
+
 **When there is nobody**, the segment is flagged `audited_by_submitter` and goes on as if it had
 passed. When the offer's audit budget is spent, it goes on as `unaudited`. Both are in the record.
 """
@@ -84,7 +88,7 @@ def start(run: Execution, job: Job, slot: int, number: int) -> None:
         _go_on(run, job, slot, number, SegmentStatus.UNAUDITED, "the audit budget is spent")
         return
     auditor = choose(run, job, slot, number, attempt=0, tried=())
-    if auditor is None:
+    if auditor is None and not _eligible(run, job, (), busy=True):
         _go_on(run, job, slot, number, SegmentStatus.BY_SUBMITTER, "no other owner can audit it")
         return
     reserved = job.audits_reserved + job.audit_price
@@ -92,7 +96,10 @@ def start(run: Execution, job: Job, slot: int, number: int) -> None:
     segment = run.segment(job.id, slot, number)
     drawn = replace(segment, status=SegmentStatus.DRAWN)
     run.state.put_segment(job.id, slot, number, drawn)
-    _assign(run, job, slot, number, auditor, attempt=0, tried=())
+    if auditor is None:
+        _wait(run, job, slot, number, Audit(b"", b"", b"", run.height, run.height))
+    else:
+        _assign(run, job, slot, number, auditor, attempt=0, tried=())
 
 
 def choose(
@@ -120,9 +127,9 @@ def choose(
 
 
 def _eligible(
-    run: Execution, job: Job, tried: tuple[bytes, ...]
+    run: Execution, job: Job, tried: tuple[bytes, ...], *, busy: bool = False
 ) -> dict[bytes, list[tuple[bytes, StandingAsk]]]:
-    """Nodes that may audit the job, by owner."""
+    """Nodes that may audit the job now, by owner; with `busy` also those without capacity left."""
     party = {job.submitter, run.state.owner_of(job.source), *tried}
     party |= {run.slot(job.id, slot).worker.owner for slot in range(job.slots)}
     found: dict[bytes, list[tuple[bytes, StandingAsk]]] = {}
@@ -133,7 +140,8 @@ def _eligible(
             or record.owner in party
             or ask.class_id != job.class_id
             or ask.until_height < run.height
-            or record.audits_open >= ask.audit_capacity
+            or ask.audit_capacity == 0
+            or (record.audits_open >= ask.audit_capacity and not busy)
             or _weight(run, record.owner) == 0
         ):
             continue
@@ -169,6 +177,16 @@ def _assign(
     count_open_audit(run, node, 1)
     due.put(run.state, Due(Timer.AUDIT, job.id, slot, number), until)
     run.emit(AuditDrawn(job.id, slot, number, node, attempt))
+
+
+def _wait(run: Execution, job: Job, slot: int, number: int, audit: Audit) -> None:
+    """Nobody has capacity left: look again `draw_delay` blocks later."""
+    until = run.height + run.parameters.draw_delay
+    waiting = replace(
+        audit, auditor=b"", owner=b"", session=b"", status=AuditStatus.WAITING, until=until
+    )
+    run.state.put_audit(job.id, slot, number, waiting)
+    due.put(run.state, Due(Timer.AUDIT, job.id, slot, number), until)
 
 
 # -- the three openings, in order
@@ -258,22 +276,27 @@ def audit_over(run: Execution, entry: Due) -> None:
         detail = f"slot {slot}, segment {number}: the worker did not open its seal"
         refund(run, job.id, CloseReason.FAULT, detail)
         return
-    if audit.status is not AuditStatus.FAILED:
+    if audit.held:
         count_open_audit(run, audit.auditor, -1)
         count(run, audit.owner, faults=1)
     if audit.status is AuditStatus.OPENED:
         _no_verdict(run, job, entry, audit, "the auditor did not open its commitment")
         return
-    tried = (*audit.tried, audit.owner)
-    attempt = audit.attempt + 1
-    if attempt > run.parameters.audit_redraws:
-        _no_verdict(run, job, entry, audit, f"{attempt} auditors did not come through")
+    if audit.status is not AuditStatus.WAITING:
+        tried, attempt = (*audit.tried, audit.owner), audit.attempt + 1
+        audit = replace(audit, tried=tried, attempt=attempt, drawn=run.height)
+    if audit.attempt > run.parameters.audit_redraws:
+        _no_verdict(run, job, entry, audit, f"{audit.attempt} auditors did not come through")
         return
-    auditor = choose(run, job, slot, number, attempt, tried)
-    if auditor is None:
+    auditor = choose(run, job, slot, number, audit.attempt, audit.tried)
+    if auditor is not None:
+        _assign(run, job, slot, number, auditor, audit.attempt, audit.tried)
+    elif not _eligible(run, job, audit.tried, busy=True):
         _no_verdict(run, job, entry, audit, "no other auditor is left")
-        return
-    _assign(run, job, slot, number, auditor, attempt, tried)
+    elif run.height - audit.drawn > run.parameters.audit_window * job.unsettled:
+        _no_verdict(run, job, entry, audit, "every auditor was busy for too long")
+    else:
+        _wait(run, job, slot, number, audit)
 
 
 def _no_verdict(run: Execution, job: Job, entry: Due, audit: Audit, reason: str) -> None:

@@ -103,7 +103,7 @@ def _stop_slot(run: Execution, job: Job, slot: int) -> None:
             due.cancel(run.state, Due(timer, job.id, slot, segment))
         audit = run.state.audit(job.id, slot, segment)
         if audit is not None and audit.open:
-            if audit.status is not AuditStatus.FAILED:
+            if audit.held:
                 count_open_audit(run, audit.auditor, -1)
             dropped = replace(audit, status=AuditStatus.DROPPED)
             run.state.put_audit(job.id, slot, segment, dropped)

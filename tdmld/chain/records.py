@@ -267,6 +267,7 @@ class Segment(Record, frozen=True):
 
 
 class AuditStatus(StrEnum):
+    WAITING = "waiting"  # every eligible auditor is busy; tried again at `until`
     DRAWN = "drawn"  # the auditor replays
     FAILED = "failed"  # it could not; another is drawn at `until`
     COMMITTED = "committed"  # the worker must open
@@ -278,17 +279,19 @@ class AuditStatus(StrEnum):
     DROPPED = "dropped"  # the job ended first
 
 
-OPEN_AUDIT = frozenset(
-    {AuditStatus.DRAWN, AuditStatus.FAILED, AuditStatus.COMMITTED, AuditStatus.OPENED}
-)
+HELD_AUDIT = frozenset({AuditStatus.DRAWN, AuditStatus.COMMITTED, AuditStatus.OPENED})
+"""An auditor is at it: it counts against that node's capacity."""
+OPEN_AUDIT = HELD_AUDIT | {AuditStatus.WAITING, AuditStatus.FAILED}
 
 
 class Audit(Record, frozen=True):
-    """The audit of a drawn segment. `until`: height at which the present step is over."""
+    """The audit of a drawn segment. `until`: height at which the present step is over; `drawn`:
+    height at which this auditor was drawn, or the wait for one began. While it waits there is no
+    auditor."""
 
-    auditor: PublicKey
-    owner: PublicKey
-    session: PublicKey
+    auditor: Maybe32
+    owner: Maybe32
+    session: Maybe32
     drawn: Natural
     until: Natural
     attempt: Natural = 0
@@ -307,6 +310,10 @@ class Audit(Record, frozen=True):
     @property
     def open(self) -> bool:
         return self.status in OPEN_AUDIT
+
+    @property
+    def held(self) -> bool:
+        return self.status in HELD_AUDIT
 
 
 class Earnings(Record, frozen=True):

@@ -38,10 +38,11 @@ from tdmld.chain.transactions import (
 )
 from tdmld.node import duties as duty
 from tdmld.node.chainservice import ChainService
-from tdmld.node.errors import AuditImpossible, MachineError
+from tdmld.node.errors import AuditImpossible, CarrierUnavailable, MachineError
 from tdmld.node.layout import Layout, list_file
 from tdmld.node.machine import (
     AuditTask,
+    CarrierUp,
     LinkSource,
     Machine,
     SegmentDone,
@@ -152,7 +153,10 @@ class Agent:
             job = state.job(job_id)
             if job is None:
                 continue
-            await self._tell_members(state, job)
+            try:
+                await self._tell_members(state, job)
+            except CarrierUnavailable as error:
+                log.info("members of job %s: %s", job_id.hex()[:12], error)
             for todo in duty.duties(state, self.key.public, job):
                 if isinstance(todo, duty.CloseJob):
                     if job_id not in self._known:
@@ -462,6 +466,11 @@ class Agent:
                 case SlotFailed(job=job, slot=slot, reason=reason):
                     self._open.discard((job, self._index(job, slot)))
                     self._fail((job, self._index(job, slot)), reason)
+                case CarrierUp():
+                    # A new process knows nobody; the next look tells it.
+                    self._members.clear()
+                    self._peers = frozenset()
+                    await self._look(nursery)
                 case _:
                     log.info("machine: %s", event)
 
@@ -501,8 +510,8 @@ class Agent:
         self._stages[job.id] = len(job.stages)
         members = frozenset(address(session) for session in sessions)
         if self._members.get(job.id) != members:
-            self._members[job.id] = members
             await self.machine.set_members(job.id, members)
+            self._members[job.id] = members
         await self._tell_peers()
 
     async def _tell_peers(self) -> None:
@@ -513,8 +522,8 @@ class Agent:
             if address(record.session) in wanted
         )
         if peers != self._peers:
-            self._peers = peers
             await self.machine.set_peers(sorted(peers, key=lambda info: info.peer_id))
+            self._peers = peers
 
     def _holders_of_data(self, state: State, job: Job) -> list[str]:
         workers = [slot.worker.session for slot in duty.assigned(state, job)]

@@ -34,6 +34,7 @@ from tdmld.rpc.types import (
 from tdmld.train.spec import Spec
 
 _AUDIT_STATES: dict[AuditStatus, AuditState] = {
+    AuditStatus.WAITING: "drawn",
     AuditStatus.DRAWN: "drawn",
     AuditStatus.FAILED: "expired",
     AuditStatus.COMMITTED: "committed",

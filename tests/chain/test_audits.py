@@ -214,6 +214,22 @@ def test_no_member_audits_what_it_worked_on_and_capacity_is_respected() -> None:
     assert not drawn & party
 
 
+def test_an_audit_waits_for_a_busy_auditor_and_every_drawn_segment_gets_a_verdict() -> None:
+    world = World()
+    world.block(*(world.ask(index, audit_capacity=1) for index in range(7)))
+    job_id = world.submit(**ALL, rounds=8, unsettled=8)
+    world.play_until(job_id, JobStatus.ACTIVE)
+    waited = False
+    while not world.job(job_id).final:
+        world.play(job_id)
+        audits_now = [world.state.audit(job_id, slot, n) for slot in (0, 1) for n in range(8)]
+        waiting = [a for a in audits_now if a is not None and a.status is AuditStatus.WAITING]
+        waited = waited or bool(waiting)
+        assert all(audit.auditor == b"" and audit.open and not audit.held for audit in waiting)
+    assert waited
+    assert sum(isinstance(event, AuditPassed) for event in world.events) == 16
+
+
 def _run_of(world: World, beacon: bytes) -> Execution:
     context = BlockContext(world.height, 1, 0, 0, bytes(32), beacon)
     return Execution(world.state, world.genesis, context)
