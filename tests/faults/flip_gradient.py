@@ -22,7 +22,7 @@ def lie(collect: Any) -> Any:
     def collected(slot: Any) -> list[torch.Tensor]:
         gradients: list[torch.Tensor] = collect(slot)
         if slot.step == LIE_AT_STEP and slot.stage == 0:
-            gradients[0].view(torch.int32).view(-1)[0] ^= 1
+            gradients[-1].view(torch.int32).view(-1)[0] ^= 1
         return gradients
 
     return collected
