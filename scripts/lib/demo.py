@@ -92,6 +92,7 @@ class Demo:
         self.names |= {node.owner: node.name for node in self.network.nodes}
         self.killed = False
         self.shown = ""
+        self.told: set[str] = set()
 
     def _audited(self, job: Path) -> Path:
         """The same job with every segment audited, so that a single lie is surely seen."""
@@ -111,10 +112,11 @@ class Demo:
             before = trio.run(self._balances)
             job = self._submit()
             detail = trio.run(self._watch, job)
-            found: dict[str, Any] = {"job": job, "state": detail.summary.state}
+            found: dict[str, Any] = {"job": job}
             if detail.result is not None:
                 found |= self._fetch(job)
             detail = trio.run(self._settled, job)
+            found["state"] = detail.summary.state
             after = trio.run(self._balances)
             network.down()
         found |= self._account(detail, before, after)
@@ -166,6 +168,14 @@ class Demo:
 
     def _show(self, detail: JobDetail, status: NodeStatus) -> None:
         brief = detail.summary
+        for audit in detail.audits:
+            who = self.names.get(audit.auditor, "an auditor to be found")
+            line = f"segment {audit.segment} of stage {audit.stage} by {who}: {audit.state}"
+            if audit.state in ("drawn", "passed", "mismatch", "unaudited") and (
+                line not in self.told
+            ):
+                self.told.add(line)
+                say(f"            audit of {line}")
         audits: dict[str, int] = {}
         for audit in detail.audits:
             audits[audit.state] = audits.get(audit.state, 0) + 1
@@ -324,6 +334,7 @@ def checks(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[tuple
         yield "the job was refunded", found["state"] == "refunded"
         yield "the reason is clear", bool(found["reason"])
         return
+    yield "the job is closed", found["state"] == "closed"
     yield "there is a model", "export_dir" in found
     if "export_dir" not in found:
         return
@@ -450,8 +461,10 @@ def main(arguments: list[str]) -> int:
             say(f"  {key:16} {found[key]}")
     if "loss_heldout" in found:
         say(f"  {'loss_heldout':16} {found['loss_heldout']} nats a byte")
+    say(f"  {'spent':16} {found['spent']} by {demo.names[demo.network.nodes[SUBMITTER].owner]}")
     for who, amount in sorted(found["paid"].items(), key=lambda row: -row[1]):
-        say(f"  paid {amount:10} to {demo.names.get(who, '?')} ({short(who)})")
+        say(f"  {'paid':16} {amount} to {demo.names.get(who, '?')} ({short(who)})")
+    say(f"  {'burned':16} {found['burned']} in fees")
     say(f"  seconds          {seconds:.1f}")
     if "sample" in found:
         say("\n  the model writes:\n")

@@ -35,7 +35,7 @@ def demo(tmp_path: Path, *options: str) -> dict[str, Any]:
 
 def test_a_job_is_trained_audited_paid_and_equals_the_reference(tmp_path: Path) -> None:
     found = demo(tmp_path)
-    assert found["state"] == "finishing"
+    assert found["state"] == "closed"
     assert found["bitwise_reference"] is True
     assert found["supply_conserved"] is True
     assert found["spent_is_paid_plus_burned"] is True
