@@ -7,8 +7,8 @@ a crash takes away is fetched again. A batch is atomic, so head, state, tree and
     V        format version          s key    ledger state         b height  block
     C        chain id                t path   tree page            f height  its finalization, if
     K        node key that signs     x id     receipt                        it has one of its own
-    H        head                    r height state root
-    v view kind   own vote           p view   own proposal         n view hash   notarized body
+    H        head                    r height state root    e height  outcomes of its transactions
+    v view kind   own vote           p view   own proposal  n view hash   notarized body
     o id          spec
 """
 
@@ -78,6 +78,13 @@ class StoredReceipt(Record, frozen=True):
     """What became of a transaction, and in which block."""
 
     height: int
+    ok: bool
+    reason: str
+
+
+class Outcome(Record, frozen=True):
+    """What became of one transaction where it stands; `reason` is empty when `ok`."""
+
     ok: bool
     reason: str
 
@@ -160,10 +167,13 @@ class ChainStore:
 
     def state_items(self) -> Iterator[tuple[bytes, bytes]]:
         """Every (key, value) of the ledger's state at the head, ascending."""
-        for key in self._keys(b"s", b"t"):
-            value = self._read(key)
-            if value is not None:
-                yield key[1:], value
+        try:
+            for key, value in self._db.items(from_key=b"s"):
+                if not isinstance(key, bytes) or key >= b"t":
+                    break
+                yield key[1:], bytes(value)
+        except Exception as error:  # rocksdict raises bare Exception for every cause
+            raise _translate(self.path, "read", error) from error
 
     def root_at(self, height: int) -> bytes | None:
         """The state root after executing `height`; None when it has not been executed."""
@@ -179,8 +189,15 @@ class ChainStore:
         raw = self._read(b"f" + _number(height))
         return None if raw is None else self._decode(Certificate, raw, f"certificate {height}")
 
+    def outcomes(self, height: int) -> tuple[Outcome, ...] | None:
+        """What became of the transactions of a block, in its order; None when none are stored."""
+        raw = self._read(b"e" + _number(height))
+        if raw is None:
+            return None
+        return self._decode(tuple[Outcome, ...], raw, f"outcomes of block {height}")
+
     def receipt(self, transaction: bytes) -> StoredReceipt | None:
-        """What became of a transaction, by id."""
+        """What became of a transaction, by id: where it succeeded, else where it stood last."""
         raw = self._read(b"x" + transaction)
         return None if raw is None else self._decode(StoredReceipt, raw, "receipt")
 
@@ -211,9 +228,7 @@ class ChainStore:
         result = apply_block(self.get, self.genesis, context, transactions)
         batch = WriteBatch(raw_mode=True)
         root = self._write_state(batch, result.changes) if result.changes else head.state_root
-        for receipt in result.receipts:
-            stored = StoredReceipt(header.height, receipt.ok, receipt.reason)
-            batch.put(b"x" + receipt.id, encode(stored))
+        self._write_receipts(batch, header.height, result.receipts)
         new = Head(header.height, header.view, key, mix, root, header)
         number = _number(header.height)
         batch.put(b"b" + number, encode(block))
@@ -261,6 +276,22 @@ class ChainStore:
             else:
                 batch.put(b"t" + path, page)
         return root
+
+    def _write_receipts(self, batch: WriteBatch, height: int, receipts: Sequence[Receipt]) -> None:
+        """Nothing succeeds twice, but a leader may put it into a block again: it then fails
+        there, and its receipt still says that it succeeded."""
+        done = set[bytes]()
+        for receipt in receipts:
+            known = None if receipt.ok else self.receipt(receipt.id)
+            if receipt.id in done or (known is not None and known.ok):
+                continue
+            if receipt.ok:
+                done.add(receipt.id)
+            stored = StoredReceipt(height, receipt.ok, receipt.reason)
+            batch.put(b"x" + receipt.id, encode(stored))
+        if receipts:
+            outcomes = tuple(Outcome(receipt.ok, receipt.reason) for receipt in receipts)
+            batch.put(b"e" + _number(height), encode(outcomes))
 
     # ---- votes: the sign guard ---------------------------------------------------------------
 

@@ -67,6 +67,21 @@ def test_applying_executes_and_answers_questions(store: ChainStore) -> None:
     assert store.root_at(1) == store.state_root != store.root_at(0)
 
 
+def test_what_succeeded_stays_so_when_a_leader_puts_it_into_a_block_again(
+    store: ChainStore,
+) -> None:
+    late, once = transfer(0, 1), transfer(0, 0)
+    store.apply(next_block(store, [late, once, once, late]), None)
+    store.apply(next_block(store, [once]), None)
+    for raw in (late, once):
+        receipt = store.receipt(sha256(raw))
+        assert receipt is not None
+        assert (receipt.height, receipt.ok) == (1, True)
+    assert [outcome.ok for outcome in store.outcomes(1) or ()] == [False, True, False, True]
+    assert [outcome.ok for outcome in store.outcomes(2) or ()] == [False]
+    assert store.outcomes(3) is None
+
+
 def test_the_chain_is_closed_when_a_header_commits_the_state(store: ChainStore) -> None:
     assert store.closed
     store.apply(next_block(store, [transfer(0, 0)]), None)
