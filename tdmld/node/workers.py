@@ -109,36 +109,42 @@ class WorkerLauncher:
         """Run one worker to its end; gives its report. WorkerFailed. Cancelled, kills it."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         report: T | None = None
+        failure: WorkerFailed | None = None
         with ours:
             with theirs:
                 task = self._task(job, slot, mode, shards, directory, segment)
                 child = self._start(job, slot, task, theirs.fileno(), None)
-            reader = trio.socket.from_stdlib_socket(ours)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(child.watch)
-                while raw := await self._receive(reader):
-                    try:
-                        packet = decode_packet(raw)
-                    except ControlError as error:
-                        child.kill()
-                        raise WorkerFailed(f"the {mode} worker: {error}") from error
-                    if isinstance(packet, expected):
-                        report = packet
-                    elif isinstance(packet, Failure):
-                        raise WorkerFailed(f"{mode} of slot {slot}: {packet.text}")
-                    elif not isinstance(packet, Step):
-                        raise WorkerFailed(f"the {mode} worker sent a {type(packet).__name__}")
+                try:
+                    report = await self._report(trio.socket.from_stdlib_socket(ours), expected)
+                except WorkerFailed as error:
+                    # Raised below: the nursery would put it into a group.
+                    failure = WorkerFailed(f"the {mode} worker of slot {slot}: {error}")
+                    child.kill()
                 await child.ended.wait()
+        if failure is not None:
+            raise failure
         if child.status != 0 or report is None:
             raise WorkerFailed(f"the {mode} worker of slot {slot} {child.epitaph()}")
         return report
 
     @staticmethod
-    async def _receive(reader: "trio.socket.SocketType") -> bytes:
-        try:
-            return await reader.recv(PACKET_BYTES)
-        except ConnectionError:
-            return b""
+    async def _report(reader: "trio.socket.SocketType", expected: type[T]) -> T | None:
+        """The worker's report, read to the end of what it says. WorkerFailed."""
+        report: T | None = None
+        while raw := await _receive(reader):
+            try:
+                packet = decode_packet(raw)
+            except ControlError as error:
+                raise WorkerFailed(str(error)) from error
+            if isinstance(packet, expected):
+                report = packet
+            elif isinstance(packet, Failure):
+                raise WorkerFailed(packet.text)
+            elif not isinstance(packet, Step):
+                raise WorkerFailed(f"it sent a {type(packet).__name__}")
+        return report
 
     def _task(
         self,
@@ -174,3 +180,10 @@ class WorkerLauncher:
             return start()
         except OSError as error:
             raise WorkerFailed(f"a worker cannot be started ({argv[0]}): {error}") from error
+
+
+async def _receive(reader: "trio.socket.SocketType") -> bytes:
+    try:
+        return await reader.recv(PACKET_BYTES)
+    except ConnectionError:
+        return b""

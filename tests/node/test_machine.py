@@ -18,6 +18,7 @@ from tdmld.node.errors import (
     CarrierUnavailable,
     ContentUnavailable,
     MachineError,
+    WorkerFailed,
 )
 from tdmld.node.machine import (
     AuditTask,
@@ -251,6 +252,18 @@ async def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
         with pytest.raises(MachineError, match=r"status 7.*no such luck"):
             await machine.open_slot(task)
         with pytest.raises(MachineError, match=r"status 7.*no such luck"):
+            await machine.genesis_roots(JOB, ONE_STAGE, SlotId(0, 0))
+
+
+async def test_a_worker_that_gives_up_fails_its_task_alone(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_bytes(TEXT)
+    async with open_machine(tmp_path / "0", chain_id=CHAIN) as machine:
+        ((shard, size),) = await machine.import_text(text)
+        path = await machine.fetch(JOB, shard, size, [])
+        path.write_bytes(bytes(size))
+        # The error itself, not a group: whoever called expects a MachineError.
+        with pytest.raises(WorkerFailed, match="shard 0 is not the one"):
             await machine.genesis_roots(JOB, ONE_STAGE, SlotId(0, 0))
 
 
