@@ -37,6 +37,7 @@ from tdmld.chain.transactions import (
     sign_transaction,
 )
 from tdmld.node import duties as duty
+from tdmld.node.chainerrors import ServiceBusy, SpecUnavailable
 from tdmld.node.chainservice import ChainService
 from tdmld.node.errors import AuditImpossible, CarrierUnavailable, MachineError
 from tdmld.node.layout import Layout, list_file
@@ -185,7 +186,15 @@ class Agent:
         """The boundary of a duty: what it raises is logged, and the duty is tried again later."""
         try:
             await action()
-        except (MachineError, TrainError, DecodeError, InvalidTransaction, OSError) as error:
+        except (
+            MachineError,
+            TrainError,
+            DecodeError,
+            InvalidTransaction,
+            ServiceBusy,
+            SpecUnavailable,
+            OSError,
+        ) as error:
             log.warning("%s: %s", _describe(key), error)
         finally:
             self._attempts[key] = _Attempt(running=False, height=self.chain.height)
@@ -260,6 +269,12 @@ class Agent:
         try:
             raw, spec = await self._spec(job)
             check_offer(job, raw, spec)
+        except SpecUnavailable as error:
+            if self.chain.height < job.matched + self.chain.genesis.parameters.accept_window // 2:
+                raise  # its gossip may still be on the way
+            log.warning("job %s: declined, %s", job.id.hex()[:12], error)
+            await self._submit(Decline(job.id, todo.attempt, todo.slot))
+            return
         except (OfferMismatch, TrainError) as error:
             log.warning("job %s: declined, %s", job.id.hex()[:12], error)
             await self._submit(Decline(job.id, todo.attempt, todo.slot))
