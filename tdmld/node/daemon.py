@@ -111,14 +111,16 @@ class _Node:
                 trio.open_nursery() as nursery,
             ):
                 nursery.start_soon(self._signals, nursery)
+                chain = ChainService(host, store, self._genesis, key)
                 peers = PeerService(
                     host,
                     key,
                     self._chain_id,
                     config.data_dir / "peers.json",
                     [PeerInfo(peer_id, addresses) for peer_id, addresses in config.bootstrap()],
+                    registered=lambda node: chain.state().owner_of(node) is not None,
+                    validators=frozenset(v.node for v in self._genesis.validators),
                 )
-                chain = ChainService(host, store, self._genesis, key)
                 agent = Agent(
                     key=key,
                     chain_id=self._chain_id,

@@ -4,6 +4,9 @@ Addresses of machines never stand on the chain. Every node signs one record of i
 daemon and its carrier listen); daemons exchange the records they know over `/tdmld/<n>/peers/1` and
 pass on what is new, so that whoever reaches one member of the network learns all of it. A record
 with a higher sequence replaces an older one of the same node; nobody can speak for another.
+
+Identities cost nothing, so records of nodes that are not registered on the chain get few places and
+are dropped first; and nobody makes the network carry new records of one node without end.
 """
 
 import logging
@@ -26,13 +29,26 @@ log = logging.getLogger(__name__)
 
 MAX_RECORDS = 4096
 """Records in one book; a network of this size outgrows full exchange and needs another way."""
+MAX_STRANGERS = 512
+"""Of them, records of nodes that the chain does not know."""
 MAX_RECORDS_PER_MESSAGE = 64
 MAX_MESSAGE_BYTES = 1 << 17
 MAX_BOOK_BYTES = 1 << 22
 MAX_KEPT_PEERS = 48
-"""Connections that the daemon itself keeps up; beyond that it still accepts."""
+"""Connections that the daemon itself keeps up; beyond that it still accepts. Validators and the
+configured peers are kept besides."""
+MAX_KEPT_STRANGERS = 16
+UPDATE_SECONDS = 5.0
+"""Between two records of one node that we take from others and pass on, after the first few."""
+UPDATE_BURST = 8
+SAVE_SECONDS = 2.0
+"""Changes of the book are collected for so long before it is written."""
 
-_Address = Annotated[str, msgspec.Meta(max_length=256)]
+_Address = Annotated[
+    str,
+    msgspec.Meta(pattern=r"^/(ip4|ip6|dns|dns4|dns6)/[A-Za-z0-9.:_-]+/tcp/[0-9]{1,5}$"),
+    msgspec.Meta(max_length=256),
+]
 _Addresses = Annotated[tuple[_Address, ...], msgspec.Meta(max_length=8)]
 
 
@@ -58,12 +74,19 @@ class Records(Record, tag="records", frozen=True):
 
 
 class PeerBook:
-    """The verified records of one chain. Pure: no clock, no network."""
+    """The verified records of one chain. Pure: no clock, no network.
 
-    def __init__(self, chain_id: Hash) -> None:
+    `registered(node)` says whether the chain knows a node key. When the book is full, a stranger's
+    record makes room for a registered node's, never the other way round.
+    """
+
+    def __init__(
+        self, chain_id: Hash, registered: Callable[[bytes], bool] = lambda node: True
+    ) -> None:
         self._chain_id = chain_id
+        self._registered = registered
         self._records: dict[bytes, tuple[PeerRecord, SignedRecord]] = {}
-        self._sessions: dict[bytes, bytes] = {}
+        self._strangers: dict[bytes, None] = {}
 
     def add(self, signed: SignedRecord) -> PeerRecord | None:
         """Take a record; returns it when it was new, None when it was known, old or one too many.
@@ -71,18 +94,27 @@ class PeerBook:
         Raises DecodeError when the record is malformed or its signature wrong.
         """
         record = decode(PeerRecord, signed.record, 8192)
+        known = self.node(record.node)
+        stranger = not self._registered(record.node)
+        if known is not None and known.sequence >= record.sequence:
+            return None
+        if known is None and not self._has_room(stranger):
+            return None
         if not verify(record.node, "peer", self._chain_id, signed.record, signed.signature):
             raise DecodeError(f"peer record of {address(record.node)} has a wrong signature")
-        known = self._records.get(record.node)
-        if known is not None and known[0].sequence >= record.sequence:
-            return None
+        self._strangers.pop(record.node, None)
         if known is None and len(self._records) >= MAX_RECORDS:
-            return None
-        if known is not None:
-            self._sessions.pop(known[0].session, None)
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest], self._records[oldest]
+        if stranger:
+            self._strangers[record.node] = None
         self._records[record.node] = (record, signed)
-        self._sessions[record.session] = record.node
         return record
+
+    def _has_room(self, stranger: bool) -> bool:
+        if stranger:
+            return len(self._strangers) < MAX_STRANGERS and len(self._records) < MAX_RECORDS
+        return len(self._records) < MAX_RECORDS or bool(self._strangers)
 
     def sign(self, key: KeyPair, record: PeerRecord) -> SignedRecord:
         """Sign this node's own record and keep it."""
@@ -95,11 +127,6 @@ class PeerBook:
         found = self._records.get(node)
         return found[0] if found else None
 
-    def session(self, session: bytes) -> PeerRecord | None:
-        """The record of the node whose carrier has the key `session`."""
-        node = self._sessions.get(session)
-        return self.node(node) if node is not None else None
-
     def records(self) -> list[PeerRecord]:
         return [record for record, _ in self._records.values()]
 
@@ -107,17 +134,17 @@ class PeerBook:
         return [signed for _, signed in self._records.values()]
 
 
-def load_book(path: Path, chain_id: Hash) -> PeerBook:
+def load_book(
+    path: Path, chain_id: Hash, registered: Callable[[bytes], bool] = lambda node: True
+) -> PeerBook:
     """The book kept on disk; records that do not verify are dropped with a warning."""
-    book = PeerBook(chain_id)
+    book = PeerBook(chain_id, registered)
     try:
-        size = path.stat().st_size
-        raw = path.read_bytes() if size <= MAX_BOOK_BYTES else b""
+        raw = files.read_file(path, MAX_BOOK_BYTES)
+        rows = msgspec.json.decode(raw, type=list[tuple[bytes, bytes]])
     except FileNotFoundError:
         return book
-    try:
-        rows = msgspec.json.decode(raw, type=list[tuple[bytes, bytes]])
-    except msgspec.MsgspecError as error:
+    except (OSError, msgspec.MsgspecError) as error:
         log.warning("address book %s is unreadable and starts anew: %s", path, error)
         return book
     for record, signature in rows:
@@ -128,15 +155,17 @@ def load_book(path: Path, chain_id: Hash) -> PeerBook:
     return book
 
 
-def save_book(path: Path, book: PeerBook) -> None:
-    rows = [(signed.record, signed.signature) for signed in book.signed()]
+def save_book(path: Path, records: Iterable[SignedRecord]) -> None:
+    """Write a book for `load_book`. OSError."""
+    rows = [(signed.record, signed.signature) for signed in records]
     files.write_file(path, msgspec.json.encode(rows))
 
 
 class PeerService:
     """Keeps the daemon connected and its book current.
 
-    `on_record` is called with every record that is new, after it stands in the book.
+    `registered(node)` says whether the chain knows a node key; `validators` are kept connected
+    wherever their records come from.
     """
 
     def __init__(
@@ -147,17 +176,22 @@ class PeerService:
         path: Path,
         bootstrap: Iterable[PeerInfo],
         *,
-        on_record: Callable[[PeerRecord], None] = lambda record: None,
+        registered: Callable[[bytes], bool] = lambda node: True,
+        validators: frozenset[bytes] = frozenset(),
     ) -> None:
-        self.book = load_book(path, chain_id)
+        self.book = load_book(path, chain_id, registered)
         self._host = host
         self._key = key
         self._path = path
         self._bootstrap = tuple(bootstrap)
-        self._on_record = on_record
+        self._registered = registered
+        self._validators = validators
         self._protocol = f"/tdmld/{chain_id.hex()[:8]}/peers/1"
         self._outboxes: dict[str, trio.MemorySendChannel[list[SignedRecord]]] = {}
         self._kept: set[str] = set()
+        self._updates: dict[bytes, float] = {}
+        """Node -> when its next record would be due if it kept to UPDATE_SECONDS."""
+        self._changed = trio.Event()
 
     @staticmethod
     def now_ms() -> int:
@@ -176,29 +210,48 @@ class PeerService:
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        self._host.set_handler(self._protocol, self._serve)
+        self._host.set_handler(self._protocol, self._exchange)
         changes = self._host.changes()
         for info in self._bootstrap:
             self._keep(info)
         for record in self.book.records():
             self._keep_record(record)
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._save)
             for peer_id in self._host.connected():
                 nursery.start_soon(self._greet, peer_id)
             async for change in changes:
                 if isinstance(change, PeerConnected):
                     nursery.start_soon(self._greet, change.peer_id)
 
+    async def _save(self) -> None:
+        """Write the book some time after it changed: strangers decide how often it does."""
+        while True:
+            await self._changed.wait()
+            await trio.sleep(SAVE_SECONDS)
+            self._changed = trio.Event()
+            try:
+                await trio.to_thread.run_sync(save_book, self._path, self.book.signed())
+            except OSError as error:
+                log.warning("the address book could not be saved: %s", error)
+
     def _keep_record(self, record: PeerRecord) -> None:
-        if record.node != self._key.public and record.addresses:
-            self._keep(PeerInfo(address(record.node), record.addresses))
+        if record.node == self._key.public or not record.addresses:
+            return
+        info = PeerInfo(address(record.node), record.addresses)
+        room = MAX_KEPT_PEERS if self._registered(record.node) else MAX_KEPT_STRANGERS
+        if record.node in self._validators or info.peer_id in self._kept or len(self._kept) < room:
+            self._keep(info)
 
     def _keep(self, info: PeerInfo) -> None:
         if info.peer_id == self._host.peer_id:
             return
-        if info.peer_id in self._kept or len(self._kept) < MAX_KEPT_PEERS:
-            self._kept.add(info.peer_id)
+        try:
             self._host.add_peer(info)
+        except P2PError as error:
+            log.warning("the addresses of %s cannot be used: %s", info.peer_id, error)
+        else:
+            self._kept.add(info.peer_id)
 
     async def _greet(self, peer_id: str) -> None:
         """Of two peers the one with the smaller id opens the stream."""
@@ -209,9 +262,6 @@ class PeerService:
         except P2PError as error:
             log.info("no exchange of peer records with %s: %s", peer_id, error)
             return
-        await self._exchange(stream)
-
-    async def _serve(self, stream: Stream) -> None:
         await self._exchange(stream)
 
     async def _exchange(self, stream: Stream) -> None:
@@ -249,16 +299,29 @@ class PeerService:
 
     def _learn(self, sender: str, message: Records) -> None:
         new: list[SignedRecord] = []
-        for signed in message.records:
-            record = self.book.add(signed)
-            if record is None:
-                continue
-            new.append(signed)
-            self._keep_record(record)
-            self._on_record(record)
-        if new:
-            save_book(self._path, self.book)
-            self._spread(new, sender)
+        try:
+            for signed in message.records:
+                record = self._take(signed)
+                if record is not None:
+                    new.append(signed)
+                    self._keep_record(record)
+        finally:
+            if new:
+                self._changed.set()
+                self._spread(new, sender)
+
+    def _take(self, signed: SignedRecord) -> PeerRecord | None:
+        """A record that is new, and not one more of a node that floods us."""
+        node, now = decode(PeerRecord, signed.record, 8192).node, trio.current_time()
+        due = max(self._updates.get(node, now), now)
+        if due - now > UPDATE_BURST * UPDATE_SECONDS:
+            return None
+        record = self.book.add(signed)
+        if record is not None:
+            self._updates[node] = due + UPDATE_SECONDS
+            if len(self._updates) > 2 * MAX_RECORDS:
+                self._updates = {key: at for key, at in self._updates.items() if at > now}
+        return record
 
     def _spread(self, records: list[SignedRecord], sender: str | None) -> None:
         for peer_id, outbox in self._outboxes.items():

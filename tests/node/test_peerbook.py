@@ -1,0 +1,198 @@
+"""The address book and its exchange: what strangers can put there, and what they cannot."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from tdmld.chain.codec import encode
+from tdmld.chain.crypto import KeyPair
+from tdmld.chain.errors import DecodeError
+from tdmld.node import peers
+from tdmld.node.peers import (
+    PeerBook,
+    PeerRecord,
+    PeerService,
+    Records,
+    SignedRecord,
+    load_book,
+    save_book,
+)
+from tdmld.p2p import PeerInfo
+from tdmld.p2p.errors import AddressInvalid
+from tests.node.fake_stream import FakeStream, stream_pair
+
+CHAIN = bytes(32)
+ME, FRIEND = KeyPair(b"0" * 32), KeyPair(b"1" * 32)
+ADDRESS = "/ip4/127.0.0.1/tcp/4001"
+
+
+def signed(key: KeyPair, sequence: int = 1, *addresses: str, signer: KeyPair | None = None) -> Any:
+    record = PeerRecord(key.public, sequence, addresses or (ADDRESS,), key.public, (ADDRESS,))
+    raw = encode(record)
+    return SignedRecord(raw, (signer or key).sign("peer", CHAIN, raw))
+
+
+def stranger(number: int) -> KeyPair:
+    return KeyPair(number.to_bytes(32, "big"))
+
+
+def test_a_newer_record_replaces_an_older_one_and_nothing_else_does() -> None:
+    book = PeerBook(CHAIN)
+    assert book.add(signed(FRIEND, 5)) is not None
+    assert book.add(signed(FRIEND, 5)) is None
+    assert book.add(signed(FRIEND, 4)) is None
+    with pytest.raises(DecodeError, match="wrong signature"):
+        book.add(signed(FRIEND, 6, signer=ME))
+    newer = book.add(signed(FRIEND, 6, "/dns4/example.org/tcp/1"))
+    assert book.records() == [newer]
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["nonsense", "/ip4/1.2.3.4", "/ip4/1.2.3.4/tcp/1/p2p/x", "/ip4/\x1b[2J/tcp/1", "/unix/a/tcp/1"],
+)
+def test_what_is_no_address_is_no_record(address: str) -> None:
+    with pytest.raises(DecodeError):
+        PeerBook(CHAIN).add(signed(FRIEND, 1, address))
+
+
+def test_strangers_cannot_keep_registered_nodes_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "MAX_RECORDS", 4)
+    monkeypatch.setattr(peers, "MAX_STRANGERS", 3)
+    registered = {stranger(100 + number).public for number in range(5)}
+    book = PeerBook(CHAIN, registered.__contains__)
+    taken = [book.add(signed(stranger(number))) is not None for number in range(1, 6)]
+    assert taken == [True, True, True, False, False]
+    taken = [book.add(signed(stranger(100 + number))) is not None for number in range(5)]
+    assert taken == [True, True, True, True, False]
+    assert {record.node for record in book.records()} < registered
+    assert book.add(signed(stranger(9))) is None
+
+
+def test_the_book_on_disk_survives_and_a_damaged_one_starts_anew(tmp_path: Path) -> None:
+    path = tmp_path / "peers.json"
+    assert load_book(path, CHAIN).records() == []
+    save_book(path, [signed(FRIEND), signed(ME, 1, signer=FRIEND)])
+    assert [record.node for record in load_book(path, CHAIN).records()] == [FRIEND.public]
+    path.write_bytes(b"[[")
+    assert load_book(path, CHAIN).records() == []
+
+
+class FakeHost:
+    """Knows no address that ends in 0."""
+
+    peer_id = ME.address
+    addresses = (ADDRESS,)
+
+    def __init__(self) -> None:
+        self.kept: list[str] = []
+
+    def set_handler(self, protocol: str, handler: object) -> None: ...
+
+    def changes(self) -> trio.MemoryReceiveChannel[object]:
+        self._send, receive = trio.open_memory_channel[object](1)
+        return receive
+
+    def connected(self) -> frozenset[str]:
+        return frozenset()
+
+    def add_peer(self, info: PeerInfo) -> None:
+        if any(address.endswith("0") for address in info.addresses):
+            raise AddressInvalid("nobody could dial that")
+        self.kept.append(info.peer_id)
+
+
+class Rig:
+    def __init__(self, path: Path, **options: Any) -> None:
+        self.host = FakeHost()
+        self.path = path
+        self.service = PeerService(self.host, ME, CHAIN, path, [], **options)  # type: ignore[arg-type]
+        self.far, self.near = stream_pair(FRIEND.address, ME.address)
+
+    async def say(self, *records: SignedRecord) -> None:
+        await self.far.send(encode(Records(records)))
+        await trio.testing.wait_all_tasks_blocked()
+
+    @property
+    def known(self) -> set[bytes]:
+        return {record.node for record in self.service.book.records()}
+
+
+@pytest.fixture
+async def rig(tmp_path: Path, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock) -> Rig:
+    made = Rig(tmp_path / "peers.json")
+    nursery.start_soon(made.service.run)
+    nursery.start_soon(_serve, made.service, made.near)
+    return made
+
+
+async def _serve(service: PeerService, stream: FakeStream) -> None:
+    await service._exchange(stream)  # type: ignore[arg-type]
+
+
+async def test_an_address_that_cannot_be_dialled_ends_neither_the_exchange_nor_the_next_start(
+    rig: Rig,
+) -> None:
+    await rig.say(signed(stranger(1), 1, "/ip4/127.0.0.1/tcp/0"), signed(stranger(2)))
+    await rig.say(signed(stranger(3)))
+    assert rig.known == {stranger(n).public for n in (1, 2, 3)}
+    assert rig.host.kept == [stranger(2).address, stranger(3).address]
+    await trio.sleep(2 * peers.SAVE_SECONDS)
+    again = Rig(rig.path)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(again.service.run)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert again.host.kept == rig.host.kept
+
+
+async def test_many_new_records_are_written_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(peers, "save_book", lambda path, records: saved.append(len(list(records))))
+    for number in range(1, 20):
+        await rig.say(signed(stranger(number)))
+    await trio.sleep(2 * peers.SAVE_SECONDS)
+    assert saved == [19]
+
+
+async def test_a_full_disk_does_not_end_the_service(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, records: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(peers, "save_book", full)
+        await rig.say(signed(stranger(1)))
+        await trio.sleep(2 * peers.SAVE_SECONDS)
+    await rig.say(signed(stranger(2)))
+    await trio.sleep(2 * peers.SAVE_SECONDS)
+    assert len(load_book(rig.path, CHAIN).records()) == 2
+
+
+async def test_a_node_that_signs_new_records_without_end_is_heard_now_and_then(rig: Rig) -> None:
+    for sequence in range(1, 100):
+        await rig.say(signed(FRIEND, sequence))
+    (record,) = rig.service.book.records()
+    assert record.sequence < 2 * peers.UPDATE_BURST
+    await trio.sleep(2 * peers.UPDATE_SECONDS)
+    await rig.say(signed(FRIEND, 100))
+    (record,) = rig.service.book.records()
+    assert record.sequence == 100
+
+
+async def test_validators_are_kept_however_many_others_came_first(tmp_path: Path) -> None:
+    validator = stranger(200)
+    rig = Rig(
+        tmp_path / "peers.json",
+        registered={validator.public}.__contains__,
+        validators=frozenset({validator.public}),
+    )
+    for number in range(1, 60):
+        rig.service._learn("", Records((signed(stranger(number)),)))
+    assert len(rig.host.kept) == peers.MAX_KEPT_STRANGERS
+    rig.service._learn("", Records((signed(validator),)))
+    assert rig.host.kept[-1] == validator.address
