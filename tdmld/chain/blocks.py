@@ -15,6 +15,9 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Annotated
+
+import msgspec
 
 from tdmld.chain import crypto, vrf
 from tdmld.chain.codec import ZERO_HASH, Hash, Natural, PublicKey, Record, Signature, encode
@@ -56,7 +59,7 @@ class Header(Record, frozen=True):
     parent: Hash
     time_ms: Natural
     proposer: PublicKey
-    proof: bytes
+    proof: Annotated[bytes, msgspec.Meta(max_length=vrf.PROOF_BYTES)]
     tx_root: Hash
     state_height: Natural
     state_root: Hash

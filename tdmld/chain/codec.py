@@ -17,9 +17,11 @@ T = TypeVar("T")
 Hash = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 PublicKey = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Signature = Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
-Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+NATURAL_MAX = 2**63 - 1
+"""A record with a greater number could be written and never be read again."""
+Natural = Annotated[int, msgspec.Meta(ge=0, le=NATURAL_MAX)]
 """Heights, views, counts, indices."""
-Amount = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Amount = Annotated[int, msgspec.Meta(ge=0, le=NATURAL_MAX)]
 """Money, in the smallest unit. Sums stay below the supply, which genesis bounds by 2**63."""
 
 ZERO_HASH = bytes(32)

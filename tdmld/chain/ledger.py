@@ -25,7 +25,7 @@ from tdmld.chain.crypto import verify
 from tdmld.chain.errors import InvalidTransaction, InvariantViolation
 from tdmld.chain.events import Event
 from tdmld.chain.execution import BlockContext, Execution, known_job, require
-from tdmld.chain.genesis import Genesis, chain_id, node_owners
+from tdmld.chain.genesis import Genesis, node_owners
 from tdmld.chain.genesis import supply as genesis_supply
 from tdmld.chain.records import Account, Due, Job, Node, Supply, Timer
 from tdmld.chain.state import SUPPLY_KEY, State
@@ -196,7 +196,7 @@ def _effect(run: Execution, transaction: Transaction) -> None:
         case Bond():
             _bond(run, signer, payload)
         case Register():
-            _register(run, signer, payload)
+            _register(run, signer, payload, transaction.chain_id)
         case Offer():
             offers.offer(run, signer, transaction.id, payload)
         case Fetched():
@@ -280,10 +280,10 @@ def _bond(run: Execution, signer: bytes, wanted: Bond) -> None:
     run.state.put_account(signer, account)
 
 
-def _register(run: Execution, signer: bytes, wanted: Register) -> None:
+def _register(run: Execution, signer: bytes, wanted: Register, chain_id: bytes) -> None:
     message = registration_bytes(signer, wanted.from_height)
     require(
-        verify(wanted.node, REGISTER_DOMAIN, chain_id(run.genesis), message, wanted.proof),
+        verify(wanted.node, REGISTER_DOMAIN, chain_id, message, wanted.proof),
         "proof: not the node key's signature over this owner and from_height",
     )
     require(wanted.node != signer, "node: must be another key than the owner's")

@@ -41,5 +41,6 @@ MATCH_TRIES = 4
 STANDBY_SLOT = 0xFFFF_FFFF
 """The `slot` of an Accept or Decline by the job's standby."""
 
-RECORD_BYTES = 1 << 24
-"""Greatest stored record: an index bucket of a very large network."""
+RECORD_BYTES = 1 << 30
+"""Greatest stored record. Out of reach on purpose: a record that outgrew it, say an index bucket of
+a very large network, would end every node at the same block."""

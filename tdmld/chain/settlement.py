@@ -12,6 +12,7 @@ when its keyed hash equalled the worker's. Auditor: `audit_price`, from the audi
 from msgspec.structs import replace
 
 from tdmld.chain import due
+from tdmld.chain.codec import NATURAL_MAX
 from tdmld.chain.errors import InvariantViolation
 from tdmld.chain.events import JobFinishing, Paid, SegmentSettled
 from tdmld.chain.execution import Execution
@@ -168,9 +169,10 @@ def pay(run: Execution, job_id: bytes, owner: bytes, role: str, amount: int) -> 
 
 
 def count(run: Execution, owner: bytes, **facts: int) -> None:
-    """Add to an owner's facts."""
+    """Add to an owner's facts. They stop at the greatest number that a record can hold: the same
+    money may be earned again and again."""
     old: Facts = run.state.facts(owner)
-    new = {name: getattr(old, name) + number for name, number in facts.items()}
+    new = {name: min(getattr(old, name) + more, NATURAL_MAX) for name, more in facts.items()}
     run.state.put_facts(owner, replace(old, **new))
 
 

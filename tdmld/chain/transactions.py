@@ -265,6 +265,7 @@ class Transaction:
 
     id: bytes
     raw: bytes
+    chain_id: bytes
     signer: bytes
     nonce: int
     fee: int
@@ -322,6 +323,7 @@ def decode_transaction(raw: bytes, chain_id: bytes) -> Transaction:
     return Transaction(
         id=sha256(raw),
         raw=raw,
+        chain_id=chain_id,
         signer=body.signer,
         nonce=body.nonce,
         fee=body.fee,

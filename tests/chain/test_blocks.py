@@ -142,6 +142,11 @@ def test_nullify_and_only_nullify_speaks_of_no_block() -> None:
     assert not blocks.verify_vote(COMMITTEE, votes(Kind.NOTARIZE, ZERO_HASH, (0,))[0])
 
 
+def test_a_header_has_no_room_for_more_than_a_proof() -> None:
+    with pytest.raises(DecodeError):
+        decode(Header, encode(header(proof=bytes(81))), 4096)
+
+
 def test_a_certificate_needs_more_than_two_thirds_of_the_stake() -> None:
     value = b"\x07" * 32
     assert COMMITTEE.quorum == 31

@@ -2,11 +2,12 @@
 
 import pytest
 
+from tdmld.chain.codec import NATURAL_MAX, encode
 from tdmld.chain.events import JobActive, JobEnded, JobFinishing, JobMatched, Paid, ResultKnown
 from tdmld.chain.ledger import recount
 from tdmld.chain.limits import STANDBY_SLOT
 from tdmld.chain.offers import lock_of
-from tdmld.chain.records import CloseReason, JobStatus
+from tdmld.chain.records import CloseReason, Facts, JobStatus
 from tdmld.chain.transactions import (
     Accept,
     AttestGenesis,
@@ -305,3 +306,17 @@ def test_final_jobs_are_listed_newest_first() -> None:
     world.wait(6)
     assert world.state.active_jobs() == ()
     assert [job.id for job in world.state.final_jobs()] == [second, first]
+
+
+def test_counts_of_what_was_earned_stop_where_a_record_ends() -> None:
+    """One number too large, and no node could ever read the record again."""
+    world = World()
+    world.all_ask()
+    for index in range(7):
+        key = b"f" + owner_key(index).public
+        world.store[key] = encode(Facts(segments=NATURAL_MAX, earned=NATURAL_MAX - 1))
+    job = world.submit()
+    assert world.play_until(job).status is JobStatus.CLOSED
+    facts = [world.state.facts(owner_key(index).public) for index in range(7)]
+    assert {found.earned for found in facts} == {NATURAL_MAX - 1, NATURAL_MAX}
+    assert {found.segments for found in facts} == {NATURAL_MAX}
