@@ -13,6 +13,7 @@ What stock gossipsub does, and what is done here:
 - a subscriber that does not read loses everything after 32 messages: larger queue, drops counted
 - own messages come back: not here
 - a peer that reconnects before its old connection is cleaned up is never heard again: `forget`
+- a peer that connects while a topic is joined is never told of it: the greeting is repeated
 """
 
 import hashlib
@@ -114,6 +115,15 @@ class _Pubsub(Pubsub):
             # here would end pubsub and with it the host.
             self.rejected += 1
             log.debug("dropped a gossip message from %s: %r", msg_forwarder, error)
+
+    async def _handle_new_peer(self, peer_id: ID) -> None:
+        """A topic joined while the greeting is on its way stands neither in it nor in the
+        announcement to known peers: say all topics again, or the peer is never told."""
+        before = set(self.topic_ids)
+        await super()._handle_new_peer(peer_id)
+        queue = self.peer_queues.get(peer_id)
+        if queue is not None and set(self.topic_ids) != before:
+            queue.push(self.get_hello_packet())
 
     async def validate_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
         topic = self.topics[msg.topicIDs[0]]
