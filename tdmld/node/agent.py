@@ -3,14 +3,16 @@
 It looks at the finalized state after each block, asks `duties` what stands, and starts what is not
 yet under way. Each duty runs as a task of its own; one that failed, or whose transaction never came
 to stand in a block, is tried again some blocks later for as long as the chain still expects it. A
-fault in one duty never disturbs another or the daemon.
+fault in one duty never disturbs another or the daemon; a database that fails ends the node.
 """
 
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import trio
 from blake3 import blake3
@@ -37,9 +39,10 @@ from tdmld.chain.transactions import (
     sign_transaction,
 )
 from tdmld.node import duties as duty
-from tdmld.node.chainerrors import ServiceBusy, SpecUnavailable
+from tdmld.node.chainerrors import ServiceBusy, SpecUnavailable, StoreError
 from tdmld.node.chainservice import ChainService
-from tdmld.node.errors import AuditImpossible, CarrierUnavailable, MachineError
+from tdmld.node.errors import AuditImpossible, MachineError
+from tdmld.node.jobfiles import unfinished_jobs
 from tdmld.node.layout import Layout, list_file
 from tdmld.node.machine import (
     AuditTask,
@@ -67,7 +70,11 @@ _OFFSETS = {"up": -1, "down": 1}
 """Which stage is at the other end of a link."""
 RETRY_BLOCKS = 6
 """A duty that still stands this many blocks after it was done or failed is done again."""
+SERVED_JOBS = 64
+"""Closed jobs whose members may still fetch the result from here; older ones are forgotten."""
 SlotKey = tuple[bytes, int]
+Party = frozenset[tuple[bytes, bytes]]
+"""(node key, session key) of everybody who has to do with a job."""
 
 
 @dataclass(frozen=True)
@@ -127,44 +134,57 @@ class Agent:
         self._stages: dict[bytes, int] = {}
         self._open: set[SlotKey] = set()
         self._known: set[bytes] = set()
-        self._members: dict[bytes, frozenset[str]] = {}
+        self._parties: dict[bytes, Party] = {}
+        self._served: deque[bytes] = deque()
         self._told: dict[SlotKey, int] = {}
         self._peers: frozenset[PeerInfo] = frozenset()
+        self._news = trio.Event()
         self._salt_key = blake3(self.key.seed, derive_key_context="tdmld 1 salts").digest()
 
     async def run(self) -> None:
+        """Serve until cancelled."""
+        self._known |= await trio.to_thread.run_sync(unfinished_jobs, Layout(self.data_dir))
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._follow_machine, nursery)
-            with closing(self.chain.heads()) as heads:
+            nursery.start_soon(self._follow_machine)
+            nursery.start_soon(self._follow_chain)
+            while True:
+                news = self._news
                 await self._look(nursery)
-                async for _ in heads:
-                    await self._look(nursery)
+                await news.wait()
+
+    async def _follow_chain(self) -> None:
+        with closing(self.chain.heads()) as heads:
+            async for _ in heads:
+                self._look_again()
+
+    def _look_again(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
 
     # what stands -----------------------------------------------------------------------------
 
     async def _look(self, nursery: trio.Nursery) -> None:
-        """Start every duty that stands and is not under way."""
+        """Start every duty that stands and is not under way. One look at a time."""
         state = self.chain.state()
-        height = self.chain.height
-        if self.ask is not None and self._ask_is_due(state, height):
-            self._start(nursery, "ask", height, self._publish_ask)
-        active = set(state.active_jobs())
         standing: set[object] = {"ask"}
-        for job_id in sorted(active | self._known):
+        if self.ask is not None and self._ask_is_due(state, self.chain.height):
+            self._start(nursery, "ask", self._publish_ask)
+        for job_id in sorted({*state.active_jobs(), *self._known}):
+            try:
+                await self._tell_machine(state, job_id)
+            except MachineError as error:
+                log.info("members of job %s: %s", job_id.hex()[:12], error)
+            # Read after the wait: the state goes on meanwhile, and a look must see one moment.
             job = state.job(job_id)
             if job is None:
                 continue
-            try:
-                await self._tell_members(state, job)
-            except CarrierUnavailable as error:
-                log.info("members of job %s: %s", job_id.hex()[:12], error)
             for todo in duty.duties(state, self.key.public, job):
                 if isinstance(todo, duty.CloseJob):
                     if job_id not in self._known:
                         continue
                     self._known.discard(job_id)
                 standing.add(todo)
-                self._start(nursery, todo, height, self._action(state, job, todo))
+                self._start(nursery, todo, self._action(state, job, todo))
         for gone in [key for key, a in self._attempts.items() if key not in standing]:
             if not self._attempts[gone].running:
                 del self._attempts[gone]
@@ -173,10 +193,9 @@ class Agent:
         self,
         nursery: trio.Nursery,
         key: object,
-        height: int,
         action: Callable[[], Awaitable[None]],
     ) -> None:
-        attempt = self._attempts.get(key)
+        attempt, height = self._attempts.get(key), self.chain.height
         if attempt is not None and (attempt.running or height < attempt.height + RETRY_BLOCKS):
             return
         self._attempts[key] = _Attempt()
@@ -196,6 +215,11 @@ class Agent:
             OSError,
         ) as error:
             log.warning("%s: %s", _describe(key), error)
+        except StoreError:
+            raise
+        except Exception:
+            # A defect in one duty must not end the node: its votes and its other jobs go on.
+            log.exception("%s failed", _describe(key))
         finally:
             self._attempts[key] = _Attempt(running=False, height=self.chain.height)
 
@@ -298,7 +322,7 @@ class Agent:
                 incarnation=self._slot_state(state, job, index).incarnation,
                 up=self._neighbour(state, job, index, _OFFSETS["up"]),
                 down=self._neighbour(state, job, index, _OFFSETS["down"]),
-                members=self._members.get(job.id, frozenset()),
+                members=_sessions(self._party(state, job)),
             )
         )
         self._open.add((job.id, index))
@@ -387,7 +411,7 @@ class Agent:
             await self._submit(AuditFail(job.id, job.epoch, todo.slot, todo.segment, missing))
             return
         finally:
-            del self.auditing[at]
+            self.auditing.pop(at, None)
         salt = self._salt(job, todo.slot, todo.segment)
         commitment = blake3(found + salt + self.key.public).digest()
         await self._submit(AuditCommit(job.id, job.epoch, todo.slot, todo.segment, commitment))
@@ -454,40 +478,52 @@ class Agent:
     async def _close_job(self, job: Job) -> None:
         log.info("job %s is %s %s", job.id.hex()[:12], job.status, job.reason)
         await self.machine.close_job(job.id, f"{job.status}: {job.detail or job.reason}")
-        self._open = {key for key in self._open if key[0] != job.id}
-        for cache in (self._lists, self._found):
+        caches: tuple[dict[Any, Any], ...] = (self.progress, self._lists, self._found, self._told)
+        for cache in caches:
             for at in [at for at in cache if at[0] == job.id]:
                 del cache[at]
-        for slot in [slot for slot in self._told if slot[0] == job.id]:
-            del self._told[slot]
+        self._open = {key for key in self._open if key[0] != job.id}
+        self._specs.pop(job.id, None)
+        self._stages.pop(job.id, None)
+        if self._parties.pop(job.id, None) is not None:
+            self._served.append(job.id)
+        while len(self._served) > SERVED_JOBS:
+            await self.machine.set_members(self._served.popleft(), frozenset())
 
     # what the machine says -------------------------------------------------------------------
 
-    async def _follow_machine(self, nursery: trio.Nursery) -> None:
+    async def _follow_machine(self) -> None:
         async for event in self.machine.events:
             match event:
-                case StepDone(job=job, slot=slot):
-                    progress = self._progress(job, self._index(job, slot))
-                    progress.phase, progress.step = "running", event.step + 1
-                    progress.loss, progress.seconds = event.loss, event.seconds
-                    self.on_step(event)
-                case SegmentDone(job=job, slot=slot, record=record, salt=salt):
-                    index = self._index(job, slot)
-                    self._lists[job, index, record.segment] = StoredList(salt, record)
-                    todo = duty.CommitSegment(job, index, record.segment)
-                    if not (a := self._attempts.get(todo)) or not a.running:
-                        self._attempts.pop(todo, None)
-                    await self._look(nursery)
-                case SlotFailed(job=job, slot=slot, reason=reason):
-                    self._open.discard((job, self._index(job, slot)))
-                    self._fail((job, self._index(job, slot)), reason)
                 case CarrierUp():
                     # A new process knows nobody; the next look tells it.
-                    self._members.clear()
+                    self._parties.clear()
                     self._peers = frozenset()
-                    await self._look(nursery)
+                    self._look_again()
+                case StepDone() | SegmentDone() | SlotFailed():
+                    if event.job in self._stages:
+                        self._take_event(event)
                 case _:
                     log.info("machine: %s", event)
+
+    def _take_event(self, event: StepDone | SegmentDone | SlotFailed) -> None:
+        """What happened in a slot of a job that is not closed."""
+        key = (event.job, event.slot.index(self._stages[event.job]))
+        match event:
+            case StepDone():
+                progress = self._progress(*key)
+                progress.phase, progress.step = "running", event.step + 1
+                progress.loss, progress.seconds = event.loss, event.seconds
+                self.on_step(event)
+            case SegmentDone(record=record, salt=salt):
+                self._lists[*key, record.segment] = StoredList(salt, record)
+                todo = duty.CommitSegment(*key, record.segment)
+                if not (attempt := self._attempts.get(todo)) or not attempt.running:
+                    self._attempts.pop(todo, None)
+                self._look_again()
+            case SlotFailed(reason=reason):
+                self._open.discard(key)
+                self._fail(key, reason)
 
     # small things ----------------------------------------------------------------------------
 
@@ -500,42 +536,47 @@ class Agent:
             self._specs[job.id] = (raw, decode_spec(raw))
         return self._specs[job.id]
 
-    async def _tell_members(self, state: State, job: Job) -> None:
+    async def _tell_machine(self, state: State, job_id: bytes) -> None:
         """Tell the carrier who belongs to a job that concerns this node, and where they are."""
-        if job.final and job.status is not JobStatus.CLOSED:
+        job = state.job(job_id)
+        if job is None or (job.final and job_id not in self._known):
             return
-        sessions = {job.source_session}
-        nodes = {job.source}
-        if job.standby is not None:
-            sessions.add(job.standby.session)
-            nodes.add(job.standby.node)
-        if job.status is not JobStatus.OFFERED:
-            for index, slot in enumerate(duty.assigned(state, job)):
-                sessions.add(slot.worker.session)
-                nodes.add(slot.worker.node)
-                for number in range(slot.settled, slot.committed):
-                    audit = state.audit(job.id, index, number)
-                    if audit is not None and audit.open:
-                        sessions.add(audit.session)
-                        nodes.add(audit.auditor)
-        sessions.discard(b"")
-        if self.key.public not in nodes:
+        party = self._party(state, job)
+        if self.key.public not in {node for node, _ in party}:
             return
-        self._known.add(job.id) if not job.final else None
+        if not job.final:
+            self._known.add(job.id)
         self._stages[job.id] = len(job.stages)
-        members = frozenset(address(session) for session in sessions)
-        if self._members.get(job.id) != members:
-            await self.machine.set_members(job.id, members)
-            self._members[job.id] = members
+        if self._parties.get(job.id) != party:
+            await self.machine.set_members(job.id, _sessions(party))
+            self._parties[job.id] = party
         await self._tell_peers()
 
+    def _party(self, state: State, job: Job) -> Party:
+        """Everybody who has to do with a job. A session is empty before its node accepted."""
+        found = {(job.source, job.source_session)}
+        if job.standby is not None:
+            found.add((job.standby.node, job.standby.session))
+        if job.status is JobStatus.OFFERED:
+            return frozenset(found)
+        for index, slot in enumerate(duty.assigned(state, job)):
+            found.add((slot.worker.node, slot.worker.session))
+            for number in range(slot.settled, slot.committed):
+                audit = state.audit(job.id, index, number)
+                if audit is not None and audit.held:
+                    found.add((audit.auditor, audit.session))
+        return frozenset(found)
+
     async def _tell_peers(self) -> None:
-        wanted = frozenset().union(*self._members.values()) - {self.machine.session}
-        peers = frozenset(
-            PeerInfo(address(record.session), record.session_addresses)
-            for record in self.book.records()
-            if address(record.session) in wanted
-        )
+        """Where the sessions are. Only the record of the node whose session the chain says it is
+        counts: anybody may sign a record that names somebody else's session."""
+        found: dict[str, list[str]] = {}
+        for node, session in frozenset().union(*self._parties.values()):
+            record = self.book.node(node)
+            if record is not None and record.session == session:
+                found.setdefault(address(session), []).extend(record.session_addresses)
+        found.pop(self.machine.session, None)
+        peers = frozenset(PeerInfo(session, tuple(at)) for session, at in found.items())
         if peers != self._peers:
             await self.machine.set_peers(sorted(peers, key=lambda info: info.peer_id))
             self._peers = peers
@@ -565,9 +606,6 @@ class Agent:
     def _slot(self, job: Job, index: int) -> SlotId:
         return SlotId.of(index, len(job.stages))
 
-    def _index(self, job: bytes, slot: SlotId) -> int:
-        return slot.index(self._stages[job])
-
     def _salt(self, job: Job, index: int, number: int) -> bytes:
         """The salt of our audit: the same after a restart, and nobody else's to guess."""
         what = job.id + index.to_bytes(4, "big") + number.to_bytes(8, "big")
@@ -583,6 +621,11 @@ class Agent:
         progress = self._progress(*key)
         progress.phase, progress.failed = "failed", reason
         log.error("job %s slot %d failed: %s", key[0].hex()[:12], key[1], reason)
+
+
+def _sessions(party: Party) -> frozenset[str]:
+    """Carriers' PeerIds, of those who have said theirs."""
+    return frozenset(address(session) for _, session in party if session)
 
 
 def _describe(key: object) -> str:

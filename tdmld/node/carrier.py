@@ -27,7 +27,8 @@ from tdmld.node.linkserver import HELLO_SECONDS
 from tdmld.node.parentdeath import die_with_parent
 from tdmld.node.slotserver import SlotServer
 from tdmld.p2p import Host, PeerInfo, Stream, open_host
-from tdmld.p2p.errors import ListenFailed, P2PError
+from tdmld.p2p.errors import AddressInvalid, ListenFailed, P2PError
+from tdmld.train.errors import TrainError
 
 log = logging.getLogger(__name__)
 
@@ -105,10 +106,13 @@ class Carrier:
         # Boundary: what goes wrong with one request is its reply and ends nothing else.
         try:
             reply = await self._carry_out(request, descriptors, nursery)
-        except (MachineError, P2PError, OSError, DecodeError) as error:
+        except (MachineError, TrainError, P2PError, OSError, DecodeError) as error:
             kind = type(error).__name__ if isinstance(error, MachineError) else "MachineError"
-            text = f"{error}"[: control.MAX_TEXT]
-            reply = control.Failed(request.id, kind, text)
+            reply = control.Failed(request.id, kind, f"{error}"[: control.MAX_TEXT])
+        except Exception as error:
+            log.exception("a %s failed", type(request).__name__)
+            text = f"a defect of the carrier, see its log: {error!r}"[: control.MAX_TEXT]
+            reply = control.Failed(request.id, "MachineError", text)
         self._tell(reply)
 
     async def _carry_out(
@@ -157,7 +161,11 @@ class Carrier:
             self._host.remove_peer(session)
         for session, addresses in wanted.items():
             if self._kept.get(session) != addresses:
-                self._host.add_peer(PeerInfo(session, addresses))
+                try:
+                    self._host.add_peer(PeerInfo(session, addresses))
+                except AddressInvalid as error:
+                    # They come from that peer; what it says of itself must not cost us the others.
+                    log.warning("the addresses of %s cannot be used: %s", session, error)
         self._kept = wanted
 
     def _open_slot(

@@ -25,7 +25,11 @@ MESSAGE_BYTES = 64 * 1024
 """Greatest control message. A spec does not fit beside anything else: it travels as a file."""
 MAX_DESCRIPTORS = 2
 MAX_PEERS = 256
-"""Peers and members of one machine's jobs, all together."""
+"""Carriers that a machine stays connected with."""
+MAX_ADDRESSES = 8
+"""Of one of them."""
+MAX_MEMBERS = 1000
+"""Sessions that may fetch content of one job; their names fill a message."""
 MAX_HOLDERS = 16
 MAX_TEXT = 2000
 MAX_SHARDS = 1024
@@ -38,7 +42,7 @@ Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 PathText = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
 FileName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")]
 Holders = Annotated[tuple[Session, ...], msgspec.Meta(max_length=MAX_HOLDERS)]
-Sessions = Annotated[tuple[Session, ...], msgspec.Meta(max_length=MAX_PEERS)]
+Sessions = Annotated[tuple[Session, ...], msgspec.Meta(max_length=MAX_MEMBERS)]
 LinkName = Annotated[str, msgspec.Meta(pattern=r"^(up|down)$")]
 
 
@@ -60,7 +64,7 @@ class Peer(msgspec.Struct, frozen=True, array_like=True):
     session: Session
     addresses: Annotated[
         tuple[Annotated[str, msgspec.Meta(max_length=256)], ...],
-        msgspec.Meta(max_length=8),
+        msgspec.Meta(max_length=MAX_ADDRESSES),
     ]
 
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from tdmld.node.errors import MachineError
@@ -16,6 +17,7 @@ from tdmld.train.limits import STATE_HEADER_BYTES
 from tdmld.train.spec import Spec, stage_parameters
 from tdmld.train.statefile import PARTS, part_file, read_manifest
 
+JOB_BYTES = 32
 _STATE_VALUES = 2
 """The lane part has two moments a weight; the shared part one value."""
 
@@ -103,6 +105,18 @@ def discard_job(directory: Path) -> None:
         elif path.name.startswith("slot-"):
             remove_tree(path / "ring")
             remove_tree(path / "state")
+
+
+def unfinished_jobs(layout: Layout) -> set[bytes]:
+    """Jobs that have files here which `discard_job` would remove: after a restart nobody else
+    remembers those that ended meanwhile."""
+    found = set()
+    for pattern in ("*/standby-*", "*/audit", "*/gathered", "*/slot-*/ring", "*/slot-*/state"):
+        for path in layout.jobs.glob(pattern):
+            name = path.relative_to(layout.jobs).parts[0]
+            with suppress(ValueError):
+                found.add(bytes.fromhex(name))
+    return {job for job in found if len(job) == JOB_BYTES}
 
 
 def remove_leftovers(layout: Layout) -> None:

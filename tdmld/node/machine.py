@@ -184,7 +184,7 @@ class Machine:
         # Not bounded by number: at most a few events a segment and slot; steps are left out.
         self._events, self.events = trio.open_memory_channel[Event](math.inf)
         self._peers: tuple[control.Peer, ...] = ()
-        self._members: dict[bytes, frozenset[str]] = {}
+        self._members: dict[bytes, tuple[str, ...]] = {}
         self._scopes: dict[bytes, set[trio.CancelScope]] = {}
         self._settled: dict[Key, int] = {}
         self._locks: dict[tuple[bytes, Path], trio.Lock] = {}
@@ -213,19 +213,18 @@ class Machine:
     # --- peers and content
 
     async def set_peers(self, peers: Sequence[PeerInfo]) -> None:
-        """Replace the carriers (sessions) to keep a connection with."""
-        self._peers = tuple(control.Peer(peer.peer_id, tuple(peer.addresses)) for peer in peers)
+        """Replace the carriers (sessions) to keep a connection with; the first ones, if they are
+        more than one message holds."""
+        self._peers = _that_fit(peers)
         await self._call(lambda n: control.SetPeers(n, self._peers), control.Done)
 
     async def set_members(self, job: bytes, sessions: frozenset[str]) -> None:
         """Replace the sessions that may fetch this job's content from us; auditors are added when
         they are drawn. An empty set closes the job for others."""
-        self._members[job] = sessions
+        named = self._members[job] = tuple(sorted(sessions)[: control.MAX_MEMBERS])
         if not sessions:
             del self._members[job]
-        await self._call(
-            lambda n: control.SetMembers(n, job, tuple(sorted(sessions))), control.Done
-        )
+        await self._call(lambda n: control.SetMembers(n, job, named), control.Done)
 
     async def import_text(self, path: Path) -> list[tuple[bytes, int]]:
         """Cut a text into shards of 1 MiB and keep them: [(shard id, size)]. ContentError."""
@@ -419,7 +418,7 @@ class Machine:
         ]
         for job, sessions in self._members.items():
             requests.append(
-                lambda n, j=job, s=sessions: control.SetMembers(n, j, tuple(sorted(s)))  # type: ignore[misc]
+                lambda n, j=job, s=sessions: control.SetMembers(n, j, s)  # type: ignore[misc]
             )
         return requests
 
@@ -455,3 +454,17 @@ class Machine:
         waiting = self._events.statistics().current_buffer_used
         if not isinstance(event, StepDone) or waiting < MAX_WAITING_STEPS:
             self._events.send_nowait(event)
+
+
+def _that_fit(peers: Sequence[PeerInfo]) -> tuple[control.Peer, ...]:
+    """As many of `peers`, with as many addresses, as one SetPeers can carry."""
+    found: list[control.Peer] = []
+    size = 0
+    for peer in peers:
+        wire = control.Peer(peer.peer_id, tuple(peer.addresses)[: control.MAX_ADDRESSES])
+        size += sum(len(text.encode()) + 4 for text in (wire.session, *wire.addresses))
+        if size > control.MESSAGE_BYTES // 2 or len(found) == control.MAX_PEERS:
+            log.warning("%d carriers are too many to stay connected with", len(peers))
+            break
+        found.append(wire)
+    return tuple(found)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import trio
 
+from tdmld.chain.crypto import KeyPair
 from tdmld.node.errors import (
     AuditImpossible,
     CarrierUnavailable,
@@ -240,6 +241,17 @@ async def test_a_killed_worker_and_a_killed_carrier_are_reported_and_disturb_not
         up = await wait_for(machine, CarrierUp)
         assert (machine.session, up.addresses) == (session, addresses)
         assert await machine.import_text(tmp_path / "text")
+
+
+async def test_peers_and_members_without_number_or_sense_harm_nothing(tmp_path: Path) -> None:
+    def session(number: int) -> str:
+        return KeyPair(number.to_bytes(32, "big")).address
+
+    many = [PeerInfo(session(n), ("/dns4/" + "a" * 240 + "/tcp/1",) * 20) for n in range(1, 400)]
+    async with open_machine(tmp_path / "0", chain_id=CHAIN) as machine:
+        await machine.set_peers([PeerInfo(session(0), ("/ip4/1.2.3.4/tcp/99999",)), *many])
+        await machine.set_members(JOB, frozenset(session(n) for n in range(1, 1500)))
+        assert machine.carrier_pid is not None
 
 
 async def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:

@@ -1,0 +1,269 @@
+"""The agent on a real ledger, with a machine that only remembers what it was told."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from tdmld.chain.codec import encode
+from tdmld.chain.crypto import KeyPair, address, sha256
+from tdmld.chain.records import JobStatus
+from tdmld.chain.transactions import Payload, decode_transaction
+from tdmld.node.agent import Agent
+from tdmld.node.errors import ControlError
+from tdmld.node.finality import HeadFeed
+from tdmld.node.machine import GenesisRoots, SlotFailed, SlotId, StepDone
+from tdmld.node.offers import offered_stages
+from tdmld.node.peers import PeerBook, PeerRecord, SignedRecord
+from tdmld.p2p import PeerInfo
+from tdmld.train.spec import decode_spec
+from tests.chain.world import Vice, World, mark, node_key
+from tests.train.support import encode_document, spec_document
+
+RAW = encode_document(spec_document())
+SPEC = decode_spec(RAW)
+
+
+class FakeChain:
+    def __init__(self, world: World) -> None:
+        self.world, self.genesis = world, world.genesis
+        self.feed = HeadFeed(lambda feed: None)
+        self.sent: list[Payload] = []
+
+    @property
+    def height(self) -> int:
+        return self.world.height
+
+    def state(self) -> Any:
+        return self.world.state
+
+    def heads(self) -> HeadFeed:
+        return self.feed
+
+    async def fetch_spec(self, spec: bytes) -> bytes:
+        return RAW
+
+    async def submit(self, raw: bytes) -> bytes:
+        self.sent.append(decode_transaction(raw, self.world.chain_id).payload)
+        return sha256(raw)
+
+
+class FakeMachine:
+    def __init__(self, index: int) -> None:
+        self.session = address(session_of(index))
+        self.send, self.events = trio.open_memory_channel[Any](100)
+        self.members: dict[bytes, frozenset[str]] = {}
+        self.peers: list[PeerInfo] = []
+        self.closed: list[bytes] = []
+        self.audits = self.draws = 0
+        self.heard = trio.Event()
+        """Set by the first call: the agent has read its directory and looked."""
+        self.broken: type[Exception] | None = None
+
+    async def set_members(self, job: bytes, sessions: frozenset[str]) -> None:
+        self.members[job] = sessions
+        self.heard.set()
+
+    async def set_peers(self, peers: list[PeerInfo]) -> None:
+        if self.broken is not None:
+            raise self.broken("too large for a message")
+        self.peers = peers
+
+    async def fetch_data(self, job: bytes, spec: bytes, holders: object) -> None: ...
+
+    async def open_slot(self, assignment: Any) -> GenesisRoots:
+        return GenesisRoots(bytes(32), bytes(32), bytes(32))
+
+    async def genesis_roots(self, job: bytes, spec: bytes, slot: SlotId) -> GenesisRoots:
+        self.draws += 1
+        raise KeyError("a defect")
+
+    async def grant(self, job: bytes, slot: SlotId, until: int) -> None: ...
+
+    async def settled(self, job: bytes, slot: SlotId, segment: int) -> None: ...
+
+    async def audit(self, task: object) -> None:
+        self.audits += 1
+        await trio.sleep_forever()
+
+    async def close_job(self, job: bytes, reason: str) -> None:
+        self.closed.append(job)
+        self.heard.set()
+
+
+def session_of(index: int) -> bytes:
+    """The session that World's actors accept with."""
+    return mark("session of", node_key(index).public)
+
+
+class Rig:
+    """The agent of node `index` in a world where all others are played by the world itself."""
+
+    def __init__(self, world: World, index: int, data_dir: Path) -> None:
+        self.world, self.index = world, index
+        self.chain, self.machine = FakeChain(world), FakeMachine(index)
+        self.book = PeerBook(world.chain_id)
+        self.agent = Agent(
+            key=node_key(index),
+            chain_id=world.chain_id,
+            chain=self.chain,  # type: ignore[arg-type]
+            machine=self.machine,  # type: ignore[arg-type]
+            book=self.book,
+            data_dir=data_dir,
+            ask=None,
+            ask_blocks=100,
+        )
+
+    def record(self, key: KeyPair, session: bytes, *addresses: str) -> None:
+        raw = encode(PeerRecord(key.public, 1, (), session, addresses))
+        self.book.add(SignedRecord(raw, key.sign("peer", self.world.chain_id, raw)))
+
+    async def block(self, *raws: bytes) -> None:
+        self.world.block(*raws)
+        await self.look()
+
+    async def play(self, job: bytes, *statuses: JobStatus) -> None:
+        self.world.play_until(job, *statuses)
+        await self.look()
+
+    async def look(self) -> None:
+        self.chain.feed.put(object())  # type: ignore[arg-type]
+        await trio.testing.wait_all_tasks_blocked()
+
+    def sent(self, kind: type[Any]) -> list[Any]:
+        return [payload for payload in self.chain.sent if isinstance(payload, kind)]
+
+    def remembers(self, job: bytes) -> list[str]:
+        """What the agent still holds of a job."""
+        found = []
+        for name, value in vars(self.agent).items():
+            if name == "_served" or not isinstance(value, dict | set):
+                continue
+            if any(key == job or (isinstance(key, tuple) and job in key) for key in value):
+                found.append(name)
+        return found
+
+
+@pytest.fixture
+def world() -> World:
+    made = World()
+    made.all_ask()
+    return made
+
+
+def submit(world: World) -> bytes:
+    """Owner 0 offers the small job, as its spec says."""
+    job = world.submit(
+        spec_id=sha256(RAW),
+        spec_bytes=len(RAW),
+        stages=offered_stages(SPEC),
+        rounds=SPEC.rounds,
+        segment_steps=SPEC.pipeline.segment_steps,
+        unsettled=SPEC.pipeline.unsettled,
+        state_every=SPEC.pipeline.state_every,
+        tokens=SPEC.tokens_per_segment,
+    )
+    world.play_until(job, JobStatus.MATCHED)
+    return job
+
+
+def place_of(world: World, node: bytes) -> int:
+    return next(i for i in range(20) if node_key(i).public == node)
+
+
+def worker_of(world: World, job: bytes, slot: int) -> int:
+    found = world.state.slot(job, slot)
+    assert found is not None
+    return place_of(world, found.worker.node)
+
+
+@pytest.fixture
+def serve(nursery: trio.Nursery, tmp_path: Path) -> Any:
+    async def start(world: World, index: int) -> Rig:
+        (tmp_path / "jobs").mkdir(exist_ok=True)
+        rig = Rig(world, index, tmp_path)
+        nursery.start_soon(rig.agent.run)
+        with trio.fail_after(30):
+            await rig.machine.heard.wait()
+        await trio.testing.wait_all_tasks_blocked()
+        return rig
+
+    return start
+
+
+async def test_a_carrier_is_where_its_own_node_says_and_nobody_else(
+    world: World, serve: Any
+) -> None:
+    job = submit(world)
+    mine, other = worker_of(world, job, 0), worker_of(world, job, 1)
+    rig = await serve(world, mine)
+    liar = node_key(15)
+    rig.record(liar, session_of(other), "/ip4/6.6.6.6/tcp/1")
+    rig.record(node_key(other), session_of(other), "/ip4/127.0.0.1/tcp/2")
+    await rig.play(job, JobStatus.ACTIVE)
+    assert rig.machine.peers == [PeerInfo(address(session_of(other)), ("/ip4/127.0.0.1/tcp/2",))]
+
+
+async def test_a_carrier_that_refuses_what_it_is_told_ends_nothing(
+    world: World, serve: Any
+) -> None:
+    job = submit(world)
+    mine, other = worker_of(world, job, 0), worker_of(world, job, 1)
+    rig = await serve(world, mine)
+    rig.machine.broken = ControlError
+    rig.record(node_key(other), session_of(other), "/ip4/127.0.0.1/tcp/2")
+    await rig.play(job, JobStatus.PREPARING)
+    rig.machine.broken = None
+    await rig.look()
+    assert len(rig.machine.peers) == 1
+
+
+async def test_a_defect_in_one_duty_ends_neither_the_agent_nor_other_duties(
+    world: World, serve: Any
+) -> None:
+    job = submit(world)
+    standby = world.job(job).standby
+    assert standby is not None
+    rig = await serve(world, place_of(world, standby.node))
+    world.vices[standby.node] = frozenset({Vice.MUTE})
+    await rig.block(*(world.sign(world.keys[n], p) for n, p in world.moves(job)))
+    await rig.look()
+    # It accepted by itself; drawing the weights raises something that nobody expects.
+    assert [type(payload).__name__ for payload in rig.chain.sent] == ["Accept"]
+    world.vices.clear()
+    await rig.play(job, JobStatus.PREPARING)
+    await rig.look()
+    assert rig.machine.draws == 2
+    await rig.play(job)
+    assert rig.machine.closed == [job]
+
+
+async def test_of_a_job_that_is_over_nothing_is_remembered(world: World, serve: Any) -> None:
+    job = submit(world)
+    rig = await serve(world, worker_of(world, job, 0))
+    await rig.play(job, JobStatus.PREPARING)
+    await rig.play(job, JobStatus.ACTIVE)
+    assert rig.remembers(job)
+    await rig.play(job)
+    await rig.look()
+    assert rig.machine.closed == [job]
+    assert rig.remembers(job) == []
+    # What the worker said last comes late, and is about nothing any more.
+    rig.machine.send.send_nowait(StepDone(job, SlotId(0, 0), 1, None, 0.1))
+    rig.machine.send.send_nowait(SlotFailed(job, SlotId(0, 0), "killed"))
+    await rig.look()
+    assert rig.remembers(job) == []
+
+
+async def test_files_of_a_job_that_ended_while_this_node_was_away_are_removed(
+    world: World, serve: Any, tmp_path: Path
+) -> None:
+    job = submit(world)
+    mine = worker_of(world, job, 0)
+    world.play_until(job)
+    (tmp_path / "jobs" / job.hex() / "slot-0.0" / "ring").mkdir(parents=True)
+    (tmp_path / "jobs" / "notes").mkdir()
+    rig = await serve(world, mine)
+    assert rig.machine.closed == [job]
