@@ -21,16 +21,11 @@ import trio
 
 from tdmld.chain.blocks import (
     Block,
-    BlockLimits,
     Certificate,
     Committee,
-    Header,
     Kind,
     Vote,
-    beacon_mix,
     block_hash,
-    check_block,
-    check_child,
     sign_vote,
     verify_certificate,
     verify_vote,
@@ -48,15 +43,14 @@ from tdmld.chain.consensus import (
     Proposed,
     Simplex,
 )
-from tdmld.chain.crypto import KeyPair, sha256
-from tdmld.chain.errors import ChainError, InvalidBlock
+from tdmld.chain.crypto import KeyPair
+from tdmld.chain.errors import ChainError
 from tdmld.chain.genesis import protocol_at
 from tdmld.chain.leader import Rotation
 from tdmld.chain.ledger import next_due
 from tdmld.chain.pacing import Pacing, Propose, Repeat, Situation, TimeOut, Times
-from tdmld.chain.pending import BlockTree
-from tdmld.chain.transactions import decode_transaction
 from tdmld.node.admission import INLINE_SIGNATURES, Admission, verified
+from tdmld.node.bodies import Bodies
 from tdmld.node.chainlinks import Link, Links
 from tdmld.node.chainwire import (
     BlockRequest,
@@ -76,6 +70,8 @@ MAX_FUTURE_MS = 10_000
 MAX_BACKLOG = 3
 """Final, unexecuted blocks above which nothing is proposed (N5)."""
 ASK_AGAIN = 0.2
+LOOK_AGAIN = 1.0
+"""Bodies that wait for their time are judged again so often (N4)."""
 ANSWER_PAUSE = 0.2
 NEAR_VIEWS = 16
 """Proposals of views further ahead are not kept unless asked for."""
@@ -113,10 +109,7 @@ class Validator:
         self._rotation = Rotation(committee.stakes)
         self.core = Simplex(committee.stakes, me, store.head.view, store.head.hash, store.votes())
         self._pacing = Pacing(times, trio.current_time())
-        self._tree = BlockTree(store.height, store.head.hash)
-        self._judged: dict[bytes, bytes] = {store.head.hash: store.head.mix}
-        """Valid blocks above the head, and the head itself -> beacon mix."""
-        self._rejected: set[bytes] = set()
+        self._bodies = Bodies(finality, committee, self._rotation, lambda: now_ms() + MAX_FUTURE_MS)
         self._proposed: set[int] = set()
         self._want: Finalized | None = None
         self._asked = -ASK_AGAIN
@@ -125,7 +118,7 @@ class Validator:
         self._wake = trio.Event()
         self._due = next_due(store.get) is not None
         for block in store.bodies():
-            self._tree.add(block, wanted=True)
+            self._bodies.tree.add(block, wanted=True)
             if block.header.proposer == key.public:
                 self._proposed.add(block.header.view)
         finality.on_executed.append(self._executed)
@@ -193,7 +186,7 @@ class Validator:
         want = self._want
         if want is None:
             return
-        path = self._tree.path(want.hash)
+        path = self._bodies.tree.path(want.hash)
         certificate = self.core.finalization(want.view)
         if path is None or certificate is None:
             return
@@ -213,18 +206,13 @@ class Validator:
         self.wake()
 
     def _adopt(self, blocks: Sequence[Block], certificate: Certificate) -> None:
-        head = block_hash(blocks[-1].header)
         self._finality.advance(blocks, certificate)
-        self._tree.finalize(blocks[-1].header.height, head)
-        keep = {key: mix for key, mix in self._judged.items() if key in self._tree or key == head}
-        self._judged = keep
-        self._rejected = {key for key in self._rejected if key in self._tree}
+        self._bodies.finalize(blocks)
         view = blocks[-1].header.view
         self._proposed = {proposed for proposed in self._proposed if proposed > view}
 
     def _executed(self, applied: AppliedBlock) -> None:
-        if applied.hash == self._finality.hash:
-            self._judged[applied.hash] = self._store.head.mix
+        self._bodies.executed(applied)
         self._due = next_due(self._store.get) is not None
         self._judge()
         self.wake()
@@ -239,11 +227,11 @@ class Validator:
             batch, self._outbox = self._outbox, []
             votes = [item for item in batch if isinstance(item, Vote)]
             proposals = [item for item in batch if isinstance(item, Block)]
+            notarized = [vote.hash for vote in votes if vote.kind is Kind.NOTARIZE]
             bodies = [
                 body
-                for vote in votes
-                if vote.kind is Kind.NOTARIZE and (body := self._tree.get(vote.hash)) is not None
-                if body not in proposals
+                for key in notarized
+                if (body := self._bodies.tree.get(key)) is not None and body not in proposals
             ]
             kept = await trio.to_thread.run_sync(
                 self._store.record, self.key.public, votes, proposals, bodies
@@ -295,7 +283,7 @@ class Validator:
                 if height > self._finality.height:
                     self._hint_sync(link.index)
             case BlockRequest(wanted):
-                body = self._tree.get(wanted)
+                body = self._bodies.tree.get(wanted)
                 if body is not None:
                     link.send(encode(Proposal(body, ())))
             case Transactions(raws):
@@ -322,23 +310,12 @@ class Validator:
         """Check a body as far as it can be checked alone, then keep it."""
         header, key = block.header, block_hash(block.header)
         wanted = key == self._missing()
-        if header.height <= self._finality.height or key in self._tree:
+        if header.height <= self._finality.height or key in self._bodies.tree:
             return
         if not wanted and header.view > self.core.view + NEAR_VIEWS:
             return
-        parameters = self._genesis.parameters
-        limits = BlockLimits(
-            parameters.block_bytes,
-            parameters.block_transactions,
-            protocol_at(self._genesis, header.height),
-        )
         try:
-            check_block(self._committee, self._rotation.leader(header.view), block, limits)
-            unknown = [
-                decode_transaction(raw, self._store.chain_id)
-                for raw in block.transactions
-                if sha256(raw) not in self._admission.pool
-            ]
+            unknown = self._bodies.check(block, self._admission.pool.__contains__)
         except ChainError as error:
             log.warning("a bad block of view %d: %s", header.view, error)
             return
@@ -350,7 +327,7 @@ class Validator:
         if not all(good):
             log.warning("view %d: a transaction in the block is not signed", header.view)
             return
-        if self._tree.add(block, wanted=wanted or key == self._missing()):
+        if self._bodies.tree.add(block, wanted=wanted or key == self._missing()):
             self._finish()
             self._judge()
             self.wake()
@@ -359,53 +336,16 @@ class Validator:
 
     def _judge(self) -> None:
         """Hand every block to the core whose parent, state and time are in order by now."""
-        progress = True
-        while progress:
-            progress = False
-            for key, block in self._tree.items():
-                if key in self._judged or key in self._rejected:
-                    continue
-                try:
-                    mix = self._verdict(block.header)
-                except InvalidBlock as error:
-                    log.warning("a bad block of view %d: %s", block.header.view, error)
-                    self._rejected.add(key)
-                    continue
-                if mix is None:
-                    continue
-                progress = True
-                self._judged[key] = mix
-                header = block.header
-                proposed = Proposed(header.parent_view, header.parent, not block.transactions)
-                self._act(self.core.add_block(header.view, key, proposed))
-                break
-
-    def _verdict(self, header: Header) -> bytes | None:
-        """The block's beacon mix when it may be notarized, None while something is not known yet.
-        Raises InvalidBlock."""
-        parent, mix = self._header(header.parent), self._judged.get(header.parent)
-        if parent is None or mix is None:
-            return None
-        check_child(parent, header.parent, header)
-        root = self._store.root_at(header.state_height)
-        if root is None or header.time_ms > self._now_ms() + MAX_FUTURE_MS:
-            return None
-        if root != header.state_root:
-            raise InvalidBlock(f"the state root of {header.state_height} is another one here")
-        return beacon_mix(self._committee.chain_id, mix, header)
-
-    def _header(self, key: bytes) -> Header | None:
-        if key == self._finality.hash:
-            return self._finality.header
-        block = self._tree.get(key)
-        return None if block is None else block.header
+        while (found := self._bodies.next_valid()) is not None:
+            key, block = found
+            header = block.header
+            proposed = Proposed(header.parent_view, header.parent, not block.transactions)
+            self._act(self.core.add_block(header.view, key, proposed))
 
     def _missing(self) -> bytes | None:
         """The body that is needed most: of what is final, then of what is notarized."""
-        if self._want is not None:
-            return self._tree.missing(self._want.hash)
-        tip = self.core.tip[1]
-        return None if tip == self._finality.hash else self._tree.missing(tip)
+        wanted = () if self._want is None else (self._want.hash,)
+        return self._bodies.missing(*wanted, self.core.tip[1])
 
     # ---- time --------------------------------------------------------------------------------
 
@@ -447,9 +387,9 @@ class Validator:
                         self.links.broadcast(message)
         if self._ask(now):
             deadline = min(deadline, self._asked + ASK_AGAIN)
-        if len(self._tree) > len(self._judged):
+        if self._bodies.undecided:
             self._judge()
-            deadline = min(deadline, now + 1.0)
+            deadline = min(deadline, now + LOOK_AGAIN)
         return deadline
 
     def _ask(self, now: float) -> bool:
@@ -465,13 +405,10 @@ class Validator:
 
     def _work(self) -> bool:
         """P3: transactions, due entries, or a state root that no header commits yet."""
-        store, path = self._store, self._tree.path(self.core.tip[1]) or []
-        header = path[-1].header if path else self._finality.header
-        committed = header.state_root == store.state_root or self._finality.backlog > 0
-        if self._due or not committed:
-            return True
-        held = {sha256(raw) for block in path for raw in block.transactions}
-        return self._admission.waiting(held)
+        tip, head = self.core.tip[1], self._store.head
+        header = self._bodies.header(tip) or self._finality.header
+        committed = header.state_root == head.state_root or self._finality.backlog > 0
+        return self._due or not committed or self._admission.waiting(self._bodies.held(tip))
 
     def _may_propose(self) -> bool:
         return (
@@ -483,18 +420,15 @@ class Validator:
 
     def _propose(self, view: int) -> None:
         """Build, sign and post the block of `view` (N5)."""
-        found = self.core.parent()
-        path = None if found is None else self._tree.path(found.hash)
-        if found is None or path is None:
+        found, head = self.core.parent(), self._store.head
+        if found is None or self._bodies.tree.path(found.hash) is None:
             return
-        parent, mix = self._header(found.hash), self._judged.get(found.hash)
-        store = self._store
-        if parent is None or mix is None or parent.state_height > store.height:
+        parent, mix = self._bodies.header(found.hash), self._bodies.mix(found.hash)
+        if parent is None or mix is None or parent.state_height > head.height:
             return
-        held = {sha256(raw) for block in path for raw in block.transactions}
-        body = [transaction.raw for transaction in self._admission.select(held)]
-        if self.core.depth >= MAX_DEPTH:
-            body = []
+        full = self.core.depth >= MAX_DEPTH
+        held = self._bodies.held(found.hash)
+        body = [] if full else [item.raw for item in self._admission.select(held)]
         block = build_block(
             self.key,
             self._committee.chain_id,
@@ -502,11 +436,11 @@ class Validator:
             body,
             protocol=protocol_at(self._genesis, parent.height + 1),
             now_ms=self._now_ms(),
-            state_height=store.height,
-            state_root=store.state_root,
+            state_height=head.height,
+            state_root=head.state_root,
         )
         self._proposed.add(view)
         self._pacing.block_seen(trio.current_time())
-        self._tree.add(block, wanted=True)
+        self._bodies.tree.add(block, wanted=True)
         self._post(block)
         self._judge()

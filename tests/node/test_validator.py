@@ -15,7 +15,7 @@ from tdmld.node.admission import Admission
 from tdmld.node.chainwire import BlockRequest, Hello, Proposal
 from tdmld.node.finality import Finality
 from tdmld.node.store import ChainStore
-from tdmld.node.validator import ABSTAIN_VIEWS, Validator
+from tdmld.node.validator import ABSTAIN_VIEWS, LOOK_AGAIN, Validator
 from tests.node.chainkit import (
     COMMITTEE,
     GENESIS,
@@ -70,6 +70,7 @@ class Bench:
 
     def __init__(self, store: ChainStore) -> None:
         self.store = store
+        self.clock_ms = CLOCK_MS
         self.finality = Finality(store)
         self.admission = Admission(self.finality, Mempool(GENESIS), self._spread, lambda: None)
         self.hints: list[int | None] = []
@@ -79,7 +80,7 @@ class Bench:
             self.finality,
             self.admission,
             NEVER,
-            now_ms=lambda: CLOCK_MS,
+            now_ms=lambda: self.clock_ms,
             hint_sync=self.hints.append,
         )
         self.links = FakeLinks(store)
@@ -167,10 +168,14 @@ async def test_blocks_that_break_a_rule_get_no_vote(tmp_path: Path) -> None:
         assert made.posted == []
 
 
-async def test_a_block_from_the_future_waits(tmp_path: Path) -> None:
+async def test_a_block_from_the_future_waits_for_its_time(tmp_path: Path) -> None:
     async with bench(tmp_path) as made:
         await made.hear(Proposal(foreign_block(made.store, time_ms=CLOCK_MS + 60_000), ()))
         assert made.posted == []
+        assert made.validator._tick() <= trio.current_time() + LOOK_AGAIN
+        made.clock_ms += 60_000
+        made.validator._tick()
+        assert [v.kind for v in await made.links.votes(1)] == [Kind.NOTARIZE]
 
 
 async def test_forged_votes_and_certificates_count_for_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,150 @@
+"""Block bodies above the final head, and which of them a validator may notarize.
+
+A body is checked alone when it comes (`check`), kept in a tree, and judged once its parent is valid
+and the state that its header names is executed here; until then it waits (N3, N4 in `validator`).
+"""
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+
+from tdmld.chain.blocks import (
+    Block,
+    BlockLimits,
+    Committee,
+    Header,
+    beacon_mix,
+    block_hash,
+    check_block,
+    check_child,
+)
+from tdmld.chain.crypto import sha256
+from tdmld.chain.errors import InvalidBlock
+from tdmld.chain.genesis import protocol_at
+from tdmld.chain.leader import Rotation
+from tdmld.chain.pending import BlockTree
+from tdmld.chain.transactions import Transaction, decode_transaction
+from tdmld.node.finality import Finality
+from tdmld.node.store import AppliedBlock
+
+log = logging.getLogger(__name__)
+
+
+class Bodies:
+    """The bodies of one validator. `latest_ms`: the greatest header time that is no future now."""
+
+    def __init__(
+        self,
+        finality: Finality,
+        committee: Committee,
+        rotation: Rotation,
+        latest_ms: Callable[[], int],
+    ) -> None:
+        self._finality, self._store = finality, finality.store
+        self._committee, self._rotation = committee, rotation
+        self._latest_ms = latest_ms
+        head = self._store.head
+        self.tree = BlockTree(head.height, head.hash)
+        self._mixes: dict[bytes, bytes] = {head.hash: head.mix}
+        """Valid blocks above the head, and the head itself -> beacon mix."""
+        self._rejected: set[bytes] = set()
+
+    # ---- one body ----------------------------------------------------------------------------
+
+    def check(self, block: Block, known: Callable[[bytes], bool]) -> list[Transaction]:
+        """Form, leader and signature of a body; its transactions whose ids are not `known`.
+
+        Raises InvalidBlock, DecodeError or InvalidTransaction. The transactions' signatures are
+        left to the caller.
+        """
+        genesis, header = self._store.genesis, block.header
+        limits = BlockLimits(
+            genesis.parameters.block_bytes,
+            genesis.parameters.block_transactions,
+            protocol_at(genesis, header.height),
+        )
+        check_block(self._committee, self._rotation.leader(header.view), block, limits)
+        return [
+            decode_transaction(raw, self._store.chain_id)
+            for raw in block.transactions
+            if not known(sha256(raw))
+        ]
+
+    def header(self, key: bytes) -> Header | None:
+        """The header of a held body or of the final head."""
+        if key == self._finality.hash:
+            return self._finality.header
+        block = self.tree.get(key)
+        return None if block is None else block.header
+
+    def mix(self, key: bytes) -> bytes | None:
+        """The beacon after a valid block; None while it is not known to be valid."""
+        return self._mixes.get(key)
+
+    def missing(self, *wanted: bytes) -> bytes | None:
+        """The first body that lacks on the way to one of the `wanted` blocks."""
+        for key in wanted:
+            lacking = None if key == self._finality.hash else self.tree.missing(key)
+            if lacking is not None:
+                return lacking
+        return None
+
+    def held(self, tip: bytes) -> Collection[bytes]:
+        """Ids of the transactions between the final head and `tip`."""
+        path = self.tree.path(tip) or []
+        return {sha256(raw) for block in path for raw in block.transactions}
+
+    # ---- judging -----------------------------------------------------------------------------
+
+    @property
+    def undecided(self) -> list[tuple[bytes, Block]]:
+        """Bodies that wait for their parent, for execution here, or for their time."""
+        return [
+            (key, block)
+            for key, block in self.tree.items()
+            if key not in self._mixes and key not in self._rejected
+        ]
+
+    def next_valid(self) -> tuple[bytes, Block] | None:
+        """A body that has become valid since the last call; call it until None."""
+        for key, block in self.undecided:
+            try:
+                mix = self._verdict(block.header)
+            except InvalidBlock as error:
+                log.warning("a bad block of view %d: %s", block.header.view, error)
+                self._rejected.add(key)
+                continue
+            if mix is not None:
+                self._mixes[key] = mix
+                return key, block
+        return None
+
+    def _verdict(self, header: Header) -> bytes | None:
+        """The block's beacon mix when it may be notarized, None while something is not known yet.
+        Raises InvalidBlock."""
+        parent, mix = self.header(header.parent), self._mixes.get(header.parent)
+        if parent is None or mix is None:
+            return None
+        check_child(parent, header.parent, header)
+        root = self._store.root_at(header.state_height)
+        if root is None or header.time_ms > self._latest_ms():
+            return None
+        if root != header.state_root:
+            raise InvalidBlock(f"the state root of {header.state_height} is another one here")
+        return beacon_mix(self._committee.chain_id, mix, header)
+
+    # ---- the head moves ----------------------------------------------------------------------
+
+    def finalize(self, blocks: Sequence[Block]) -> None:
+        """These are final now."""
+        header = blocks[-1].header
+        head = block_hash(header)
+        self.tree.finalize(header.height, head)
+        self._mixes = {
+            key: mix for key, mix in self._mixes.items() if key in self.tree or key == head
+        }
+        self._rejected = {key for key in self._rejected if key in self.tree}
+
+    def executed(self, applied: AppliedBlock) -> None:
+        """The beacon of a head that came by sync is known after its execution."""
+        if applied.hash == self._finality.hash:
+            self._mixes[applied.hash] = self._store.head.mix
