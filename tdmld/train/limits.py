@@ -18,6 +18,10 @@ STEPS = 10_000_000
 MICRO_BATCHES = 4096
 MICRO_BATCH_SIZE = 4096
 SEGMENT_STEPS = 4096
+STEP_TOKENS = 1 << 26
+"""In all micro-batches of a step: first and last stage hold them in memory."""
+SEGMENT_MICRO_BATCHES = 1 << 16
+"""In all steps of a segment: their digests are in memory and in one list of 16 MiB at most."""
 UNSETTLED = 64
 FRAME_BYTES = 64 * 1024 * 1024
 """One boundary tensor on the wire; a slot of shared memory has this size."""
@@ -31,5 +35,5 @@ STATE_HEADER_BYTES = 16 * 1024 * 1024
 """The header of a snapshot: about 150 bytes a tensor."""
 STATE_TENSORS = 65_536
 STATE_FILE_BYTES = 2**40
-LIST_BYTES = 256 * 1024 * 1024
-"""A segment's digest list: 32 bytes a frame, K x m x 4 frames."""
+LIST_BYTES = 16 * 1024 * 1024
+"""A segment's digest list: 34 bytes a frame, 4 frames a micro-batch, 110 bytes a step."""

@@ -238,18 +238,62 @@ WORKER_BASE_BYTES = 400 * 1024 * 1024
 
 
 def stage_memory(spec: Spec, stage: int) -> int:
-    """Bytes of memory that a worker of this stage needs at its peak.
+    """Bytes of memory that a worker of this stage and its carrier need at their peak.
 
     Weights, gradients and two moments (fp32), the activations of the micro-batches that 1F1B keeps
-    open, frames in shared memory, and the process itself. An estimate that errs upwards.
+    open, a step's windows of text, frames in shared memory and those that the carrier keeps at
+    hand, digests of what is not settled, and the process itself. An estimate that errs upwards.
     """
+    train, links = spec.train, len(spec.links(stage))
     tokens = spec.train.micro_batch_size * spec.data.sequence
     open_batches = min(spec.stages - stage, spec.train.micro_batches)
     activations = spec.model.activation_bytes(spec.config, *spec.layers(stage), tokens)
-    frames = 2 * len(spec.links(stage)) * (2 * spec.stages + 2) * spec.frame_bytes
+    frames = 3 * links * (2 * spec.stages + 2) * spec.frame_bytes
+    windows = train.micro_batches * train.micro_batch_size
+    sides = spec.is_first(stage) + spec.is_last(stage)
+    # A byte and an int64 for each token, one more int64 for each of inputs and labels.
+    text = windows * (100 + (spec.data.sequence + 1) * (9 + 8 * sides)) if sides else 0
+    digests = _segment_frames(spec, stage) * _DIGEST_BYTES * (spec.pipeline.unsettled + 2)
     return (
-        WORKER_BASE_BYTES + 17 * stage_parameters(spec, stage) + open_batches * activations + frames
+        WORKER_BASE_BYTES
+        + 17 * stage_parameters(spec, stage)
+        + open_batches * activations
+        + frames
+        + text
+        + digests
     )
+
+
+_DIGEST_BYTES = 160
+"""A digest in a Python dict or list, with its key."""
+_FRAME_RECORD_BYTES = 76
+"""Beside the payload, in a frame log."""
+_STATE_BYTES = 12
+"""Of a trained value: itself and two moments."""
+KEPT_STATES = 2
+"""States that are kept besides those that something unsettled needs."""
+
+
+def _segment_frames(spec: Spec, stage: int) -> int:
+    """Frames that a stage sends and receives in a segment."""
+    batches = spec.pipeline.segment_steps * spec.train.micro_batches
+    return 2 * len(spec.links(stage)) * batches
+
+
+def stage_disk(spec: Spec, stage: int) -> int:
+    """Bytes of disk that a worker of this stage needs at its peak: the frames and states of the
+    segments that are not settled (D, and the one that runs), the text."""
+    unsettled = spec.pipeline.unsettled
+    frames = _segment_frames(spec, stage) * (spec.frame_bytes + _FRAME_RECORD_BYTES)
+    states = (unsettled + KEPT_STATES) * _STATE_BYTES * stage_parameters(spec, stage)
+    return (unsettled + 1) * frames + states + spec.data.tokens
+
+
+def standby_disk(spec: Spec) -> int:
+    """Bytes of disk that a standby of the whole job needs at its peak: copies of every stage's
+    state (one more while it arrives), the result, the text."""
+    parameters = sum(stage_parameters(spec, stage) for stage in range(spec.stages))
+    return ((KEPT_STATES + 1) * _STATE_BYTES + 4) * parameters + spec.data.tokens
 
 
 def state_tensors(spec: Spec, stage: int) -> tuple[StateTensor, ...]:
@@ -363,6 +407,14 @@ def _check_pipeline(spec: Spec, family: Family) -> None:
             f"{spec.pipeline.segment_steps} does not divide {spec.train.steps} steps",
             "choose a divisor of train.steps",
         )
+    if (batches := spec.pipeline.segment_steps * spec.train.micro_batches) > (
+        limits.SEGMENT_MICRO_BATCHES
+    ):
+        raise SpecError(
+            "pipeline.segment_steps",
+            f"a segment has {batches} micro-batches, at most {limits.SEGMENT_MICRO_BATCHES}",
+            "lower segment_steps or micro_batches",
+        )
     if 2 * spec.pipeline.state_every > spec.pipeline.unsettled:
         raise SpecError(
             "pipeline.state_every",
@@ -373,6 +425,13 @@ def _check_pipeline(spec: Spec, family: Family) -> None:
 
 def _check_train(spec: Spec) -> None:
     optimizer, schedule = spec.train.optimizer, spec.train.schedule
+    tokens = spec.train.micro_batches * spec.train.micro_batch_size * spec.data.sequence
+    if tokens > limits.STEP_TOKENS:
+        raise SpecError(
+            "train.micro_batches",
+            f"a step has {tokens} tokens, at most {limits.STEP_TOKENS}",
+            "use fewer or smaller micro-batches, or a shorter sequence",
+        )
     decimal("train.optimizer.lr", optimizer.lr, "1e-9", "10")
     for number, beta in enumerate(optimizer.betas):
         decimal(f"train.optimizer.betas[{number}]", beta, "0", "0.99999")

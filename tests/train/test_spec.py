@@ -12,8 +12,10 @@ from tdmld.train.spec import (
     decode_spec,
     spec_bytes,
     spec_id,
+    stage_disk,
     stage_memory,
     stage_parameters,
+    standby_disk,
     state_tensors,
 )
 from tests.train.support import TEXT, encode_document, make_spec, spec_document
@@ -46,9 +48,22 @@ def test_derived_numbers() -> None:
         weight.count for weight in spec.model.weights(spec.config, 0, 4)
     )
     assert stage_memory(spec, 0) > 16 * stage_parameters(spec, 0)
+    assert stage_disk(spec, 0) > spec.frame_bytes * 2 * 3 * 4 * 5 + 12 * stage_parameters(spec, 0)
+    assert standby_disk(spec) > 24 * sum(stage_parameters(spec, stage) for stage in range(2))
     lane = [tensor for tensor in state_tensors(spec, 0) if tensor.part == "lane"]
     assert [t.name for t in lane] == sorted(t.name for t in lane)
     assert lane[-1].name == "step"
+
+
+def test_a_step_and_a_segment_without_measure_are_refused() -> None:
+    """What a small model can still do to a volunteer: text and digests beyond its memory."""
+    with pytest.raises(SpecError, match=r"train\.micro_batches: a step has 100663296 tokens"):
+        make_spec(train__micro_batches=4096, train__micro_batch_size=2048)
+    with pytest.raises(SpecError, match=r"pipeline\.segment_steps: a segment has 81920"):
+        make_spec(train__micro_batches=4096, train__steps=20, pipeline__segment_steps=20)
+    wide = make_spec(train__micro_batches=512, train__micro_batch_size=4096)
+    text = 512 * 4096 * 13
+    assert stage_memory(wide, 0) - stage_memory(make_spec(), 0) > 17 * text
 
 
 WRONG: list[tuple[str, Any, str]] = [
