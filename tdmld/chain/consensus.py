@@ -174,6 +174,8 @@ class Simplex:
         self._certificates: dict[tuple[Kind, int], Certificate] = {}
         self._cast: dict[tuple[Kind, int], bytes] = {}
         self._heard: set[int] = set()
+        self.silent = 0
+        """Nothing is cast in views up to this one: set by `silence`."""
         for vote in stored:
             if vote.view > final_view:
                 self._cast[vote.kind, vote.view] = vote.hash
@@ -246,6 +248,12 @@ class Simplex:
             self._cast_vote(Kind.NULLIFY, view, ZERO_HASH, out)
         return out
 
+    def silence(self, until: int) -> list[Effect]:
+        """Cast nothing in views up to `until`, which may be lower than before. For a validator that
+        does not know what it cast earlier; views are none the wiser, as if it were away."""
+        self.silent = until
+        return self._vote([])
+
     def jump(self, certificate: Certificate) -> list[Effect]:
         """Block sync has the finalized block of `certificate` and all below: no Finalized."""
         out: list[Effect] = []
@@ -283,7 +291,9 @@ class Simplex:
 
     def may_propose(self) -> bool:
         """Whether nothing that was cast in the current view forbids proposing in it."""
-        return not (self.cast(Kind.NOTARIZE, self.view) or self.cast(Kind.NULLIFY, self.view))
+        return self.view > self.silent and not (
+            self.cast(Kind.NOTARIZE, self.view) or self.cast(Kind.NULLIFY, self.view)
+        )
 
     def parent(self) -> Parent | None:
         """What a leader of the current view must extend (S3); None while certificates lack."""
@@ -394,7 +404,7 @@ class Simplex:
     def _cast_vote(self, kind: Kind, view: int, block: bytes, out: list[Effect]) -> None:
         """S2, S4, S9."""
         opposite = {Kind.FINALIZE: Kind.NULLIFY, Kind.NULLIFY: Kind.FINALIZE}.get(kind)
-        if self.me is None or self.cast(kind, view):
+        if self.me is None or view <= self.silent or self.cast(kind, view):
             return
         if opposite is not None and self.cast(opposite, view):
             return

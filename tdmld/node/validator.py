@@ -9,9 +9,12 @@ Rules of the shell
       overtake it. A body that is missing is asked for by id, then by height.
   N4  A block whose named state is not executed here yet waits; so does one from the near future.
   N5  Leaders name what they have executed, and propose nothing while execution lags.
-  N6  A directory that never voted, on a chain that is running, belongs perhaps to a validator that
-      did: it votes only ABSTAIN_VIEWS views after the first final block that it fetches. Nobody
-      can have voted further ahead than that: entering a view takes a quorum.
+  N6  A directory that never voted belongs perhaps to a validator that did. It says nothing before
+      validators with a quorum of stake, itself included, have greeted it with what they know; when
+      that is more than genesis, nothing in the next ABSTAIN_VIEWS views either. It cannot have
+      voted beyond them: whoever voted in view v had seen v - 1 end, and one of those who ended it
+      is honest and among the greeters, so they know of the end of v - 2. Unless it is needed: when
+      a view has lasted SILENT_SECONDS longer than it should, the chain is stuck without it.
 """
 
 import logging
@@ -76,6 +79,9 @@ ANSWER_PAUSE = 0.2
 NEAR_VIEWS = 16
 """Proposals of views further ahead are not kept unless asked for."""
 ABSTAIN_VIEWS = 4
+SILENT_SECONDS = 30.0
+EVER = 2**63
+"""Beyond every view."""
 
 
 class Validator:
@@ -105,9 +111,14 @@ class Validator:
         self._now_ms = now_ms
         self._hint_sync = hint_sync
         store.bind(key.public)
-        self._abstain_until = 0
+        self._newborn = store.signer is None
+        """Whether N6 still waits for greetings, and from whom they came."""
+        self._greeted = {me}
+        self._late_since = 0.0
         self._rotation = Rotation(committee.stakes)
         self.core = Simplex(committee.stakes, me, store.head.view, store.head.hash, store.votes())
+        if self._newborn:
+            self.core.silence(EVER)
         self._pacing = Pacing(times, trio.current_time())
         self._bodies = Bodies(finality, committee, self._rotation, lambda: now_ms() + MAX_FUTURE_MS)
         self._proposed: set[int] = set()
@@ -135,6 +146,7 @@ class Validator:
         """Validate for ever. SignGuardError and StoreError end the node."""
         self._act(self.core.start())
         self._judge()
+        self._speak_when_greeted()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._write)
             nursery.start_soon(self._clock)
@@ -145,12 +157,8 @@ class Validator:
         for effect in effects:
             match effect:
                 case CastVote(kind, view, block):
-                    if not self._abstains(view):
-                        self._post(
-                            sign_vote(
-                                self.key, self._committee.chain_id, kind, view, block, self._me
-                            )
-                        )
+                    chain_id = self._committee.chain_id
+                    self._post(sign_vote(self.key, chain_id, kind, view, block, self._me))
                 case Certified(certificate, forward):
                     if forward:
                         self.links.broadcast(certificate)
@@ -177,10 +185,6 @@ class Validator:
             for certificate in self.core.certificates():
                 link.send(encode(certificate))
 
-    def _abstains(self, view: int) -> bool:
-        """N6."""
-        return view <= self._abstain_until
-
     def _finish(self) -> None:
         """Hand a finalized block and its ancestors on, as soon as the bodies are there (N3)."""
         want = self._want
@@ -196,7 +200,6 @@ class Validator:
 
     def adopt(self, blocks: Sequence[Block], certificate: Certificate) -> None:
         """Take final blocks from sync or gossip; they follow the final head."""
-        self._abstain(certificate.view)
         self._adopt(blocks, certificate)
         if self._want is not None and self._want.view <= certificate.view:
             self._want = None
@@ -282,6 +285,8 @@ class Validator:
                     self.certificate(certificate)
                 if height > self._finality.height:
                     self._hint_sync(link.index)
+                self._greeted.add(link.index)
+                self._speak_when_greeted()
             case BlockRequest(wanted):
                 body = self._bodies.tree.get(wanted)
                 if body is not None:
@@ -296,15 +301,28 @@ class Validator:
         ):
             self._act(self.core.add_certificate(certificate))
 
-    def _abstain(self, view: int) -> None:
-        """N6: called with what sync brings, as long as this directory has never voted."""
-        if self._store.signer is None:
-            self._abstain_until = max(self._abstain_until, view + ABSTAIN_VIEWS)
+    # ---- a directory that never voted (N6) ---------------------------------------------------
+
+    def _speak_when_greeted(self) -> None:
+        if not self._newborn or self._committee.weight(self._greeted) < self._committee.quorum:
+            return
+        self._newborn = False
+        view = self.core.view
+        until = 0 if view == 1 else view + ABSTAIN_VIEWS
+        if until:
             log.warning(
                 "this directory has no record of votes, but the chain is running: "
                 "not voting until view %d, in case this key voted elsewhere",
-                self._abstain_until,
+                until,
             )
+        self._act(self.core.silence(until))
+
+    def _speak_although_silent(self) -> None:
+        view = self.core.view
+        log.warning("the chain stands still in view %d: voting in it after all", view)
+        self._newborn = False
+        self._act(self.core.silence(view - 1))
+        self._act(self.core.time_out(view))
 
     async def _body(self, block: Block) -> None:
         """Check a body as far as it can be checked alone, then keep it."""
@@ -380,8 +398,11 @@ class Validator:
                     self._propose(view)
                 case TimeOut(view):
                     log.info("view %d took too long (leader %d)", view, leader)
+                    self._late_since = now
                     self._act(core.time_out(view))
                 case Repeat():
+                    if core.view <= core.silent and now > self._late_since + SILENT_SECONDS:
+                        self._speak_although_silent()
                     votes, certificates = core.repeat()
                     for message in (*certificates, *votes):
                         self.links.broadcast(message)
@@ -414,7 +435,6 @@ class Validator:
         return (
             self.core.may_propose()
             and self.core.view not in self._proposed
-            and not self._abstains(self.core.view)
             and self._finality.backlog <= MAX_BACKLOG
         )
 

@@ -3,20 +3,23 @@ restart, what is refused."""
 
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 import trio.testing
 
-from tdmld.chain.blocks import Block, Kind, Vote, block_hash
+from tdmld.chain.blocks import Block, Certificate, Kind, Vote, block_hash, sign_vote
+from tdmld.chain.codec import ZERO_HASH
 from tdmld.chain.mempool import Mempool
 from tdmld.chain.pacing import Times
 from tdmld.node.admission import Admission
 from tdmld.node.chainwire import BlockRequest, Hello, Proposal
 from tdmld.node.finality import Finality
 from tdmld.node.store import ChainStore
-from tdmld.node.validator import ABSTAIN_VIEWS, LOOK_AGAIN, Validator
+from tdmld.node.validator import ABSTAIN_VIEWS, LOOK_AGAIN, SILENT_SECONDS, Validator
 from tests.node.chainkit import (
+    CHAIN,
     COMMITTEE,
     GENESIS,
     KEYS,
@@ -59,16 +62,17 @@ class FakeLinks:
         return found
 
 
+@dataclass
 class FakeLink:
     """Where a message comes from."""
 
-    index = 1
+    index: int = 1
 
 
 class Bench:
     """One validator, run by hand."""
 
-    def __init__(self, store: ChainStore) -> None:
+    def __init__(self, store: ChainStore, times: Times) -> None:
         self.store = store
         self.clock_ms = CLOCK_MS
         self.finality = Finality(store)
@@ -79,7 +83,7 @@ class Bench:
             COMMITTEE,
             self.finality,
             self.admission,
-            NEVER,
+            times,
             now_ms=lambda: self.clock_ms,
             hint_sync=self.hints.append,
         )
@@ -100,6 +104,12 @@ class Bench:
         for message in messages:
             await self.validator.receive(FakeLink(), message)  # type: ignore[arg-type]
 
+    async def greeted(self, *certificates: Certificate, by: Iterable[int] = (1, 2)) -> None:
+        """Links begin with a Hello (N6)."""
+        for index in by:
+            hello = Hello(self.store.height, certificates)
+            await self.validator.receive(FakeLink(index), hello)  # type: ignore[arg-type]
+
     async def executed(self, height: int) -> None:
         feed = self.finality.heads()
         while self.store.height < height:
@@ -107,12 +117,15 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench(path: Path) -> AsyncIterator[Bench]:
-    with trio.fail_after(10), ChainStore(path / "chain", GENESIS) as store:
-        made = Bench(store)
+async def bench(path: Path, *, times: Times = NEVER, greet: bool = True) -> AsyncIterator[Bench]:
+    seconds = 10 if times is NEVER else 10_000  # the latter of a clock that jumps
+    with trio.fail_after(seconds), ChainStore(path / "chain", GENESIS) as store:
+        made = Bench(store, times)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(made.finality.run)
             nursery.start_soon(made.validator.run)
+            if greet:
+                await made.greeted()
             yield made
             nursery.cancel_scope.cancel()
 
@@ -205,14 +218,69 @@ async def test_a_restart_says_the_same_again_and_signs_nothing_new(tmp_path: Pat
         assert [v.kind for v in await made.links.votes(1)] == [Kind.FINALIZE]
 
 
+def ended(view: int) -> Certificate:
+    """The proof that a view was nullified."""
+    rows = ((i, sign_vote(KEYS[i], CHAIN, Kind.NULLIFY, view, ZERO_HASH, i)) for i in (1, 2, 3))
+    return Certificate(Kind.NULLIFY, view, ZERO_HASH, tuple((i, v.signature) for i, v in rows))
+
+
+async def test_an_empty_directory_says_nothing_before_a_quorum_greeted_it(tmp_path: Path) -> None:
+    """Until then this key may have voted from another directory, in any view (N6)."""
+    async with bench(tmp_path, greet=False) as made:
+        block = foreign_block(made.store)
+        await made.hear(Proposal(block, ()))
+        await made.greeted(by=[1])
+        await made.hear(*(vote(Kind.NOTARIZE, block, i) for i in (1, 2, 3)))
+        assert made.posted == []
+        assert not made.validator._may_propose()
+
+
+async def test_an_empty_directory_on_a_fresh_chain_votes_when_a_quorum_greeted_it(
+    tmp_path: Path,
+) -> None:
+    async with bench(tmp_path, greet=False) as made:
+        await made.hear(Proposal(foreign_block(made.store), ()))
+        await made.greeted(by=[1, 2])
+        assert [v.kind for v in await made.links.votes(1)] == [Kind.NOTARIZE]
+
+
 async def test_an_empty_directory_on_a_running_chain_does_not_vote_at_once(tmp_path: Path) -> None:
-    """This key may have voted from another directory (N6)."""
-    async with bench(tmp_path) as made:
+    """This key may have voted from another directory, up to ABSTAIN_VIEWS ahead (N6)."""
+    async with bench(tmp_path, greet=False) as made:
+        block = foreign_block(made.store)
+        await made.greeted(certificate(Kind.NOTARIZE, block), ended(2), ended(3))
+        assert made.posted == [], "no finalization of view 1: it may have been nullified here"
+        for view in range(4, 4 + ABSTAIN_VIEWS + 1):
+            made.validator._act(made.validator.core.time_out(view))
+            assert made.posted == []
+            await made.hear(ended(view))
+        made.validator._act(made.validator.core.time_out(made.validator.view))
+        assert [v.view for v in await made.links.votes(1)] == [4 + ABSTAIN_VIEWS + 1]
+
+
+async def test_an_empty_directory_that_was_synced_does_not_vote_at_once(tmp_path: Path) -> None:
+    async with bench(tmp_path, greet=False) as made:
         block = foreign_block(made.store)
         made.validator.adopt([block], certificate(Kind.FINALIZE, block))
         await made.executed(1)
         assert ROTATION.leader(2) != ME
         await made.hear(Proposal(next_block(made.store, (), 2), ()))
-        assert made.validator.core.cast(Kind.NOTARIZE, 2)
-        assert 1 + ABSTAIN_VIEWS >= 2
+        await made.greeted()
+        assert made.validator.view == 2
         assert made.posted == []
+    async with bench(tmp_path) as made:
+        await made.hear(Proposal(next_block(made.store, (), 2), ()))
+        assert made.posted == [], "a restart changes nothing"
+
+
+async def test_a_chain_that_stands_still_without_it_has_it_vote_after_all(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A wiped validator of three must not stop the chain for ever."""
+    quick = Times(0.01, 1.0, 1.0, 3.0)
+    async with bench(tmp_path, times=quick, greet=False) as made:
+        began = trio.current_time()
+        await made.greeted(ended(1))
+        (late,) = await made.links.votes(1)
+        assert (late.kind, late.view) == (Kind.NULLIFY, 2)
+        assert trio.current_time() >= began + SILENT_SECONDS
