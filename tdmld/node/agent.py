@@ -43,7 +43,7 @@ from tdmld.node.chainerrors import ServiceBusy, SpecUnavailable, StoreError
 from tdmld.node.chainservice import ChainService
 from tdmld.node.errors import AuditImpossible, MachineError
 from tdmld.node.jobfiles import unfinished_jobs
-from tdmld.node.layout import Layout, list_file
+from tdmld.node.layout import Layout, free_bytes, list_file
 from tdmld.node.machine import (
     AuditTask,
     CarrierUp,
@@ -57,9 +57,10 @@ from tdmld.node.machine import (
     StateSource,
     StepDone,
 )
-from tdmld.node.offers import OfferMismatch, check_offer
+from tdmld.node.offers import OfferRefused, check_offer, check_room
 from tdmld.node.peers import PeerBook
 from tdmld.p2p import PeerInfo
+from tdmld.plaintext import plain
 from tdmld.train.errors import TrainError
 from tdmld.train.segment import StoredList, read_list
 from tdmld.train.spec import Spec, decode_spec
@@ -70,6 +71,8 @@ _OFFSETS = {"up": -1, "down": 1}
 """Which stage is at the other end of a link."""
 RETRY_BLOCKS = 6
 """A duty that still stands this many blocks after it was done or failed is done again."""
+MARGIN_BLOCKS = 2
+"""A transaction submitted now stands in a block so soon."""
 SERVED_JOBS = 64
 """Closed jobs whose members may still fetch the result from here; older ones are forgotten."""
 SlotKey = tuple[bytes, int]
@@ -100,6 +103,14 @@ class Progress:
 
 
 @dataclass
+class Replay:
+    """An audit's replay under way; `until`: height at which it is given up, to say so in time."""
+
+    until: int
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+
+@dataclass
 class _Attempt:
     running: bool = True
     height: int = 0
@@ -124,7 +135,8 @@ class Agent:
     """How far ahead an ask runs; it is renewed at the half."""
     on_step: Callable[[StepDone], None] = lambda step: None
     progress: dict[SlotKey, Progress] = field(default_factory=dict)
-    auditing: dict[tuple[bytes, int, int], float] = field(default_factory=dict)
+    auditing: dict[tuple[bytes, int, int], Replay] = field(default_factory=dict)
+    """(job, slot, segment) of what is being replayed for an audit."""
 
     def __post_init__(self) -> None:
         self._attempts: dict[object, _Attempt] = {}
@@ -185,6 +197,9 @@ class Agent:
                     self._known.discard(job_id)
                 standing.add(todo)
                 self._start(nursery, todo, self._action(state, job, todo))
+        for replay in self.auditing.values():
+            if self.chain.height >= replay.until:
+                replay.scope.cancel()
         for gone in [key for key, a in self._attempts.items() if key not in standing]:
             if not self._attempts[gone].running:
                 del self._attempts[gone]
@@ -293,13 +308,14 @@ class Agent:
         try:
             raw, spec = await self._spec(job)
             check_offer(job, raw, spec)
+            check_room(spec, todo.slot, await trio.to_thread.run_sync(free_bytes, self.data_dir))
         except SpecUnavailable as error:
             if self.chain.height < job.matched + self.chain.genesis.parameters.accept_window // 2:
                 raise  # its gossip may still be on the way
             log.warning("job %s: declined, %s", job.id.hex()[:12], error)
             await self._submit(Decline(job.id, todo.attempt, todo.slot))
             return
-        except (OfferMismatch, TrainError) as error:
+        except (OfferRefused, TrainError) as error:
             log.warning("job %s: declined, %s", job.id.hex()[:12], error)
             await self._submit(Decline(job.id, todo.attempt, todo.slot))
             return
@@ -402,12 +418,18 @@ class Agent:
     async def _replay(self, state: State, job: Job, todo: duty.ReplaySegment) -> None:
         at = (job.id, todo.slot, todo.segment)
         self._known.add(job.id)
-        self.auditing[at] = trio.current_time()
+        replay = self.auditing[at] = Replay(self._last_chance(state, *at))
+        found = None
         try:
-            found = await self._find(state, job, todo.slot, todo.segment)
+            with replay.scope:
+                found = await self._find(state, job, todo.slot, todo.segment)
+            if found is None:
+                raise AuditImpossible(
+                    "not done in time: who holds the inputs is too slow, or we are"
+                )
         except AuditImpossible as error:
             log.warning("audit %s: %s", _describe(todo), error)
-            missing = str(error)[: chain_limits.MISSING_BYTES]
+            missing = plain(str(error))[: chain_limits.MISSING_BYTES]
             await self._submit(AuditFail(job.id, job.epoch, todo.slot, todo.segment, missing))
             return
         finally:
@@ -415,6 +437,13 @@ class Agent:
         salt = self._salt(job, todo.slot, todo.segment)
         commitment = blake3(found + salt + self.key.public).digest()
         await self._submit(AuditCommit(job.id, job.epoch, todo.slot, todo.segment, commitment))
+
+    @staticmethod
+    def _last_chance(state: State, job: bytes, index: int, number: int) -> int:
+        """The height at which an AuditFail is still in time: silence would be our fault."""
+        audit = state.audit(job, index, number)
+        assert audit is not None, "duties speak of audits that are drawn"
+        return audit.until - max(MARGIN_BLOCKS, (audit.until - audit.drawn) // 10)
 
     async def _find(self, state: State, job: Job, index: int, number: int) -> bytes:
         """The list root that the replay of a segment gives."""

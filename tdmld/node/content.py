@@ -35,7 +35,7 @@ from tdmld.node.control import (
     StateFile,
 )
 from tdmld.node.errors import ContentError, ContentMismatch, ContentRefused, ContentUnavailable
-from tdmld.node.layout import Layout, is_file_name
+from tdmld.node.layout import Layout, free_bytes, is_file_name
 from tdmld.p2p import Host, Stream
 from tdmld.p2p.errors import DialFailed, P2PError, StreamClosed, StreamError
 from tdmld.train.data import cut_shards
@@ -56,8 +56,6 @@ IDLE_SECONDS = 30.0
 RETRY_SECONDS = (0.2, 1.0)
 """Pauses before a holder is asked again after a broken stream."""
 MAX_RESULT_FILES = 32
-DISK_RESERVE_BYTES = 64 << 20
-"""Left free on the disk, so that the chain's database can go on."""
 _KNOWN_HASHES = 1024
 
 
@@ -170,8 +168,7 @@ class ContentStore:
     def make_room(self, size: int, *, blob: bool) -> None:
         """ContentRefused when `size` more bytes may not or cannot be kept."""
         directory = self._layout.data_dir
-        free = os.statvfs(directory)
-        if free.f_bavail * free.f_frsize < size + DISK_RESERVE_BYTES:
+        if free_bytes(directory) < size:
             raise ContentRefused(f"the disk of {directory} is full; {size} bytes are needed")
         if blob:
             held = sum(

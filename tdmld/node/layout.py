@@ -1,9 +1,12 @@
 """Where things lie in a node's directory (the machine's part of it)."""
 
 import errno
+import os
 import re
 from pathlib import Path
 
+DISK_RESERVE_BYTES = 256 << 20
+"""Left free on the disk by everything that jobs write, so that the chain's database can go on."""
 SEED_BYTES = 32
 """Size of the session key's file."""
 MAX_LOG_TAIL_BYTES = 4096
@@ -87,6 +90,12 @@ def tail(path: Path, start: int = 0) -> str:
         return ""
     lines = [line.strip() for line in raw.decode("utf-8", "replace").splitlines() if line.strip()]
     return " | ".join(lines[-4:])[-600:]
+
+
+def free_bytes(directory: Path) -> int:
+    """What jobs may still write on the disk of `directory`; negative when it is too full."""
+    found = os.statvfs(directory)
+    return found.f_bavail * found.f_frsize - DISK_RESERVE_BYTES
 
 
 def disk_text(error: OSError) -> str:

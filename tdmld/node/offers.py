@@ -1,17 +1,26 @@
-"""Whether an offer says what its spec says.
+"""Whether an offer says what its spec says, and whether its work fits here.
 
 The chain knows of a job only the numbers in its Offer. A member compares them with the spec before
 it accepts: a submitter who promised little work and specified much is declined.
 """
 
 from tdmld.chain.crypto import sha256
+from tdmld.chain.limits import STANDBY_SLOT
 from tdmld.chain.records import Job
 from tdmld.chain.transactions import Stage
-from tdmld.train.spec import Spec, stage_memory, stage_parameters
+from tdmld.train.spec import Spec, stage_disk, stage_memory, stage_parameters, standby_disk
 
 
-class OfferMismatch(Exception):
+class OfferRefused(Exception):
+    """This node will not take a place in the job; the text says why."""
+
+
+class OfferMismatch(OfferRefused):
     """The offer and its spec disagree; the text names the field."""
+
+
+class NoRoom(OfferRefused):
+    """The disk is too small for what the place needs."""
 
 
 def offered_stages(spec: Spec) -> tuple[Stage, ...]:
@@ -40,3 +49,15 @@ def check_offer(job: Job, raw: bytes, spec: Spec) -> None:
     for name, (offered, specified) in pairs.items():
         if offered != specified:
             raise OfferMismatch(f"the offer says {name} = {offered!r}, its spec {specified!r}")
+
+
+def check_room(spec: Spec, slot: int, free: int) -> None:
+    """Raise NoRoom when a place (slot index or STANDBY_SLOT) needs more than `free` bytes of disk.
+
+    A disk that fills up in the middle would end the job as this node's fault.
+    """
+    needed = standby_disk(spec) if slot == STANDBY_SLOT else stage_disk(spec, slot % spec.stages)
+    if needed > free:
+        raise NoRoom(
+            f"it needs {needed >> 20} MiB of disk, {max(free, 0) >> 20} MiB may be used; free some"
+        )

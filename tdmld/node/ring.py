@@ -5,17 +5,20 @@ stay in memory, so that a connected peer never waits for the disk; a peer that w
 from the logs.
 """
 
+import errno
 import mmap
 from collections import OrderedDict
 from pathlib import Path
 
 from tdmld.node.errors import LinkRefused
+from tdmld.node.layout import free_bytes
 from tdmld.train.framelog import FrameLogWriter, frame_log_name, index_frames
 
 
 class SlotRing:
     """Appends never sync; `take_segment` gives the logs of a finished segment to close (sync).
 
+    A segment's logs are begun only while they fit on the disk beside what the chain needs.
     OSError (disk full) from every method that writes leaves what was written before intact.
     """
 
@@ -37,6 +40,8 @@ class SlotRing:
         writer = self._writers.get(key)
         if writer is None:
             path = self._directory / frame_log_name(segment, link, direction)
+            if free_bytes(self._directory) < self._segment_frames * self._frame_bytes:
+                raise OSError(errno.ENOSPC, "no room for the frames of another segment", str(path))
             writer = self._writers[key] = FrameLogWriter(path, self._frame_bytes)
         writer.append(seq, signature, payload)
         if direction == "sent":

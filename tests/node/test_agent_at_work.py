@@ -10,7 +10,7 @@ import trio.testing
 from tdmld.chain.codec import encode
 from tdmld.chain.crypto import KeyPair, address, sha256
 from tdmld.chain.records import JobStatus
-from tdmld.chain.transactions import Payload, decode_transaction
+from tdmld.chain.transactions import AuditFail, Decline, Payload, decode_transaction
 from tdmld.node.agent import Agent
 from tdmld.node.errors import ControlError
 from tdmld.node.finality import HeadFeed
@@ -31,6 +31,7 @@ class FakeChain:
         self.world, self.genesis = world, world.genesis
         self.feed = HeadFeed(lambda feed: None)
         self.sent: list[Payload] = []
+        self.submitted = trio.Event()
 
     @property
     def height(self) -> int:
@@ -47,6 +48,7 @@ class FakeChain:
 
     async def submit(self, raw: bytes) -> bytes:
         self.sent.append(decode_transaction(raw, self.world.chain_id).payload)
+        self.submitted.set()
         return sha256(raw)
 
 
@@ -81,6 +83,11 @@ class FakeMachine:
         raise KeyError("a defect")
 
     async def grant(self, job: bytes, slot: SlotId, until: int) -> None: ...
+
+    async def hold_state(self, *arguments: object) -> None: ...
+
+    async def keyed_hash(self, *arguments: object) -> bytes:
+        return bytes(32)
 
     async def settled(self, job: bytes, slot: SlotId, segment: int) -> None: ...
 
@@ -153,7 +160,7 @@ def world() -> World:
     return made
 
 
-def submit(world: World) -> bytes:
+def submit(world: World, **changes: Any) -> bytes:
     """Owner 0 offers the small job, as its spec says."""
     job = world.submit(
         spec_id=sha256(RAW),
@@ -164,6 +171,7 @@ def submit(world: World) -> bytes:
         unsettled=SPEC.pipeline.unsettled,
         state_every=SPEC.pipeline.state_every,
         tokens=SPEC.tokens_per_segment,
+        **changes,
     )
     world.play_until(job, JobStatus.MATCHED)
     return job
@@ -267,3 +275,32 @@ async def test_files_of_a_job_that_ended_while_this_node_was_away_are_removed(
     (tmp_path / "jobs" / "notes").mkdir()
     rig = await serve(world, mine)
     assert rig.machine.closed == [job]
+
+
+async def test_a_place_that_does_not_fit_on_the_disk_is_declined(
+    world: World, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = submit(world)
+    monkeypatch.setattr("tdmld.node.agent.free_bytes", lambda directory: 1000)
+    rig = await serve(world, worker_of(world, job, 1))
+    with trio.fail_after(30):
+        await rig.chain.submitted.wait()
+    assert rig.sent(Decline) == [Decline(job, 0, 1)]
+
+
+async def test_an_audit_that_comes_too_slowly_is_given_up_in_time(world: World, serve: Any) -> None:
+    """Who is audited and gives its state a byte at a time must not make it the auditor's fault."""
+    for node in world.keys:
+        world.vices[node] = frozenset({Vice.NEVER_AUDITS})
+    job = submit(world, audit_rate=1_000_000)
+    world.play_until(job, JobStatus.ACTIVE)
+    while (audit := world.state.audit(job, 0, 0)) is None:
+        world.play(job)
+    rig = await serve(world, place_of(world, audit.auditor))
+    assert rig.machine.audits
+    while not rig.sent(AuditFail) and world.height < audit.until:
+        await rig.block()
+    failed = next(fail for fail in rig.sent(AuditFail) if (fail.slot, fail.segment) == (0, 0))
+    assert "in time" in failed.missing
+    assert world.height < audit.until - 1
+    assert (job, 0, 0) not in rig.agent.auditing

@@ -120,6 +120,16 @@ async def test_a_full_disk_fails_the_slot_with_a_remedy_and_deletes_nothing(
     assert (rig.directory / "ring" / "0.up.sent").stat().st_size > 5
 
 
+async def test_frames_leave_the_chain_its_room_on_the_disk(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tdmld.node.ring.free_bytes", lambda directory: 199)
+    await rig.make(0)
+    await rig.server.closed.wait()
+    assert "no room for the frames" in rig.broken()
+    assert "free some space" in rig.broken()
+
+
 async def test_a_list_that_is_not_about_these_frames_is_not_reported(rig: Rig) -> None:
     await rig.make(0)
     zero = bytes(32)
