@@ -267,6 +267,10 @@ class LinkLog:
             link_root((seq, self._received[seq]) for seq in span if seq in self._received),
         )
 
+    def keeps(self, segment: int) -> bool:
+        """Whether the digests of a segment's frames are still here."""
+        return segment * self.segment_frames >= self._kept_from
+
     def discard(self, segment: int) -> None:
         """Forget segments <= `segment`; frames below cannot be asked for any more."""
         border = min((segment + 1) * self.segment_frames, self.produced, self.consumed)

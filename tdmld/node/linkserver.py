@@ -38,13 +38,16 @@ HELLO_SECONDS = 15.0
 REDIAL_FIRST_SECONDS = 0.1
 REDIAL_LAST_SECONDS = 5.0
 
-Deliver = Callable[[str, int, memoryview], Awaitable[None]]
+Room = Callable[[str], Awaitable[None]]
+Deliver = Callable[[str, int, memoryview], None]
 
 
 class LinkServer:
     """One end of one link of a live slot.
 
-    `deliver(link, seq, payload)` takes a verified frame; it may wait (the peer then waits too).
+    `room(link)` waits until one more frame can be taken (the peer then waits too): LINK-3 bounds
+    what an honest peer sends, but a peer's Hello says itself what it holds of ours.
+    `deliver(link, seq, payload)` takes a verified frame.
     `broken(text)` is called when the slot must stop: LinkMismatch, or the disk.
     """
 
@@ -55,6 +58,7 @@ class LinkServer:
         signer: LinkSigner,
         peer: str,
         frame_bytes: int,
+        room: Room,
         deliver: Deliver,
         broken: Callable[[str], None],
     ) -> None:
@@ -66,6 +70,7 @@ class LinkServer:
         self._ring = ring
         self._signer = signer
         self._limit = message_limit(frame_bytes)
+        self._room = room
         self._deliver = deliver
         self._broken = broken
         self._scope: trio.CancelScope | None = None
@@ -92,6 +97,11 @@ class LinkServer:
         signature = self._signer.sign_frame(self.place, seq, value)
         self._ring.append(self.place.link, "sent", seq, signature, payload)
         self._wake()
+
+    def discard(self, segment: int) -> None:
+        """Frames and acknowledgements of segments <= `segment` are of no use any more."""
+        self.state.discard(segment)
+        self.acks = {number: ack for number, ack in self.acks.items() if number > segment}
 
     async def dial(self, host: Host, protocol: str) -> None:
         """Keep a stream until the goodbye; for the end at the smaller stage. Cancel to stop."""
@@ -173,9 +183,10 @@ class LinkServer:
 
     async def _read(self, stream: Stream, heard: trio.Event) -> None:
         while not heard.is_set():
+            await self._room(self.place.link)
             match decode_message(await stream.receive(self._limit)):
                 case Frame(seq, signature, payload):
-                    await self._frame(seq, signature, payload)
+                    self._frame(seq, signature, payload)
                 case Ack() as ack:
                     self._acknowledged(ack)
                 case Bye():
@@ -186,7 +197,7 @@ class LinkServer:
                 case Hello():
                     raise LinkRefused("a second Hello")
 
-    async def _frame(self, seq: int, signature: bytes, payload: memoryview) -> None:
+    def _frame(self, seq: int, signature: bytes, payload: memoryview) -> None:
         fresh = self.state.admits(seq, payload.nbytes)
         value = digest(payload)
         if not self._signer.check_frame(self._peer_key, self.place.other, seq, value, signature):
@@ -201,16 +212,17 @@ class LinkServer:
             signed = self._signer.sign_ack(self.place.other, segment, root)
             self._acks.append(Ack(segment, root, signed))
         self._wake()
-        # Shielded: a frame that was counted must reach the worker, also when a newer stream
-        # replaces this one just now. `deliver` waits for nothing but memory of our own.
-        with trio.CancelScope(shield=True):
-            await self._deliver(self.place.link, seq, payload)
+        # No wait since it was counted: it must reach the worker, also when a newer stream
+        # replaces this one just now.
+        self._deliver(self.place.link, seq, payload)
 
     def _acknowledged(self, ack: Ack) -> None:
         if (ack.segment + 1) * self.state.segment_frames > self.state.produced:
             raise LinkRefused(f"segment {ack.segment} was acknowledged before it was sent")
         if not self._signer.check_ack(self._peer_key, self.place, ack):
             raise LinkRefused("an acknowledgement that the neighbour did not sign")
+        if not self.state.keeps(ack.segment):
+            return  # late: settled and forgotten, there is nothing left to compare it with
         if ack.root != self.state.roots(ack.segment)[0] and ack.segment not in self.acks:
             raise LinkMismatch(f"segment {ack.segment}: the peer received other bytes than we sent")
         self.acks[ack.segment] = ack

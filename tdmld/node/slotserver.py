@@ -84,6 +84,7 @@ class SlotServer:
                 signer,
                 peer,
                 dims.frame_bytes,
+                self._room,
                 self._deliver,
                 self.fail,
             )
@@ -112,8 +113,11 @@ class SlotServer:
                             nursery.start_soon(link.dial, host, protocol)
         finally:
             self._socket.close()
-            with trio.CancelScope(shield=True):
-                await self._close_logs(self.ring.take_segment(2**62))
+            try:
+                with trio.CancelScope(shield=True):
+                    await self._close_logs(self.ring.take_segment(2**62))
+            except OSError as error:
+                self.fail(f"its last frames could not be kept: {disk_text(error)}")
             self.closed.set()
 
     def fail(self, text: str) -> None:
@@ -142,7 +146,7 @@ class SlotServer:
     def discard(self, segment: int) -> None:
         """Frames of segments <= `segment` are of no use any more."""
         for link in self.links.values():
-            link.state.discard(segment)
+            link.discard(segment)
 
     async def _goodbye(self) -> None:
         for link in self.links.values():
@@ -218,7 +222,13 @@ class SlotServer:
 
     # --- carrier -> worker
 
-    async def _deliver(self, link: str, seq: int, payload: memoryview) -> None:
+    async def _room(self, link: str) -> None:
+        """Frames that found no place wait in memory, as many as there are places."""
+        while len(self._waiting[link]) >= self._memory.places:
+            moved = self._outbox_filled
+            await moved.wait()
+
+    def _deliver(self, link: str, seq: int, payload: memoryview) -> None:
         vacant = self._vacant[link]
         if vacant and not self._waiting[link]:
             self._place(link, seq, payload, vacant.popleft())

@@ -188,6 +188,7 @@ class Side:
     arrived: trio.MemoryReceiveChannel[int]
     got: list[tuple[int, bytes]] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+    room: trio.Event = field(default_factory=trio.Event)
 
 
 @dataclass
@@ -219,8 +220,12 @@ def make_rig(tmp_path: Path) -> Iterator[Make]:
             ring = SlotRing(directory, 6, 64, 2)
             rings.append(ring)
             side = Side(None, keys[n], ring, *trio.open_memory_channel[int](100))  # type: ignore[arg-type]
+            side.room.set()
 
-            async def deliver(link: str, seq: int, data: memoryview, side: Side = side) -> None:
+            async def room(link: str, side: Side = side) -> None:
+                await side.room.wait()
+
+            def deliver(link: str, seq: int, data: memoryview, side: Side = side) -> None:
                 side.got.append((seq, bytes(data)))
                 side.arriving.send_nowait(seq)
 
@@ -230,6 +235,7 @@ def make_rig(tmp_path: Path) -> Iterator[Make]:
                 LinkSigner(keys[n], CHAIN),
                 keys[1 - n].address,
                 64,
+                room,
                 deliver,
                 side.broken.append,
             )
@@ -363,6 +369,44 @@ async def test_a_flood_is_refused_before_it_fills_the_memory(make_rig: Make) -> 
     frames = [signed(rig, n, b"data") for n in range(4)]
     assert "ahead" in str(await attack(rig, *frames))
     assert len(rig.lower.got) == DIMS.stages
+
+
+async def test_a_peer_that_claims_to_hold_everything_waits_for_room(
+    make_rig: Make, nursery: trio.Nursery
+) -> None:
+    """Its Hello lifts LINK-3; what we keep for a slow worker stays bounded nevertheless."""
+    rig = make_rig()
+    rig.lower.room = trio.Event()
+    held = encode_small(Hello(*UPPER, 0, FRAMES, (bytes(32),)))
+    evil, theirs = stream_pair(rig.upper.key.address, rig.lower.key.address)
+    for message in (held, *(signed(rig, n, b"data") for n in range(6))):
+        await evil.send(message)
+    nursery.start_soon(rig.accept, theirs)
+    await trio.testing.wait_all_tasks_blocked()
+    assert rig.lower.got == []
+    assert rig.lower.server.state.consumed == 0
+    nursery.cancel_scope.cancel()
+
+
+async def test_an_acknowledgement_that_comes_after_the_segment_was_forgotten_harms_nothing(
+    make_rig: Make,
+) -> None:
+    rig = make_rig()
+    for seq in range(6):
+        rig.lower.server.produce(seq, memoryview(b"gradient"))
+        rig.lower.server.state.consume(seq, value(b"data"))
+    signer = LinkSigner(rig.upper.key, CHAIN)
+    root = rig.lower.server.state.roots(0)[0]
+    ack = encode_small(Ack(0, root, signer.sign_ack(UPPER.other, 0, root)))
+    rig.lower.server.discard(0)
+    hello = Hello(*UPPER, 0, 6, ())
+    evil, theirs = stream_pair(rig.upper.key.address, rig.lower.key.address)
+    for message in (encode_small(hello), ack, b"?"):
+        await evil.send(message)
+    with pytest.raises(LinkRefused, match="unknown"):
+        await rig.accept(theirs)
+    assert rig.lower.broken == []
+    assert rig.lower.server.acks == {}
 
 
 async def test_an_early_goodbye_a_second_hello_and_a_false_ack_are_refused(make_rig: Make) -> None:

@@ -69,12 +69,37 @@ async def test_a_sent_frame_is_logged_and_its_place_freed(rig: Rig) -> None:
 async def test_frames_wait_when_the_worker_holds_every_place(rig: Rig) -> None:
     places = list(rig.memory.incoming("up"))
     for seq in range(len(places) + 2):
-        await rig.server._deliver("up", seq, memoryview(b"%05d" % seq))
+        rig.server._deliver("up", seq, memoryview(b"%05d" % seq))
     arrived = [await rig.hear() for _ in places]
     assert arrived == [channel.Arrived("up", n, place, 5) for n, place in enumerate(places)]
     await rig.say(channel.Free(places[4]))
     assert await rig.hear() == channel.Arrived("up", len(places), places[4], 5)
     assert bytes(rig.memory.view(places[4], 5)) == b"%05d" % len(places)
+
+
+async def test_a_worker_that_takes_nothing_stops_the_reader(rig: Rig) -> None:
+    places = list(rig.memory.incoming("up"))
+    for seq in range(2 * len(places)):
+        await rig.server._room("up")
+        rig.server._deliver("up", seq, memoryview(b"%05d" % seq))
+    with trio.move_on_after(0) as waited:
+        await rig.server._room("up")
+    assert waited.cancelled_caught
+    await rig.say(channel.Free(places[0]))
+    await rig.server._room("up")
+
+
+async def test_logs_that_cannot_be_closed_end_this_slot_only(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await rig.make(0)
+
+    def broken(writer: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("tdmld.train.framelog.FrameLogWriter.close", broken)
+    await rig.server.close(abort=True)
+    assert "last frames" in rig.broken()
 
 
 @pytest.mark.parametrize(
