@@ -24,7 +24,9 @@ Rules
   S8  Every distinct vote counts, at most MAX_VARIANTS blocks per validator, kind and view, for
       views up to AHEAD beyond the current one. Certificates are never limited in view.
   S9  One's own vote counts after the shell has stored it: `add_vote` closes the loop. After a
-      restart stored votes come back through the constructor and are never made again.
+      restart stored votes come back through the constructor and are never made again. With a vote
+      are stored the certificates seen before it, which `start` gets back: when all restart at once
+      and somebody who signed is gone, the votes of the others may not be enough to make them anew.
   S10 A finalization of (v, block) finalizes its ancestors; everything below v is forgotten.
   S11 A nullification is forwarded at once, as is a notarization of a view whose leader or voters
       were seen to contradict themselves. Everything else travels when it is missed: who says
@@ -61,7 +63,7 @@ AHEAD = 128
 MAX_VARIANTS = 4
 """Distinct blocks per validator, kind and view that are counted (S8). Honest ones vote for one."""
 MAX_CERTIFICATES = 64
-"""Certificates in one answer, hello or proposal; the newest are kept."""
+"""Certificates in one proposal (the newest) or hello (what is more follows it)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +185,13 @@ class Simplex:
 
     # ---- inputs ----------------------------------------------------------------------------
 
-    def start(self) -> list[Effect]:
-        """Draw the conclusions of the stored votes. Call once, before any other input."""
+    def start(self, certificates: Iterable[Certificate] = ()) -> list[Effect]:
+        """Draw the conclusions of the stored votes and of the `certificates` stored with them (S9).
+        Call once, before any other input."""
         out: list[Effect] = []
+        for certificate in sorted(certificates, key=lambda c: (c.view, c.kind)):
+            if self.wants_certificate(certificate):
+                self._accept(certificate, False, out)
         for kind, view, block in sorted(self._tallies):
             self._certify(kind, view, block, out)
         return self._vote(out)
@@ -310,8 +316,7 @@ class Simplex:
 
     def certificates(self) -> tuple[Certificate, ...]:
         """What brings another validator to the current view, oldest first."""
-        known = sorted(self._certificates.values(), key=lambda c: (c.view, c.kind))
-        return tuple(known[-MAX_CERTIFICATES:])
+        return tuple(sorted(self._certificates.values(), key=lambda c: (c.view, c.kind)))
 
     def finalization(self, view: int) -> Certificate | None:
         """The certificate that finalized `view`, while it is remembered."""

@@ -363,6 +363,7 @@ class ChainService:
         """
         self._host.set_handler(self._protocols.sync, self._server.accept)
         if self._validator is not None:
+            self._validator.start()
             self._host.set_handler(self._protocols.consensus, self._validator.links.accept)
         changes = self._host.changes()
         async with trio.open_nursery() as nursery:

@@ -9,7 +9,7 @@ a crash takes away is fetched again. A batch is atomic, so head, state, tree and
     K        node key that signs     x id     receipt                        it has one of its own
     H        head                    r height state root    e height  outcomes of its transactions
     v view kind   own vote           p view   own proposal  n view hash   notarized body
-    o id          spec
+    o id          spec               c view kind   certificate stored with own votes
 """
 
 import threading
@@ -313,6 +313,11 @@ class ChainStore:
         """Own votes above the head, as they were signed."""
         return tuple(self._decode(Vote, raw, "vote") for raw in self._scan(b"v"))
 
+    def view_certificates(self) -> tuple[Certificate, ...]:
+        """The certificates above the head that own votes rest on."""
+        rows = self._scan(b"c")
+        return tuple(self._decode(Certificate, raw, "certificate of a view") for raw in rows)
+
     def proposal(self, view: int) -> Block | None:
         """Own proposal in a view above the head, as it was signed."""
         raw = self._read(b"p" + _number(view))
@@ -329,10 +334,12 @@ class ChainStore:
         votes: Sequence[Vote],
         proposals: Sequence[Block],
         bodies: Sequence[Block],
+        certificates: Sequence[Certificate] = (),
     ) -> list[Vote]:
         """Make own votes and proposals durable, in one synced batch, before they are sent.
 
-        `bodies` are the blocks notarized by `votes`. Returns the votes that may be sent: all but
+        `bodies` are the blocks notarized by `votes`, `certificates` what was seen before them and
+        is not stored yet. Returns the votes that may be sent: all but
         those of views that became final meanwhile. Raises SignGuardError, writing nothing, when
         something contradicts what was recorded before; the same thing again is no contradiction.
         Blocks for a disk's sync: call it in a thread.
@@ -353,6 +360,10 @@ class ChainStore:
             if block.header.view > final:
                 key = b"n" + _number(block.header.view) + block_hash(block.header)
                 batch.put(key, encode(block))
+        for certificate in certificates:
+            if certificate.view > final:
+                key = b"c" + _number(certificate.view) + bytes([certificate.kind])
+                batch.put(key, encode(certificate))
         batch.put(b"K", node)
         self._write(batch, self._synced)
         with self._guard_lock:
@@ -376,7 +387,7 @@ class ChainStore:
         """Everything up to a final view can no longer be voted on."""
         with self._guard_lock:
             self._guard = {key: value for key, value in self._guard.items() if key[1] > view}
-        for prefix in (b"v", b"p", b"n"):
+        for prefix in (b"v", b"p", b"n", b"c"):
             for key in self._keys(prefix + self._above(), prefix + _number(view + 1)):
                 batch.delete(key)
 

@@ -35,6 +35,7 @@ from tdmld.chain.blocks import (
 )
 from tdmld.chain.codec import encode
 from tdmld.chain.consensus import (
+    MAX_CERTIFICATES,
     MAX_DEPTH,
     Answer,
     CastVote,
@@ -126,6 +127,8 @@ class Validator:
         self._asked = -ASK_AGAIN
         self._outbox: list[Vote | Block] = []
         self._outbox_news = trio.Event()
+        self._unstored: list[Certificate] = []
+        """Certificates seen since the last batch was written; the next one takes them along."""
         self._wake = trio.Event()
         self._due = next_due(store.get) is not None
         for block in store.bodies():
@@ -142,11 +145,14 @@ class Validator:
         """Something changed: look again at what is due."""
         self._wake.set()
 
-    async def run(self) -> None:
-        """Validate for ever. SignGuardError and StoreError end the node."""
-        self._act(self.core.start())
+    def start(self) -> None:
+        """Draw the conclusions of what is stored. Call once, before the first message comes."""
+        self._act(self.core.start(self._store.view_certificates()))
         self._judge()
         self._speak_when_greeted()
+
+    async def run(self) -> None:
+        """Validate for ever. SignGuardError and StoreError end the node."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._write)
             nursery.start_soon(self._clock)
@@ -160,6 +166,7 @@ class Validator:
                     chain_id = self._committee.chain_id
                     self._post(sign_vote(self.key, chain_id, kind, view, block, self._me))
                 case Certified(certificate, forward):
+                    self._unstored.append(certificate)
                     if forward:
                         self.links.broadcast(certificate)
                 case EnterView():
@@ -212,6 +219,7 @@ class Validator:
         self._finality.advance(blocks, certificate)
         self._bodies.finalize(blocks)
         view = blocks[-1].header.view
+        self._unstored = [known for known in self._unstored if known.view > view]
         self._proposed = {proposed for proposed in self._proposed if proposed > view}
 
     def _executed(self, applied: AppliedBlock) -> None:
@@ -236,8 +244,9 @@ class Validator:
                 for key in notarized
                 if (body := self._bodies.tree.get(key)) is not None and body not in proposals
             ]
+            certificates, self._unstored = self._unstored, []
             kept = await trio.to_thread.run_sync(
-                self._store.record, self.key.public, votes, proposals, bodies
+                self._store.record, self.key.public, votes, proposals, bodies, certificates
             )
             for item in batch:
                 if isinstance(item, Block):
@@ -257,7 +266,12 @@ class Validator:
 
     def greet(self) -> Iterator[object]:
         """What a new link is told: height, certificates, own votes and proposals (N2)."""
-        yield Hello(self._finality.height, self.core.certificates())
+        known = self.core.certificates()
+        final = self._store.certificate(self._store.height)
+        if final is not None and self.core.finalization(self.core.final_view) is None:
+            known = (final, *known)
+        yield Hello(self._finality.height, known[:MAX_CERTIFICATES])
+        yield from known[MAX_CERTIFICATES:]
         for block in self._store.bodies():
             if block.header.view > self.core.final_view and (
                 block.header.proposer == self.key.public

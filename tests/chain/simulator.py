@@ -7,7 +7,7 @@ after the world has calmed every transaction becomes final everywhere and the ch
 
 import heapq
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tdmld.chain.blocks import Block, Certificate, Header, Kind, Vote, block_hash
 from tdmld.chain.codec import ZERO_HASH
@@ -44,6 +44,8 @@ class Plan:
 
     stakes: tuple[int, ...]
     twin: int | None = None
+    gone: int | None = None
+    """At the end of the chaos the power fails everywhere, and this one does not come back."""
     chaos: float = 15.0
     loss: float = 0.0
     duplicate: float = 0.0
@@ -80,7 +82,9 @@ def random_plan(rng: random.Random) -> Plan:
 class Disk:
     """A log whose tail is lost at a crash unless it was synced."""
 
-    log: list[Vote | Block | tuple[list[Block], Certificate]] = field(default_factory=list)
+    log: list[Vote | Block | Certificate | tuple[list[Block], Certificate]] = field(
+        default_factory=list
+    )
     synced: int = 0
 
 
@@ -92,6 +96,7 @@ class Node:
     def __init__(self, world: "World", name: int, index: int) -> None:
         self.world, self.name, self.index = world, name, index
         self.honest = True
+        self.gone = False
         self.disk = Disk()
         self.pool: dict[bytes, None] = {}
         self.seed = 0
@@ -102,6 +107,9 @@ class Node:
 
     def stored_votes(self) -> list[Vote]:
         return [row for row in self.disk.log if isinstance(row, Vote)]
+
+    def stored_certificates(self) -> list[Certificate]:
+        return [row for row in self.disk.log if isinstance(row, Certificate)]
 
     def boot(self) -> None:
         self.up = True
@@ -123,6 +131,7 @@ class Node:
         )
         self.pacing = Pacing(self.world.plan.times, self.world.now)
         self.outbox: list[Vote | Block] = []
+        self.unstored: list[Certificate] = []
         self.writing = False
         self.want: tuple[int, bytes] | None = None
         self.asked = -9.0
@@ -134,7 +143,7 @@ class Node:
                 self.tree.add(row)
                 if self.world.leader(row.header.view) == self.index:
                     self.proposed.add(row.header.view)
-        self.act(self.core.start())
+        self.act(self.core.start(self.stored_certificates()))
         self.judge()
         self.tick()
 
@@ -152,6 +161,7 @@ class Node:
                 case CastVote(kind, view, block):
                     self.outbox.append(Vote(kind, view, block, self.index, NO_SIGNATURE))
                 case Certified(certificate, forward):
+                    self.unstored.append(certificate)
                     if forward:
                         self.world.broadcast(self, certificate)
                 case EnterView():
@@ -199,6 +209,12 @@ class Node:
         batch, self.outbox = self.outbox[:count], self.outbox[count:]
         self.writing = False
         self.disk.log += batch
+        for vote in batch:
+            body = self.tree.get(vote.hash) if isinstance(vote, Vote) else None
+            if body is not None:
+                self.disk.log.append(body)
+        self.disk.log += self.unstored
+        self.unstored = []
         self.disk.synced = len(self.disk.log)
         if self.world.crash_after_sync(self):
             return
@@ -492,7 +508,9 @@ class World:
     def step(self) -> None:
         self.now, _, node, life, what, data = heapq.heappop(self._queue)
         self.events += 1
-        if what == "submit":
+        if node.gone:
+            pass
+        elif what == "submit":
             assert isinstance(data, int)
             self.submit(data)
         elif what == "partition":
@@ -525,7 +543,7 @@ class World:
         want = {b"tx%d" % n for n in range(self.plan.transactions)}
         heads = set()
         for node in self.nodes:
-            if node.honest:
+            if node.honest and not node.gone:
                 held = {raw for body in node.chain for raw in body.transactions}
                 if want - held:
                     return True
@@ -537,14 +555,19 @@ class World:
         self.calm = True
         self.groups = None
         self._crashes = 0
+        if self.plan.gone is not None:
+            for node in self.nodes:
+                node.gone = node.index == self.plan.gone
+                if node.up:
+                    node.crash()
         for node in self.nodes:
-            if not node.up:
+            if not node.up and not node.gone:
                 node.boot()
         for node in self.nodes:
             self.hello(node)
         for number in range(self.plan.transactions):
             for node in self.nodes:
-                if node.honest:
+                if node.honest and not node.gone:
                     node.receive(node.name, b"tx%d" % number)
                     node.tick()
 
@@ -564,4 +587,14 @@ class World:
 def run_seed(seed: int, node: type[Node] = Node) -> World:
     """One random schedule."""
     plan = random_plan(random.Random(seed))
+    return World(plan, seed + 1_000_000, node).run()
+
+
+def run_power_failure(seed: int, node: type[Node] = Node) -> World:
+    """One random schedule, at whose end all restart but one."""
+    rng = random.Random(seed)
+    plan = replace(random_plan(rng), twin=None, partitions=2, loss=0.2)
+    total = sum(plan.stakes)
+    weak = [i for i, stake in enumerate(plan.stakes) if stake * 3 < total]
+    plan = replace(plan, gone=rng.choice(weak) if weak else None)
     return World(plan, seed + 1_000_000, node).run()

@@ -4,6 +4,7 @@ from tdmld.chain.blocks import Certificate, Kind, Vote
 from tdmld.chain.codec import ZERO_HASH
 from tdmld.chain.consensus import (
     AHEAD,
+    MAX_CERTIFICATES,
     MAX_DEPTH,
     MAX_VARIANTS,
     Answer,
@@ -196,3 +197,34 @@ def test_block_sync_jumps_over_views() -> None:
     parent = simplex.parent()
     assert parent is not None
     assert (parent.view, parent.hash) == (40, block(40))
+
+
+def test_s9_stored_certificates_end_views_again_and_bring_no_second_vote() -> None:
+    before = (vote(Kind.FINALIZE, 1, block(1), 0),)
+    simplex = core(stored=before)
+    known = [certificate(Kind.NULLIFY, 2), certificate(Kind.NOTARIZE, 1, block(1))]
+    effects = simplex.start(known)
+    assert simplex.view == 3
+    assert not any(isinstance(effect, CastVote) for effect in effects)
+    assert set(simplex.certificates()) == set(known)
+
+
+def test_whoever_has_much_to_catch_up_is_told_all_of_it() -> None:
+    """A nullification that lacks would forbid it for ever to extend what is below."""
+    simplex = core()
+    for view in range(1, MAX_CERTIFICATES + 9):
+        simplex.add_certificate(certificate(Kind.NULLIFY, view))
+    assert len(simplex.certificates()) == MAX_CERTIFICATES + 8
+
+
+def test_a_silent_validator_casts_nothing_and_then_what_it_may() -> None:
+    simplex = core()
+    simplex.silence(2)
+    assert simplex.add_block(1, block(5), child()) == []
+    assert simplex.time_out(1) == []
+    assert not simplex.may_propose()
+    effects = simplex.add_certificate(certificate(Kind.NOTARIZE, 1, block(5)))
+    assert not any(isinstance(effect, CastVote) for effect in effects)
+    simplex.add_block(2, block(6), child(1, block(5)))
+    assert simplex.silence(1) == [CastVote(Kind.NOTARIZE, 2, block(6))]
+    assert simplex.time_out(2) == [CastVote(Kind.NULLIFY, 2, ZERO_HASH)]

@@ -2,10 +2,18 @@
 
 import pytest
 
-from tdmld.chain.blocks import Block, Kind, Vote
+from tdmld.chain.blocks import Block, Certificate, Kind, Vote
 from tdmld.chain.consensus import CastVote, Effect, Simplex
 from tests.chain import simulator
-from tests.chain.simulator import Node, Plan, Violation, World, run_seed
+from tests.chain.simulator import (
+    Node,
+    Plan,
+    Stuck,
+    Violation,
+    World,
+    run_power_failure,
+    run_seed,
+)
 
 SEEDS = 300
 
@@ -30,6 +38,12 @@ def test_no_disagreement_no_double_sign_nobody_stuck() -> None:
     assert blocks > SEEDS * 2
     assert crashes > SEEDS
     assert twins > SEEDS / 10
+
+
+def test_a_power_failure_after_which_one_stays_away_stops_nobody() -> None:
+    """What it signed is gone with it; the certificates are not."""
+    blocks = sum(len(run_power_failure(seed).agreed) for seed in range(SEEDS // 2))
+    assert blocks > SEEDS
 
 
 def test_one_seed_is_one_history() -> None:
@@ -69,6 +83,24 @@ class NodeWithHalfQuorum(Node):
 
 class NodeFinalizingAfterNullify(Node):
     simplex = FinalizeAfterNullify
+
+
+class ForgetsCertificates(Node):
+    """S9 broken: a restart forgets what its votes rest on."""
+
+    def stored_certificates(self) -> list[Certificate]:
+        return []
+
+
+def test_a_mutant_that_forgets_certificates_gets_stuck() -> None:
+    def gets_stuck(seed: int) -> bool:
+        try:
+            run_power_failure(seed, ForgetsCertificates)
+        except Stuck:
+            return True
+        return False
+
+    assert any(gets_stuck(seed) for seed in range(SEEDS))
 
 
 @pytest.mark.parametrize("mutant", [NodeWithHalfQuorum, NodeFinalizingAfterNullify, Amnesiac])

@@ -173,6 +173,17 @@ def test_final_views_take_no_votes_and_keep_none(store: ChainStore) -> None:
     assert record(store, vote(Kind.FINALIZE, block, 0)) == []
 
 
+def test_certificates_are_kept_with_the_votes_until_their_view_is_final(store: ChainStore) -> None:
+    block = next_block(store)
+    known = certificate(Kind.NOTARIZE, block)
+    store.record(KEYS[0].public, [vote(Kind.FINALIZE, block, 0)], (), (), [known])
+    assert store.view_certificates() == (known,)
+    store.apply(block, None)
+    assert store.view_certificates() == ()
+    store.record(KEYS[0].public, (), (), (), [known])
+    assert store.view_certificates() == ()
+
+
 def test_a_directory_belongs_to_the_key_that_voted(store: ChainStore) -> None:
     store.bind(KEYS[0].public)
     assert store.signer is None

@@ -11,6 +11,7 @@ import trio.testing
 
 from tdmld.chain.blocks import Block, Certificate, Kind, Vote, block_hash, sign_vote
 from tdmld.chain.codec import ZERO_HASH
+from tdmld.chain.consensus import MAX_CERTIFICATES
 from tdmld.chain.mempool import Mempool
 from tdmld.chain.pacing import Times
 from tdmld.node.admission import Admission
@@ -121,6 +122,7 @@ async def bench(path: Path, *, times: Times = NEVER, greet: bool = True) -> Asyn
     seconds = 10 if times is NEVER else 10_000  # the latter of a clock that jumps
     with trio.fail_after(seconds), ChainStore(path / "chain", GENESIS) as store:
         made = Bench(store, times)
+        made.validator.start()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(made.finality.run)
             nursery.start_soon(made.validator.run)
@@ -216,6 +218,40 @@ async def test_a_restart_says_the_same_again_and_signs_nothing_new(tmp_path: Pat
         assert rest == before
         await made.hear(vote(Kind.NOTARIZE, block, 1), vote(Kind.NOTARIZE, block, 2))
         assert [v.kind for v in await made.links.votes(1)] == [Kind.FINALIZE]
+
+
+async def test_a_restart_remembers_the_certificates_that_its_votes_rest_on(tmp_path: Path) -> None:
+    async with bench(tmp_path) as made:
+        block = foreign_block(made.store)
+        known = certificate(Kind.NOTARIZE, block)
+        await made.hear(Proposal(block, ()), known)
+        before = await made.links.votes(2)
+    async with bench(tmp_path) as made:
+        assert made.validator.view == 2
+        hello, *rest = list(made.validator.greet())
+        assert hello == Hello(0, (known,))
+        assert rest == before
+        assert made.posted == []
+
+
+async def test_a_greeting_proves_the_height_that_it_claims(tmp_path: Path) -> None:
+    async with bench(tmp_path) as made:
+        block = foreign_block(made.store)
+        final = certificate(Kind.FINALIZE, block)
+        made.validator.adopt([block], final)
+        await made.executed(1)
+    async with bench(tmp_path) as made:
+        assert next(iter(made.validator.greet())) == Hello(1, (final,))
+
+
+async def test_a_greeting_with_many_certificates_continues_in_messages(tmp_path: Path) -> None:
+    async with bench(tmp_path) as made:
+        known = [ended(view) for view in range(1, MAX_CERTIFICATES + 3)]
+        await made.hear(*known)
+        assert list(made.validator.greet()) == [
+            Hello(0, tuple(known[:MAX_CERTIFICATES])),
+            *known[MAX_CERTIFICATES:],
+        ]
 
 
 def ended(view: int) -> Certificate:
