@@ -13,7 +13,13 @@ from typing import Any
 
 import structlog
 
+from tdmld.plaintext import plain
+
 _FILE_BYTES = 16 << 20
+_tracebacks = structlog.processors.ExceptionRenderer(
+    # Without the frames' local variables: keys, tokens and passwords are among them.
+    structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+)
 _FILES_KEPT = 4
 """A node's logs take at most 80 MiB a process."""
 _NOISY = ("libp2p", "multiaddr", "hypercorn", "httpx", "httpcore", "asyncio")
@@ -58,7 +64,7 @@ def configure(
                 foreign_pre_chain=shared,
                 processors=[
                     structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                    structlog.processors.dict_tracebacks,
+                    _tracebacks,
                     structlog.processors.JSONRenderer(default=str),
                 ],
             )
@@ -72,6 +78,7 @@ def configure(
                 foreign_pre_chain=shared,
                 processors=[
                     structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                    _plain_event,
                     structlog.dev.ConsoleRenderer(colors=colors, timestamp_key="time"),
                 ],
             )
@@ -81,6 +88,11 @@ def configure(
     root.setLevel(number)
     for name in _NOISY:
         logging.getLogger(name).setLevel(max(number, logging.WARNING))
+
+
+def _plain_event(_logger: Any, _method: str, event: Any) -> dict[str, Any]:
+    """For terminals: lines quote what peers sent. (JSON escapes it by itself.)"""
+    return event | {"event": plain(str(event.get("event", "")))}
 
 
 def _adder(context: dict[str, Any]) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import trio
 
+from tdmld import logs
 from tdmld.chain.crypto import KeyPair
 from tdmld.chain.errors import DecodeError
 from tdmld.node import control
@@ -187,6 +188,10 @@ class Carrier:
     async def _serve_slot(self, server: SlotServer) -> None:
         try:
             await server.serve(self._host, self._link_protocol)
+        except Exception as error:
+            # Boundary: a defect in one slot must not take the others' carrier away.
+            log.exception("serving a slot failed")
+            server.fail(f"a defect of the carrier, see its log: {error!r}")
         finally:
             self._slots.pop(server.slot, None)
 
@@ -218,16 +223,20 @@ async def main(fd: int) -> int:
     config = control.decode_to_carrier(raw)
     if not isinstance(config, Configure):
         raise ControlError("the first message must be Configure")
+    layout = Layout(Path(config.data_dir))
+    # In a file that rotates: how often strangers make us write a line is theirs to decide. What
+    # goes to stderr are last words; the daemon keeps them and says them on.
+    logs.configure(file=layout.logs / "carrier.jsonl", console=False, process="carrier")
     try:
-        key = read_session_key(Layout(Path(config.data_dir)).session_key)
+        key = read_session_key(layout.session_key)
     except MachineError as error:
-        log.error("%s", error)
+        print(error, file=sys.stderr)
         return EXIT_KEY
     try:
         async with open_host(key.seed, config.listen, gossip=False) as host:
             await Carrier(config, key, host, sock).run()
     except ListenFailed as error:
-        log.error("%s", error)
+        print(error, file=sys.stderr)
         return EXIT_LISTEN
     return 0
 
@@ -236,7 +245,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="A tdmld carrier; started by the daemon.")
     parser.add_argument("--control", type=int, required=True)
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent()
+    die_with_parent(arguments.control)
     sys.exit(trio.run(main, arguments.control))

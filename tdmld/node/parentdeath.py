@@ -1,17 +1,24 @@
 """A child process that does not outlive whoever started it."""
 
 import ctypes
-import os
+import select
 import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """In a child: have the kernel kill it when the *thread* that started it ends. OSError."""
+def die_with_parent(channel: int) -> None:
+    """In a child: have the kernel kill it when the *thread* that started it ends. OSError.
+
+    `channel` is the inherited socket whose other end the parent holds: it tells whether the parent
+    ended before this call. Process ids do not: in a container the parent may have the number 1, and
+    orphans go to another one.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() == 1:
+    poller = select.poll()
+    poller.register(channel, 0)
+    if any(event & select.POLLHUP for _, event in poller.poll(0)):
         sys.exit("the process that started this one is gone")

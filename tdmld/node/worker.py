@@ -123,7 +123,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent()
+    die_with_parent(arguments.socket)
     end = socket.socket(fileno=arguments.socket)
     try:
         check_environment()

@@ -44,3 +44,27 @@ def test_stdout_stays_empty(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert out == ""
     assert "hello" in err
+
+
+def test_tracebacks_tell_no_secrets(tmp_path: Path) -> None:
+    def fail(password: str) -> None:
+        raise ValueError("cause")
+
+    file = tmp_path / "daemon.jsonl"
+    logs.configure("info", file=file, console=False)
+    try:
+        fail("open sesame")
+    except ValueError:
+        logging.getLogger("tdmld.test").exception("failed")
+    (line,) = file.read_text().splitlines()
+    assert "fail" in line
+    assert "open sesame" not in line
+
+
+def test_what_peers_send_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("info", console=True)
+    logging.getLogger("tdmld.test").warning("a peer said %s", "\x1b[2J\rall is well")
+    told = capsys.readouterr().err
+    assert "\x1b[2J" not in told
+    assert "\r" not in told
+    assert "all is well" in told
