@@ -92,7 +92,7 @@ def configure(
 
 def _plain_event(_logger: Any, _method: str, event: Any) -> dict[str, Any]:
     """For terminals: lines quote what peers sent. (JSON escapes it by itself.)"""
-    return event | {"event": plain(str(event.get("event", "")))}
+    return {**event, "event": plain(str(event.get("event", "")))}
 
 
 def _adder(context: dict[str, Any]) -> Any:
