@@ -1,26 +1,43 @@
 """Files that exist whole or not at all, and bounded reads of files that somebody else wrote."""
 
+import itertools
 import os
+from collections.abc import Iterable
 from pathlib import Path
+
+Buffer = bytes | bytearray | memoryview
+
+_serial = itertools.count()
+"""Names of files being written: two writers of one process never share one."""
 
 
 class FileTooLarge(OSError):
     """A file has more bytes than its reader is willing to look at."""
 
 
-def write_file(path: Path, data: bytes, *, mode: int = 0o644, exclusive: bool = False) -> None:
-    """Write `data` aside, sync, move into place, sync the directory.
+def write_file(
+    path: Path,
+    data: Buffer | Iterable[Buffer],
+    *,
+    mode: int = 0o644,
+    exclusive: bool = False,
+) -> None:
+    """Write `data` (or its pieces, one after another) aside, sync, move into place, sync the
+    directory.
 
     After a power cut the old or the new file is there, never a part. `mode` is set before the
     first byte is written. With `exclusive`, FileExistsError when `path` is there already, also
-    when two processes try at once. OSError (a full disk) leaves what was there.
+    when two writers try at once. Several writers of one path do not disturb each other: the last
+    one to finish wins. OSError (a full disk) leaves what was there.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    pieces = [data] if isinstance(data, bytes | bytearray | memoryview) else data
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{next(_serial)}.new")
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(descriptor, mode)
-            file.write(data)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(descriptor)
         if exclusive:

@@ -36,6 +36,7 @@ from tdmld.rpc.access import read_access
 from tdmld.rpc.client import Client
 from tdmld.rpc.errors import RpcError
 from tdmld.rpc.types import FINAL_JOB_STATES, AccountInfo, JobDetail, NodeStatus
+from tdmld.train.jobfile import load_job_file
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES, VALIDATORS, SUBMITTER, BYSTANDER = 7, 4, 0, 1
@@ -46,6 +47,7 @@ POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 900.0
 HELDOUT_BOUND = 2.45
 """Nats a byte; counting pairs of letters gives 2.5."""
+PLAIN = ROOT / "scripts" / "lib" / "plain_loss.py"
 FLIP = ROOT / "tests" / "faults" / "flip_gradient.py"
 
 
@@ -297,12 +299,24 @@ class Demo:
         sample = tdmld("evaluate", export, "--job", self.job_file, "--length", "240")
         return {
             "bitwise_reference": equal,
+            "loss_plain": self._plain_loss(export),
             "loss_first": found["losses"][0],
             "loss_last": found["losses"][-1],
             "loss_heldout": sample["loss_heldout"],
             "loss_heldout_reference": made["loss_heldout"],
             "sample": sample["sample"],
         }
+
+    def _plain_loss(self, export: Path) -> float:
+        """The held-out loss by a Python process that knows transformers and nothing of tdmld."""
+        job = load_job_file(self.job_file)
+        arguments = [str(export), str(job.text_path), str(job.spec.data.sequence)]
+        done = subprocess.run(
+            [sys.executable, str(PLAIN), *arguments], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise DemoFailed(f"plain Python cannot load the model: {done.stderr[-500:]}")
+        return float(done.stdout)
 
     @staticmethod
     def _same_roots(record: dict[str, Any], reference: dict[str, Any]) -> bool:
@@ -346,6 +360,10 @@ def checks(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[tuple
     yield "workers and standby were paid", earners <= set(found["paid"])
     if options.bound:
         yield f"held-out loss below {HELDOUT_BOUND}", found["loss_heldout"] < HELDOUT_BOUND
+    yield (
+        "plain Python loads the model and measures the same loss",
+        abs(found["loss_plain"] - found["loss_heldout"]) < 1e-4,
+    )
     yield (
         "the held-out loss is the reference's",
         (found["loss_heldout"] == found["loss_heldout_reference"]),

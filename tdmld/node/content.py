@@ -24,6 +24,7 @@ import msgspec
 import trio
 from blake3 import blake3
 
+from tdmld.files import write_file
 from tdmld.node.control import (
     Blob,
     FileName,
@@ -40,7 +41,6 @@ from tdmld.p2p import Host, Stream
 from tdmld.p2p.errors import DialFailed, P2PError, StreamClosed, StreamError
 from tdmld.train.data import cut_shards
 from tdmld.train.digest import digest
-from tdmld.train.files import write_durably
 from tdmld.train.framelog import frame_log_name
 from tdmld.train.limits import SHARD_BYTES, TEXT_BYTES
 from tdmld.train.statefile import part_file
@@ -198,7 +198,7 @@ class ContentStore:
                     if not self.has(content, len(shard)):
                         target = self._layout.blob(content)
                         target.parent.mkdir(parents=True, exist_ok=True)
-                        write_durably(target, [shard])
+                        write_file(target, shard)
             return shards
 
 
@@ -337,7 +337,7 @@ class ContentClient:
                 raise ContentMismatch(f"{size} bytes where at most {limit} are possible")
             self._store.make_room(size, blob=False)
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(target, iter(lambda: file.read(CHUNK_BYTES), b""))
+            write_file(target, iter(lambda: file.read(CHUNK_BYTES), b""))
 
     async def list_result(self, job: bytes, holders: Sequence[str]) -> tuple[tuple[str, int], ...]:
         """The files of a result at the first holder that has one. ContentUnavailable."""

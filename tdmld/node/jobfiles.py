@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from tdmld.files import write_file
 from tdmld.node.errors import MachineError
 from tdmld.node.layout import Layout, list_file
 from tdmld.train.digest import digest, link_root
 from tdmld.train.errors import FileError
 from tdmld.train.export import Result, merge_states, read_result
-from tdmld.train.files import write_durably
 from tdmld.train.framelog import read_frames
 from tdmld.train.limits import STATE_HEADER_BYTES
 from tdmld.train.spec import Spec, stage_parameters
@@ -40,7 +40,7 @@ def prepare_directory(directory: Path, spec_path: Path, spec: bytes, fresh: bool
     for name in ("state", "list"):
         (directory / name).mkdir(parents=True, exist_ok=True)
     if not spec_path.exists() or spec_path.read_bytes() != spec:
-        write_durably(spec_path, [spec])
+        write_file(spec_path, spec)
 
 
 def has_part(path: Path, root: bytes) -> bool:

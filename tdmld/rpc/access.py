@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
+from tdmld.files import write_file
 from tdmld.rpc.errors import Unauthorized, Unreachable
 
 TOKEN_FILE = "rpc.token"
@@ -115,15 +116,7 @@ def find_access(data_dir: Path | None, fallback: Path) -> Access:
 
 def _write_private(path: Path, text: str) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.new")
-    aside.unlink(missing_ok=True)
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        os.write(descriptor, text.encode() + b"\n")
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    aside.replace(path)
+    write_file(path, text.encode() + b"\n", mode=0o600)
 
 
 def _read_small(path: Path) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from tdmld.files import write_file
 from tdmld.train.errors import FileError
-from tdmld.train.files import write_durably
 from tdmld.train.spec import Spec
 from tdmld.train.statefile import StateFile, TensorData, write_safetensors
 
@@ -55,7 +55,7 @@ def write_result(spec: Spec, tensors: Sequence[TensorData], out: Path) -> Result
     """Write config.json and model.safetensors from the whole model's parameters."""
     out.mkdir(parents=True, exist_ok=True)
     config = json.dumps(spec.model.hugging_face(spec.config), indent=2, sort_keys=True) + "\n"
-    write_durably(out / "config.json", [config.encode("ascii")])
+    write_file(out / "config.json", config.encode("ascii"))
     write_safetensors(out / "model.safetensors", tensors, {"format": "pt"})
     return read_result(out)
 

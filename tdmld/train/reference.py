@@ -16,13 +16,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from tdmld.files import write_file
 from tdmld.train import optimizer
 from tdmld.train.data import Tokens, window_index
 from tdmld.train.digest import Leaf, digest, state_root
 from tdmld.train.draw import draw_weight
 from tdmld.train.errors import SegmentFault
 from tdmld.train.export import Result, write_result
-from tdmld.train.files import write_durably
 from tdmld.train.model import hugging_face_config, token_loss, whole_model
 from tdmld.train.schedule import step_scalars
 from tdmld.train.segment import OnStep, StepReport
@@ -217,4 +217,4 @@ def _write_roots(spec: Spec, found: Reference, path: Path) -> None:
             for boundary in found.boundaries
         ],
     }
-    write_durably(path, [json.dumps(document, indent=1, sort_keys=True).encode("ascii")])
+    write_file(path, json.dumps(document, indent=1, sort_keys=True).encode("ascii"))

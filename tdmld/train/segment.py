@@ -11,9 +11,9 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
+from tdmld.files import write_file
 from tdmld.train import digest, limits
 from tdmld.train.errors import FileError
-from tdmld.train.files import write_durably
 
 T = TypeVar("T")
 
@@ -158,7 +158,7 @@ def decode_record(raw: bytes | memoryview, limit: int = limits.LIST_BYTES) -> Se
 
 def write_list(path: Path, record: SegmentRecord, salt: bytes = b"") -> None:
     """Write the digest list and the salt of its seal, durably, before anything is committed."""
-    write_durably(path, [msgspec.msgpack.encode(StoredList(salt, record))])
+    write_file(path, msgspec.msgpack.encode(StoredList(salt, record)))
 
 
 def read_list(path: Path, limit: int = limits.LIST_BYTES) -> StoredList:

@@ -19,10 +19,10 @@ from typing import Annotated, NamedTuple
 import msgspec
 from blake3 import blake3
 
+from tdmld.files import write_file
 from tdmld.train import limits
 from tdmld.train.digest import DIGEST_BYTES, Buffer, Leaf, digest, state_root
 from tdmld.train.errors import FileError
-from tdmld.train.files import write_durably
 
 PARTS = ("shared", "lane")
 ITEM_BYTES = {"F32": 4, "BF16": 2, "I64": 8}
@@ -93,7 +93,7 @@ def write_safetensors(
     header = _header([tensor[:3] for tensor in ordered], metadata or {})
     chunks: list[bytes | memoryview] = [_LENGTH.pack(len(header)), header]
     chunks += [memoryview(tensor.data) for tensor in ordered]
-    write_durably(path, chunks)
+    write_file(path, chunks)
 
 
 class StateFile:

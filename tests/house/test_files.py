@@ -1,6 +1,7 @@
 """A written file is there whole or not at all."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,19 @@ def test_a_failed_write_leaves_what_was_there(
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_file(path, b"two")
+    assert path.read_bytes() == b"one"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_writers_of_one_path_do_not_disturb_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+
+    def slow() -> Iterator[bytes]:
+        yield b"on"
+        write_file(path, b"two")
+        yield b"e"
+
+    write_file(path, slow())
     assert path.read_bytes() == b"one"
     assert os.listdir(tmp_path) == ["a"]
 
