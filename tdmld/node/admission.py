@@ -1,20 +1,23 @@
 """How transactions enter the pool, and how they spread to everybody who could propose them.
 
-    decode -> signature (a thread, for more than a few) -> look again at the state -> pool
-    -> all validators by their streams; a follower also by gossip
+    decode -> could its signer pay? -> signature (a thread, for more than a few)
+    -> look again at the state -> pool -> all validators by their streams; a follower also by gossip
 
-Checks against the state come after the last await: the state moves meanwhile. Arrival order is
-kept, since nonces must be contiguous. What was submitted here is said again every RESEND seconds
-until it is executed or can never be.
+What a stranger sends costs us a decoding and a look at one account, unless somebody stands behind
+it; and of each peer only a few batches wait. Checks against the state come after the last await:
+the state moves meanwhile. Arrival order is kept, since nonces must be contiguous. What was
+submitted here is said again every RESEND seconds until it is executed or can never be.
 """
 
 import logging
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 
 import trio
 
 from tdmld.chain.crypto import sha256
 from tdmld.chain.errors import ChainError, InvalidTransaction
+from tdmld.chain.genesis import Parameters
 from tdmld.chain.limits import TRANSACTION_BYTES
 from tdmld.chain.mempool import Mempool
 from tdmld.chain.state import State
@@ -30,6 +33,10 @@ INLINE_SIGNATURES = 4
 """Signatures (41 us each) checked in the event loop; more go to a thread."""
 MAX_WAITING = 256
 """Batches waiting for admission; above it a peer's batch is dropped (its origin repeats it)."""
+MAX_WAITING_EACH = 8
+"""Of them, batches of one peer."""
+MAX_QUEUED_BYTES = 8 << 20
+"""Transactions of other validators that wait for admission; above it they are dropped likewise."""
 MAX_OWN = 4096
 """Transactions submitted here and not executed yet."""
 RESEND = 5.0
@@ -40,6 +47,18 @@ Spread = Callable[[Sequence[bytes]], Awaitable[None]]
 def verified(transactions: Sequence[Transaction], chain_id: bytes) -> list[bool]:
     """Whether each signature is good. libsodium releases the interpreter lock: fit for a thread."""
     return [verify_transaction(transaction, chain_id) for transaction in transactions]
+
+
+def has_backing(transaction: Transaction, state: State, parameters: Parameters) -> bool:
+    """Whether an account that can pay the fee, or a registered node, stands behind it, if the
+    signature is good: the cheap question before the dear one."""
+    if not transaction.by_owner:
+        return state.node(transaction.signer) is not None
+    account = state.account(transaction.signer)
+    return (
+        account.balance >= transaction.fee >= parameters.fee_floor
+        and account.nonce <= transaction.nonce
+    )
 
 
 class Admission:
@@ -55,7 +74,10 @@ class Admission:
         self._spread = spread
         self._changed = changed
         self._lock = trio.Lock()
-        self._waiting = 0
+        self._waiting: Counter[str] = Counter()
+        self._queue: deque[Sequence[bytes]] = deque()
+        self._queued_bytes = 0
+        self._queue_news = trio.Event()
         self._own: dict[bytes, bytes] = {}
         self._outgoing: list[bytes] = []
         self._outgoing_news = trio.Event()
@@ -69,7 +91,7 @@ class Admission:
         After a cancellation it may or may not have been admitted.
         """
         transaction = decode_transaction(raw, self._chain_id)
-        if self._known(transaction.id) or self._store.receipt(transaction.id) is not None:
+        if self._known(transaction.id) or self._settled(transaction):
             return transaction.id
         if len(self._own) >= MAX_OWN:
             raise ServiceBusy(f"{MAX_OWN} submitted transactions are waiting: try again later")
@@ -79,26 +101,62 @@ class Admission:
         self._send([transaction.raw])
         return transaction.id
 
-    async def receive(self, raws: Iterable[bytes], *, spread: bool) -> None:
-        """Admit what a peer sent, leaving out what is bad or known. `spread`: tell validators."""
-        if self._waiting >= MAX_WAITING:
+    def _settled(self, transaction: Transaction) -> bool:
+        """Whether nothing can become of it any more. One that failed in a block may have come too
+        early, and may yet succeed: unless it paid for its failure."""
+        receipt = self._store.receipt(transaction.id)
+        if receipt is None or receipt.ok:
+            return receipt is not None
+        account = State(self._store.get).account(transaction.signer)
+        return transaction.by_owner and transaction.nonce < account.nonce
+
+    def enqueue(self, raws: Sequence[bytes]) -> None:
+        """Admit what another validator sent, soon and in order: the votes behind it on the same
+        stream do not wait for that."""
+        size = sum(map(len, raws))
+        if self._queued_bytes + size > MAX_QUEUED_BYTES:
             return
+        self._queued_bytes += size
+        self._queue.append(raws)
+        self._queue_news.set()
+
+    async def run_queue(self) -> None:
+        """Admit what is queued, for ever."""
+        while True:
+            while not self._queue:
+                self._queue_news = trio.Event()
+                await self._queue_news.wait()
+            raws = self._queue.popleft()
+            self._queued_bytes -= sum(map(len, raws))
+            await self.receive(raws, spread=False)
+
+    async def receive(self, raws: Iterable[bytes], *, spread: bool, source: str = "") -> None:
+        """Admit what the peer `source` sent, leaving out what is bad, known or without backing.
+        `spread`: tell validators."""
+        if self._waiting[source] >= MAX_WAITING_EACH or self._waiting.total() >= MAX_WAITING:
+            return
+        state, parameters = State(self._store.get), self._store.genesis.parameters
         candidates = []
         for raw in raws:
             if self._known(sha256(raw)):
                 continue
             try:
-                candidates.append(decode_transaction(raw, self._chain_id))
+                transaction = decode_transaction(raw, self._chain_id)
             except ChainError as error:
                 log.info("a peer sent a bad transaction: %s", error)
+                continue
+            if has_backing(transaction, state, parameters):
+                candidates.append(transaction)
         if not candidates:
             return
-        self._waiting += 1
+        self._waiting[source] += 1
         try:
             async with self._lock:
                 admitted = await self._admit(candidates, strict=False)
         finally:
-            self._waiting -= 1
+            self._waiting[source] -= 1
+            if not self._waiting[source]:
+                del self._waiting[source]
         if spread:
             self._send([transaction.raw for transaction in admitted])
 

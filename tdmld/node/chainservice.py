@@ -237,8 +237,8 @@ class ChainService:
         except P2PError as error:
             log.info("could not hand transactions to %s: %s", peer, error)
 
-    async def _submitted(self, raws: Sequence[bytes]) -> None:
-        await self._admission.receive(raws, spread=True)
+    async def _submitted(self, peer: str, raws: Sequence[bytes]) -> None:
+        await self._admission.receive(raws, spread=True, source=peer)
 
     def _grown(self) -> None:
         if self._validator is not None:
@@ -369,6 +369,7 @@ class ChainService:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._finality.run)
             nursery.start_soon(self._admission.run)
+            nursery.start_soon(self._admission.run_queue)
             nursery.start_soon(self._client.run)
             await self._subscribe(nursery)
             if self._validator is not None:
@@ -434,7 +435,7 @@ class ChainService:
 
     async def _deliver_tx(self, _: str, raw: bytes) -> None:
         batch = decode(Transactions, raw, GOSSIP_TX_BYTES)
-        await self._admission.receive(batch.raws, spread=False)
+        await self._admission.receive(batch.raws, spread=False, source="gossip")
 
     async def _deliver_offer(self, _source: str, _raw: bytes) -> None:
         """Remembered when it was validated."""

@@ -49,7 +49,8 @@ ROUNDS = 6
 """Rounds without progress before we rest until the next hint."""
 
 Adopt = Callable[[Sequence[Block], Certificate], None]
-Submitted = Callable[[Sequence[bytes]], Awaitable[None]]
+Submitted = Callable[[str, Sequence[bytes]], Awaitable[None]]
+"""Takes what a peer hands over."""
 
 
 class BadAnswer(Exception):
@@ -114,7 +115,7 @@ class SyncServer:
                 case SpecRequest(spec):
                     await stream.send(encode(Spec(self._spec(spec) or b"")))
                 case Transactions(raws):
-                    await self._submitted(raws)
+                    await self._submitted(stream.peer_id, raws)
 
     def blocks(self, start: int, count: int) -> Blocks:
         """Blocks from `start`, ending with one that has its own finalization."""

@@ -283,7 +283,7 @@ class Validator:
             yield Transactions(tuple(waiting[start : start + 16]))
 
     async def receive(self, link: Link, message: ConsensusMessage) -> None:
-        """One message of a linked validator."""
+        """One message of a linked validator. Waits for nothing but the signatures of a block."""
         match message:
             case Vote():
                 if self.core.wants_vote(message) and verify_vote(self._committee, message):
@@ -306,7 +306,7 @@ class Validator:
                 if body is not None:
                     link.send(encode(Proposal(body, ())))
             case Transactions(raws):
-                await self._admission.receive(raws, spread=False)
+                self._admission.enqueue(raws)
 
     def certificate(self, certificate: Certificate) -> None:
         """A certificate from anybody; checked here."""

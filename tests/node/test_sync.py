@@ -12,7 +12,7 @@ from tdmld.node.sync import BadAnswer, SyncServer, check_blocks
 from tests.node.chainkit import COMMITTEE, GENESIS, certificate, next_block, transfer
 
 
-async def _nobody(_: object) -> None: ...
+async def _nobody(_peer: object, _raws: object) -> None: ...
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from tdmld.chain.consensus import MAX_CERTIFICATES
 from tdmld.chain.mempool import Mempool
 from tdmld.chain.pacing import Times
 from tdmld.node.admission import Admission
-from tdmld.node.chainwire import BlockRequest, Hello, Proposal
+from tdmld.node.chainwire import BlockRequest, Hello, Proposal, Transactions
 from tdmld.node.finality import Finality
 from tdmld.node.store import ChainStore
 from tdmld.node.validator import ABSTAIN_VIEWS, LOOK_AGAIN, SILENT_SECONDS, Validator
@@ -126,6 +126,7 @@ async def bench(path: Path, *, times: Times = NEVER, greet: bool = True) -> Asyn
         async with trio.open_nursery() as nursery:
             nursery.start_soon(made.finality.run)
             nursery.start_soon(made.validator.run)
+            nursery.start_soon(made.admission.run_queue)
             if greet:
                 await made.greeted()
             yield made
@@ -202,6 +203,18 @@ async def test_forged_votes_and_certificates_count_for_nothing(tmp_path: Path) -
         ]
         await made.hear(*forged, certificate(Kind.NOTARIZE, block, (1, 2)))
         assert made.validator.view == 1
+
+
+async def test_a_vote_does_not_wait_behind_transactions(tmp_path: Path) -> None:
+    async with bench(tmp_path) as made:
+        async with made.admission._lock:  # somebody else's signatures are being checked
+            await made.hear(
+                Transactions((transfer(0, 0),)), Proposal(foreign_block(made.store), ())
+            )
+            assert [v.kind for v in await made.links.votes(1)] == [Kind.NOTARIZE]
+            assert len(made.admission.pool) == 0
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(made.admission.pool) == 1
 
 
 async def test_a_restart_says_the_same_again_and_signs_nothing_new(tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""The door of the pool: what strangers cannot make us do, and what may be tried again."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from tdmld.chain.crypto import KeyPair
+from tdmld.chain.errors import InvalidTransaction
+from tdmld.chain.mempool import Mempool
+from tdmld.chain.state import State
+from tdmld.chain.transactions import Ask, Transfer, decode_transaction, sign_transaction
+from tdmld.node import admission
+from tdmld.node.admission import MAX_WAITING_EACH, Admission, has_backing
+from tdmld.node.finality import Finality
+from tdmld.node.store import ChainStore
+from tests.node.chainkit import CHAIN, GENESIS, KEYS, OWNERS, next_block, transfer
+
+NOBODY = KeyPair(bytes([99]) * 32)
+
+
+class Door:
+    """An admission without network; what it would spread is kept."""
+
+    def __init__(self, store: ChainStore) -> None:
+        self.store = store
+        self.spread: list[bytes] = []
+        self.admission = Admission(Finality(store), Mempool(GENESIS), self._spread, lambda: None)
+
+    async def _spread(self, raws: Sequence[bytes]) -> None:
+        self.spread += raws
+
+    def waiting(self) -> int:
+        return len(self.admission.pool)
+
+
+@pytest.fixture
+def door(tmp_path: Path) -> Iterator[Door]:
+    with ChainStore(tmp_path / "chain", GENESIS) as store:
+        yield Door(store)
+
+
+def from_nobody(number: int) -> bytes:
+    return sign_transaction(NOBODY, CHAIN, Transfer(OWNERS[0].public, number), fee=10)
+
+
+def ask(node: KeyPair) -> bytes:
+    return sign_transaction(node, CHAIN, Ask(bytes(32), "cpu", 1, 1, 1, 1, 100))
+
+
+@pytest.mark.parametrize(
+    ("raw", "backed"),
+    [
+        (transfer(0, 0), True),
+        (transfer(0, 3), True),
+        (from_nobody(1), False),
+        (sign_transaction(OWNERS[0], CHAIN, Transfer(OWNERS[1].public, 1), fee=9), False),
+        (sign_transaction(OWNERS[0], CHAIN, Transfer(OWNERS[1].public, 1), fee=1001), False),
+        (ask(KEYS[0]), True),
+        (ask(NOBODY), False),
+    ],
+)
+def test_somebody_must_stand_behind_a_transaction(door: Door, raw: bytes, backed: bool) -> None:
+    state = State(door.store.get)
+    assert has_backing(decode_transaction(raw, CHAIN), state, GENESIS.parameters) is backed
+
+
+def test_a_nonce_that_was_used_backs_nothing(door: Door) -> None:
+    door.store.apply(next_block(door.store, [transfer(0, 0)]), None)
+    state = State(door.store.get)
+    again = decode_transaction(transfer(0, 0, amount=6), CHAIN)
+    assert not has_backing(again, state, GENESIS.parameters)
+
+
+async def test_no_signature_is_checked_for_strangers_without_money(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[int] = []
+    real = admission.verified
+
+    def verified(transactions: Sequence[object], chain_id: bytes) -> list[bool]:
+        checked.append(len(transactions))
+        return real(transactions, chain_id)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(admission, "verified", verified)
+    junk = [from_nobody(number) for number in range(1, 64)]
+    await door.admission.receive(junk, spread=True, source="stranger")
+    await door.admission.receive([*junk, transfer(0, 0)], spread=True, source="stranger")
+    assert checked == [1]
+    assert door.waiting() == 1
+
+
+async def test_one_peer_takes_no_more_than_its_places(door: Door) -> None:
+    async with trio.open_nursery() as nursery, door.admission._lock:
+        for number in range(3 * MAX_WAITING_EACH):
+            raws = [transfer(0, number)]
+            nursery.start_soon(lambda r=raws: door.admission.receive(r, spread=False, source="x"))
+            await trio.testing.wait_all_tasks_blocked()
+        assert door.admission._waiting["x"] == MAX_WAITING_EACH
+        raws = [transfer(1, 0)]
+        nursery.start_soon(lambda: door.admission.receive(raws, spread=False, source="y"))
+        await trio.testing.wait_all_tasks_blocked()
+        assert door.admission._waiting["y"] == 1
+    assert door.waiting() == MAX_WAITING_EACH + 1
+    assert not door.admission._waiting
+
+
+async def test_what_came_too_early_into_a_block_may_be_submitted_again(door: Door) -> None:
+    late = transfer(0, 1)
+    door.store.apply(next_block(door.store, [late]), None)
+    with pytest.raises(InvalidTransaction, match="nonce"):
+        await door.admission.submit(late)
+    door.store.apply(next_block(door.store, [transfer(0, 0)]), None)
+    await door.admission.submit(late)
+    assert door.waiting() == 1
+
+
+async def test_what_paid_for_its_failure_or_succeeded_is_not_tried_again(door: Door) -> None:
+    good, poor = transfer(0, 0), transfer(1, 0, amount=10_000)
+    door.store.apply(next_block(door.store, [good, poor]), None)
+    for raw in (good, poor):
+        await door.admission.submit(raw)
+    assert door.waiting() == 0
