@@ -68,7 +68,8 @@ class Mempool:
         self._waiting: dict[bytes, _Waiting] = {}
         self._groups: dict[bytes, dict[bytes, None]] = {}
         self._after: dict[bytes, State] = {}
-        """Group -> the state after all of it, at self._height."""
+        """Group -> the state after all of it: at self._height or, while the group is steady, since
+        a block last touched its owner's account."""
         self._parked: dict[bytes, _Waiting] = {}
         self._height = -1
         self._bytes = 0
@@ -109,12 +110,18 @@ class Mempool:
         self._after[group] = before
         self._bytes += len(transaction.raw)
 
-    def refresh(self, state: State, height: int) -> tuple[Transaction, ...]:
+    def refresh(
+        self, state: State, height: int, touched: Collection[bytes] | None = None
+    ) -> tuple[Transaction, ...]:
         """After a block was executed: forget what can no longer succeed, retry what is parked.
 
-        Returns parked transactions that are admitted now.
+        `touched`: the owners whose accounts the block changed (None: perhaps all). Transfers and
+        bonds of other owners are not tried again. Returns parked transactions that are admitted
+        now.
         """
         self.expire(height)
+        for group in list(self._after) if touched is None else touched:
+            self._after.pop(group, None)
         for group in list(self._groups):
             self._state_of(group, state)
         admitted = []
@@ -146,6 +153,12 @@ class Mempool:
             room -= len(transaction.raw)
             chosen.append(transaction)
         return tuple(chosen)
+
+    def waits_besides(self, *excluded: Collection[bytes]) -> bool:
+        """Whether something waits that is in none of `excluded`."""
+        if len(self._waiting) > sum(map(len, excluded)):
+            return True
+        return any(not any(key in ids for ids in excluded) for key in self._waiting)
 
     def remove(self, ids: Collection[bytes]) -> None:
         """Forget transactions, because they are in a block that was executed.
@@ -183,7 +196,14 @@ class Mempool:
     def _at(self, height: int) -> None:
         if height != self._height:
             self._height = height
-            self._after.clear()
+            self._after = {key: after for key, after in self._after.items() if self._steady(key)}
+
+    def _steady(self, group: bytes) -> bool:
+        """Whether a group depends on its owner's account alone: not on the height, nor on jobs."""
+        waiting = self._groups.get(group)
+        return waiting is not None and all(
+            isinstance(self._waiting[key].transaction.payload, (Transfer, Bond)) for key in waiting
+        )
 
     def _check_room(self, transaction: Transaction, group: bytes) -> None:
         limits = self._limits

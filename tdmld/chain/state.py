@@ -18,7 +18,7 @@ Keys: one letter, then fixed-width fields (integers big-endian):
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from msgspec.structs import replace
@@ -46,6 +46,11 @@ SUPPLY_KEY = b"S"
 _HEAD_KEY = b"L"
 _ASKS = b"k"
 _ACTIVE_JOBS = b"j"
+
+
+def owners_of(keys: Iterable[bytes]) -> Iterator[bytes]:
+    """The owners whose accounts stand under these raw keys."""
+    return (key[1:] for key in keys if key[:1] == b"a")
 
 
 def u32(number: int) -> bytes:

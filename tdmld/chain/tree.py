@@ -12,6 +12,7 @@ Pure: pages are read through a function and handed back to be written. One live 
 is instant, so nothing is ever rolled back.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from tdmld.chain.codec import ZERO_HASH, Record, decode, encode
@@ -66,8 +67,18 @@ def _rows(slots: Sequence[bytes]) -> Iterator[list[bytes]]:
 
 
 def _page_root(slots: Sequence[bytes]) -> bytes:
-    *_, top = _rows(slots)
-    return top[0]
+    """The last of `_rows`, spelled out: half of the time of a block goes through here."""
+    digest, zero = hashlib.sha256, ZERO_HASH
+    row = [
+        (slot if len(slot) == 32 else digest(b"\0" + slot).digest()) if slot else zero
+        for slot in slots
+    ]
+    while len(row) > 1:
+        row = [
+            zero if left == zero == right else digest(b"\1" + left + right).digest()
+            for left, right in zip(row[::2], row[1::2], strict=True)
+        ]
+    return row[0]
 
 
 class Tree:

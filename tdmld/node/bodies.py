@@ -47,6 +47,8 @@ class Bodies:
         self._mixes: dict[bytes, bytes] = {head.hash: head.mix}
         """Valid blocks above the head, and the head itself -> beacon mix."""
         self._rejected: set[bytes] = set()
+        self._ids: dict[bytes, frozenset[bytes]] = {}
+        """Transactions root of a held body -> their ids, once somebody asked."""
 
     # ---- one body ----------------------------------------------------------------------------
 
@@ -90,8 +92,15 @@ class Bodies:
 
     def held(self, tip: bytes) -> Collection[bytes]:
         """Ids of the transactions between the final head and `tip`."""
-        path = self.tree.path(tip) or []
-        return {sha256(raw) for block in path for raw in block.transactions}
+        held = [self._ids_of(block) for block in self.tree.path(tip) or () if block.transactions]
+        return held[0] if len(held) == 1 else frozenset().union(*held)
+
+    def _ids_of(self, block: Block) -> frozenset[bytes]:
+        root = block.header.tx_root
+        found = self._ids.get(root)
+        if found is None:
+            found = self._ids[root] = frozenset(map(sha256, block.transactions))
+        return found
 
     # ---- judging -----------------------------------------------------------------------------
 
@@ -143,6 +152,8 @@ class Bodies:
             key: mix for key, mix in self._mixes.items() if key in self.tree or key == head
         }
         self._rejected = {key for key in self._rejected if key in self.tree}
+        roots = {block.header.tx_root for _, block in self.tree.items()}
+        self._ids = {root: ids for root, ids in self._ids.items() if root in roots}
 
     def executed(self, applied: AppliedBlock) -> None:
         """The beacon of a head that came by sync is known after its execution."""

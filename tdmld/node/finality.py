@@ -129,7 +129,7 @@ class Finality:
             self._publish(applied)
 
     def _publish(self, applied: AppliedBlock) -> None:
-        self.limbo.difference_update(map(sha256, applied.block.transactions))
+        self.limbo.difference_update([receipt.id for receipt in applied.receipts])
         for tell in self.on_executed:
             tell(applied)
         for receipt in applied.receipts:

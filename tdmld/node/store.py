@@ -37,6 +37,7 @@ from tdmld.chain.errors import ChainError, DecodeError, InvariantViolation
 from tdmld.chain.events import Event
 from tdmld.chain.genesis import Genesis, chain_id, protocol_at
 from tdmld.chain.ledger import BlockContext, Receipt, apply_block, genesis_changes
+from tdmld.chain.state import owners_of
 from tdmld.chain.transactions import decode_transaction
 from tdmld.chain.tree import Tree
 from tdmld.node.chainerrors import (
@@ -91,7 +92,8 @@ class Outcome(Record, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class AppliedBlock:
-    """What applying a final block did. `certificate` finalizes this very block, if there is one."""
+    """What applying a final block did. `certificate` finalizes this very block, if there is one;
+    `touched` are the owners whose accounts it changed."""
 
     height: int
     hash: bytes
@@ -99,6 +101,7 @@ class AppliedBlock:
     certificate: Certificate | None
     receipts: tuple[Receipt, ...]
     events: tuple[Event, ...]
+    touched: frozenset[bytes] = frozenset()
 
 
 def _number(value: int) -> bytes:
@@ -240,7 +243,13 @@ class ChainStore:
         self._write(batch, self._unsynced)
         self._head = new
         return AppliedBlock(
-            header.height, key, block, certificate, tuple(result.receipts), tuple(result.events)
+            header.height,
+            key,
+            block,
+            certificate,
+            tuple(result.receipts),
+            tuple(result.events),
+            frozenset(owners_of(result.changes)),
         )
 
     def _check(self, head: Head, header: Header) -> None:

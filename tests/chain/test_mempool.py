@@ -229,3 +229,24 @@ def test_parking_is_bounded_in_number_time_and_to_registered_nodes() -> None:
     with pytest.raises(InvalidTransaction):
         pool.admit(answers[-1], world.state, world.height)
     assert len(pool._parked) == 0
+
+
+def test_only_the_transfers_of_owners_that_a_block_touched_are_tried_again() -> None:
+    world = World()
+    pool = Mempool(world.genesis)
+    admit(pool, world, pay(world, 0), tx(world, Transfer(ALICE.public, 1), 1))
+    world.block(pay(world, 0, amount=2).raw)  # Alice's other one, at another node
+    pool.refresh(world.state, world.height, touched={BOB.public})
+    assert len(pool) == 2
+    pool.refresh(world.state, world.height, touched={ALICE.public, BOB.public})
+    assert [waiting.signer for waiting in pool.select(10**6, 9)] == [BOB.public]
+
+
+def test_what_waits_besides_others_is_known_without_selecting() -> None:
+    world = World()
+    pool = Mempool(world.genesis)
+    first, second = pay(world, 0), pay(world, 1)
+    assert not pool.waits_besides()
+    admit(pool, world, first, second)
+    assert pool.waits_besides({first.id}, {b"another"})
+    assert not pool.waits_besides({first.id}, {second.id, b"another"})
