@@ -53,7 +53,7 @@ from tdmld.chain.genesis import protocol_at
 from tdmld.chain.leader import Rotation
 from tdmld.chain.ledger import next_due
 from tdmld.chain.pacing import Pacing, Propose, Repeat, Situation, TimeOut, Times
-from tdmld.node.admission import INLINE_SIGNATURES, Admission, verified
+from tdmld.node.admission import Admission, verified
 from tdmld.node.bodies import Bodies
 from tdmld.node.chainlinks import Link, Links
 from tdmld.node.chainwire import (
@@ -352,11 +352,7 @@ class Validator:
             log.warning("a bad block of view %d: %s", header.view, error)
             return
         self._pacing.block_seen(trio.current_time())
-        if len(unknown) > INLINE_SIGNATURES:
-            good = await trio.to_thread.run_sync(verified, unknown, self._store.chain_id)
-        else:
-            good = verified(unknown, self._store.chain_id)
-        if not all(good):
+        if not all(await verified(unknown, self._store.chain_id)):
             log.warning("view %d: a transaction in the block is not signed", header.view)
             return
         if self._bodies.tree.add(block, wanted=wanted or key == self._missing()):
