@@ -51,9 +51,10 @@ from tdmld.node.chainwire import (
     consensus_bytes,
 )
 from tdmld.node.finality import Finality, HeadFeed
+from tdmld.node.handover import HandOver
 from tdmld.node.specs import Specs
 from tdmld.node.store import AppliedBlock, ChainStore
-from tdmld.node.sync import BadAnswer, SyncClient, SyncServer
+from tdmld.node.sync import SyncClient, SyncServer
 from tdmld.node.validator import Validator
 from tdmld.p2p import GossipMessage, Host, PeerConnected
 from tdmld.p2p.errors import P2PError
@@ -73,6 +74,8 @@ GOSSIP_TX_BYTES = TX_BATCH_BYTES + 1024
 MAX_ANNOUNCEMENTS = 64
 OLD_HEIGHTS = 16
 """Announcements this far below our head are still passed on."""
+EVERYBODY = "*"
+"""The destination of transactions that are gossiped."""
 QUIET_SECONDS = 5.0
 """A follower that hears nothing for a heartbeat and this much asks."""
 
@@ -112,6 +115,7 @@ class ChainService:
         self._protocols = Protocols(store.chain_id)
         self._finality = Finality(store)
         self._admission = Admission(self._finality, Mempool(genesis), self._spread, self._grown)
+        self._hand_over = HandOver(self._deliver_to)
         self._specs = Specs(store)
         self._server = SyncServer(store, self._submitted, self._specs.get)
         self._client = SyncClient(
@@ -148,7 +152,7 @@ class ChainService:
             self._protocols.consensus,
             self.committee,
             index,
-            consensus_bytes(self.genesis.parameters.block_bytes),
+            consensus_bytes(self.genesis.parameters.block_bytes, len(self.committee.nodes)),
             greet=validator.greet,
             receive=validator.receive,
             changed=validator.wake,
@@ -221,21 +225,23 @@ class ChainService:
         return await self._finality.wait_for(transaction)
 
     async def _spread(self, raws: Sequence[bytes]) -> None:
-        message = Transactions(tuple(raws))
+        """Tell all who could propose them. Returns at once."""
         if self._validator is not None:
-            self._validator.links.broadcast(message)
+            self._validator.links.broadcast(Transactions(tuple(raws)))
             return
-        async with trio.open_nursery() as nursery:
-            if self._gossiping:
-                nursery.start_soon(self._publish, self._protocols.tx, encode(message))
-            for peer in self._connected_validators():
-                nursery.start_soon(self._hand_over, peer, raws)
+        for to in self._connected_validators():
+            self._hand_over.send(to, raws)
+        if self._gossiping:
+            self._hand_over.send(EVERYBODY, raws)
 
-    async def _hand_over(self, peer: str, raws: Sequence[bytes]) -> None:
+    async def _deliver_to(self, to: str, raws: Sequence[bytes]) -> None:
+        if to == EVERYBODY:
+            await self._publish(self._protocols.tx, encode(Transactions(tuple(raws))))
+            return
         try:
-            await self._client.submit(peer, raws)
+            await self._client.submit(to, raws)
         except P2PError as error:
-            log.info("could not hand transactions to %s: %s", peer, error)
+            log.info("could not hand transactions to %s: %s", to, error)
 
     async def _submitted(self, peer: str, raws: Sequence[bytes]) -> None:
         await self._admission.receive(raws, spread=True, source=peer)
@@ -258,19 +264,15 @@ class ChainService:
         raw = self._specs.get(spec)
         if raw is not None:
             return raw
-        for peer in sorted(self._host.connected()):
-            try:
-                raw = await self._client.spec(peer, spec)
-            except (P2PError, BadAnswer, DecodeError) as error:
-                log.info("spec %s from %s: %s", spec.hex()[:16], peer, error)
-                continue
-            if raw is not None:
-                self._specs.put(raw)
-                return raw
-        raise SpecUnavailable(
-            f"none of {len(self._host.connected())} connected peers has the spec {spec.hex()}: "
-            "try again when its submitter is connected"
-        )
+        peers = sorted(self._host.connected())
+        raw = await self._client.spec_from_any(peers, spec)
+        if raw is None:
+            raise SpecUnavailable(
+                f"none of {len(peers)} connected peers has the spec {spec.hex()}: "
+                "try again when its submitter is connected"
+            )
+        self._specs.put(raw)
+        return raw
 
     # ---- final blocks --------------------------------------------------------------------------
 
@@ -370,6 +372,7 @@ class ChainService:
             nursery.start_soon(self._finality.run)
             nursery.start_soon(self._admission.run)
             nursery.start_soon(self._admission.run_queue)
+            nursery.start_soon(self._hand_over.run)
             nursery.start_soon(self._client.run)
             await self._subscribe(nursery)
             if self._validator is not None:

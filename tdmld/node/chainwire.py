@@ -7,7 +7,7 @@ from typing import Annotated
 
 import msgspec
 
-from tdmld.chain.blocks import Block, Certificate, Header, Vote
+from tdmld.chain.blocks import MAX_VALIDATORS, Block, Certificate, Header, Vote
 from tdmld.chain.codec import Hash, Natural, Record, Signature
 from tdmld.chain.consensus import MAX_CERTIFICATES
 from tdmld.chain.limits import SPEC_BYTES, TRANSACTION_BYTES
@@ -22,8 +22,10 @@ TX_BATCH_BYTES = 128 << 10
 """ANNEX A5: a gossiped batch of transactions."""
 GOSSIP_BODY_BYTES = 128 << 10
 """Bodies up to this size travel with the gossiped header."""
-CERTIFICATE_BYTES = 80 << 10
-"""A certificate of MAX_VALIDATORS votes."""
+VOTE_BYTES = 72
+"""One vote in a certificate: index, signature, and their headers."""
+CERTIFICATE_BYTES = MAX_VALIDATORS * VOTE_BYTES + 64
+"""A certificate of everybody's votes."""
 GOSSIP_BLOCK_BYTES = GOSSIP_BODY_BYTES + CERTIFICATE_BYTES + 4096
 GOSSIP_OFFER_BYTES = SPEC_BYTES + TRANSACTION_BYTES + 64
 
@@ -32,9 +34,9 @@ _Raws = Annotated[tuple[_Raw, ...], msgspec.Meta(max_length=TX_BATCH)]
 _Certificates = Annotated[tuple[Certificate, ...], msgspec.Meta(max_length=MAX_CERTIFICATES)]
 
 
-def consensus_bytes(block_bytes: int) -> int:
+def consensus_bytes(block_bytes: int, validators: int) -> int:
     """Greatest message on a consensus stream: a full block with the certificates that allow it."""
-    return 2 * block_bytes + (1 << 20)
+    return 2 * block_bytes + MAX_CERTIFICATES * (validators * VOTE_BYTES + 64) + (1 << 20)
 
 
 def blocks_bytes(block_bytes: int) -> int:

@@ -43,6 +43,12 @@ from tdmld.p2p.errors import P2PError
 log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 10.0
+ANSWERS = 32
+"""Answers with blocks on their way at the same time, one for each peer: up to SYNC_BYTES each."""
+SEND_SECONDS = 30.0
+"""For so long an answer may take a place, with a peer that reads slowly."""
+HEAD_START = 0.2
+"""Seconds between asking one peer and the next for a spec."""
 PAUSE = 0.5
 """After a round in which no peer helped."""
 ROUNDS = 6
@@ -98,6 +104,8 @@ class SyncServer:
         self._store = store
         self._submitted = submitted
         self._spec = spec
+        self._answering: set[str] = set()
+        self._places = trio.Semaphore(ANSWERS)
 
     async def accept(self, stream: Stream) -> None:
         """Handler: requests one after another until the peer closes."""
@@ -110,12 +118,39 @@ class SyncServer:
                 await stream.reset()
                 return
             match request:
-                case BlocksRequest(start, count):
-                    await stream.send(encode(self.blocks(start, count)))
+                case BlocksRequest():
+                    if not await self._send_blocks(stream, request):
+                        await stream.reset()
+                        return
                 case SpecRequest(spec):
                     await stream.send(encode(Spec(self._spec(spec) or b"")))
                 case Transactions(raws):
                     await self._submitted(stream.peer_id, raws)
+
+    async def _send_blocks(self, stream: Stream, request: BlocksRequest) -> bool:
+        """Answer; False when the peer asks for more at a time than one answer, or does not read.
+
+        Reading and encoding megabytes takes a tenth of a second: not in the event loop, for a
+        request of a few bytes.
+        """
+        peer = stream.peer_id
+        if peer in self._answering:
+            log.info("%s asks for blocks again before it has its answer", peer)
+            return False
+        self._answering.add(peer)
+        try:
+            async with self._places:
+                raw = await trio.to_thread.run_sync(
+                    lambda: encode(self.blocks(request.start, request.count))
+                )
+                with trio.fail_after(SEND_SECONDS):
+                    await stream.send(raw)
+        except trio.TooSlowError:
+            log.info("%s does not read the blocks that it asked for", peer)
+            return False
+        finally:
+            self._answering.discard(peer)
+        return True
 
     def blocks(self, start: int, count: int) -> Blocks:
         """Blocks from `start`, ending with one that has its own finalization."""
@@ -184,7 +219,8 @@ class SyncClient:
             failed = False
             hints, self._hints = list(self._hints), {}
             connected = self._host.connected()
-            peers = [peer for peer in dict.fromkeys([*hints, *self._preferred()])]
+            # Anybody can hint, and fill every place with peers that do not answer.
+            peers = list(dict.fromkeys([*hints[:1], *self._preferred(), *hints[1:]]))
             others = sorted(connected.difference(peers))
             for peer in [peer for peer in (*peers, *others) if peer in connected][:8]:
                 try:
@@ -237,6 +273,30 @@ class SyncClient:
         if not isinstance(answer, Spec) or (answer.raw and sha256(answer.raw) != spec):
             raise BadAnswer("not the spec that was asked for")
         return answer.raw or None
+
+    async def spec_from_any(self, peers: Sequence[str], spec: bytes) -> bytes | None:
+        """A spec from the first peer that has it. Each has a head start of HEAD_START before the
+        next: a few that hang cost no more than that."""
+        found: list[bytes] = []
+
+        async def ask(peer: str, done: trio.Event) -> None:
+            try:
+                raw = await self.spec(peer, spec)
+            except (P2PError, BadAnswer, DecodeError) as error:
+                log.info("spec %s from %s: %s", spec.hex()[:16], peer, error)
+            else:
+                if raw is not None:
+                    found.append(raw)
+                    nursery.cancel_scope.cancel()
+            done.set()
+
+        async with trio.open_nursery() as nursery:
+            for peer in peers:
+                done = trio.Event()
+                nursery.start_soon(ask, peer, done)
+                with trio.move_on_after(HEAD_START):
+                    await done.wait()
+        return found[0] if found else None
 
     async def submit(self, peer: str, raws: Sequence[bytes]) -> None:
         """Hand transactions to one peer. Raises P2PError."""

@@ -1,15 +1,39 @@
 """Catch-up answers from strangers: what is taken and what is refused."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
+import trio
+import trio.testing
 
-from tdmld.chain.blocks import Block, Kind, block_hash
-from tdmld.node.chainwire import SYNC_BLOCKS, Blocks
+from tdmld.chain.blocks import Block, Certificate, Kind, block_hash
+from tdmld.chain.codec import decode, encode
+from tdmld.chain.consensus import MAX_CERTIFICATES
+from tdmld.node.chainwire import (
+    SYNC_BLOCKS,
+    Blocks,
+    BlocksRequest,
+    Hello,
+    Proposal,
+    blocks_bytes,
+    consensus_bytes,
+)
+from tdmld.node.finality import Finality
 from tdmld.node.store import ChainStore
-from tdmld.node.sync import BadAnswer, SyncServer, check_blocks
+from tdmld.node.sync import (
+    ANSWERS,
+    HEAD_START,
+    SEND_SECONDS,
+    BadAnswer,
+    SyncClient,
+    SyncServer,
+    check_blocks,
+)
 from tests.node.chainkit import COMMITTEE, GENESIS, certificate, next_block, transfer
+from tests.node.fake_stream import FakeStream, stream_pair
 
 
 async def _nobody(_peer: object, _raws: object) -> None: ...
@@ -79,3 +103,121 @@ def test_what_is_wrong_is_refused(served: tuple[ChainStore, list[Block]]) -> Non
         with pytest.raises(BadAnswer):
             check_blocks(COMMITTEE, height, head, Blocks(80, tuple(blocks), proof))
     assert check_blocks(COMMITTEE, height, head, Blocks(80, good.blocks, None)) is None
+
+
+# ---- the server, and peers that mean no good -----------------------------------------------------
+
+
+async def serve(server: SyncServer, stream: FakeStream) -> None:
+    async with stream:
+        await server.accept(cast(Any, stream))
+
+
+async def test_requests_are_answered_one_after_another(
+    served: tuple[ChainStore, list[Block]],
+) -> None:
+    server = SyncServer(served[0], _nobody, lambda _: None)
+    mine, theirs = stream_pair("client", "server")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve, server, theirs)
+        for start in (1, 65):
+            await mine.send(encode(BlocksRequest(start, 64)))
+            limit = blocks_bytes(GENESIS.parameters.block_bytes)
+            answer = decode(Blocks, await mine.receive(limit), limit)
+            assert answer == server.blocks(start, 64)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_peer_that_reads_no_answer_holds_one_place_and_not_for_ever(
+    served: tuple[ChainStore, list[Block]], autojump_clock: trio.testing.MockClock
+) -> None:
+    server = SyncServer(served[0], _nobody, lambda _: None)
+    request = encode(BlocksRequest(1, 64))
+    deaf, _open = trio.open_memory_channel[bytes](0)
+    ask, asked = trio.open_memory_channel[bytes](8)
+    await ask.send(request)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve, server, FakeStream("deaf", deaf, asked))
+        await trio.testing.wait_all_tasks_blocked()
+        mine, theirs = stream_pair("deaf", "server")
+        theirs.peer_id = "deaf"
+        await mine.send(request)
+        await serve(server, theirs)  # refused at once: it has not read the first answer
+        with trio.fail_after(100 * SEND_SECONDS):
+            while server._answering:
+                await trio.sleep(1)
+        assert server._places.value == ANSWERS
+
+
+# ---- the client, and whom it asks ----------------------------------------------------------------
+
+
+class Client(SyncClient):
+    """Notes whom it asks; `specs` says what a peer answers, None: nothing, ever."""
+
+    def __init__(self, store: ChainStore, connected: Sequence[str], validators: list[str]) -> None:
+        host = SimpleNamespace(connected=lambda: frozenset(connected))
+        super().__init__(
+            cast(Any, host),
+            "sync",
+            COMMITTEE,
+            Finality(store),
+            lambda *_: None,
+            lambda: validators,
+        )
+        self.asked: list[str] = []
+        self.specs: dict[str, bytes | Exception | None] = {}
+
+    async def _drain(self, peer: str) -> bool:
+        self.asked.append(peer)
+        return False
+
+    async def spec(self, peer: str, spec: bytes) -> bytes | None:
+        self.asked.append(peer)
+        found = self.specs.get(peer, b"")
+        if found is None:
+            await trio.sleep_forever()
+        if isinstance(found, Exception):
+            raise found
+        return found or None
+
+
+async def test_hints_do_not_crowd_out_the_validators(
+    served: tuple[ChainStore, list[Block]],
+) -> None:
+    hints = [f"h{number}" for number in range(9)]
+    client = Client(served[0], [*hints, "v1", "v2"], ["v1", "v2"])
+    for hint in hints:
+        client.hint(hint)
+    await client._follow()
+    assert client.asked[:3] == ["h0", "v1", "v2"]
+
+
+async def test_peers_that_hang_or_lie_hold_up_a_spec_only_shortly(
+    served: tuple[ChainStore, list[Block]], autojump_clock: trio.testing.MockClock
+) -> None:
+    client = Client(served[0], [], [])
+    client.specs = {"a": None, "b": BadAnswer("another spec"), "c": None, "d": b"spec"}
+    began = trio.current_time()
+    assert await client.spec_from_any(["a", "b", "c", "d", "e"], bytes(32)) == b"spec"
+    assert trio.current_time() - began <= 2 * HEAD_START + 0.01
+    assert client.asked == ["a", "b", "c", "d"]
+    client.specs = {}
+    assert await client.spec_from_any(["a", "b"], bytes(32)) is None
+
+
+def test_the_greatest_messages_of_validators_are_within_the_limit(
+    served: tuple[ChainStore, list[Block]],
+) -> None:
+    validators = 300
+    rows = tuple((voter, bytes(64)) for voter in range(validators))
+    known = Certificate(Kind.NULLIFY, 2**62, bytes(32), rows)
+    block = msgspec.structs.replace(
+        served[1][0], transactions=(bytes(8000),) * (GENESIS.parameters.block_bytes // 8000)
+    )
+    for message in (
+        Hello(2**62, (known,) * MAX_CERTIFICATES),
+        Proposal(block, (known,) * MAX_CERTIFICATES),
+    ):
+        limit = consensus_bytes(GENESIS.parameters.block_bytes, validators)
+        assert len(encode(message)) <= limit
