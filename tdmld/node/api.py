@@ -2,11 +2,13 @@
 
 import json
 import logging
+import math
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import trio
@@ -28,7 +30,7 @@ from tdmld.node.agent import Agent
 from tdmld.node.chainerrors import ServiceBusy, SpecUnavailable, StoreError
 from tdmld.node.chainservice import ChainService
 from tdmld.node.duties import assigned
-from tdmld.node.errors import MachineError
+from tdmld.node.errors import CarrierUnavailable, ContentRefused, MachineError
 from tdmld.node.machine import Machine, StepDone
 from tdmld.node.peers import PeerService
 from tdmld.node.store import AppliedBlock, ChainStore
@@ -68,6 +70,9 @@ BUCKET_SECONDS = 60
 BUCKETS = 60
 FINAL_JOBS_SHOWN = 200
 EVENTS_BUFFERED = 256
+"""Events that a subscriber may have waiting before steps are left out."""
+CACHED = 512
+"""Specs and offers kept decoded."""
 NAMES_BYTES = 1 << 20
 
 
@@ -89,7 +94,7 @@ class Api:
     _buckets: deque[list[int]] = field(default_factory=lambda: deque(maxlen=BUCKETS))
     _specs: dict[bytes, Spec] = field(default_factory=dict)
     _offers: dict[bytes, Offer] = field(default_factory=dict)
-    _steps: set[trio.MemorySendChannel[StepDone]] = field(default_factory=set)
+    _subscribers: set[tuple[bytes, trio.MemorySendChannel[JobEvent]]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.started = time_text(int(self.peers.now_ms()))
@@ -98,21 +103,45 @@ class Api:
         self.agent.on_step = self._pass_on
 
     async def run(self) -> None:
-        """Count what this node's owner earns, minute by minute."""
+        """Follow the chain for what this node's owner earns and for whoever follows a job."""
         with closing(self.chain.heads()) as heads:
             async for applied in heads:
-                mine = self._owner()
-                earned = sum(
-                    entry.amount
-                    for entry in applied.events
-                    if isinstance(entry, happened.Paid) and entry.owner == mine
-                )
-                minute = applied.block.header.time_ms // 1000 // BUCKET_SECONDS
-                while not self._buckets or self._buckets[-1][0] < minute:
-                    last = self._buckets[-1][0] if self._buckets else minute - 1
-                    start = max(last + 1, minute - BUCKETS + 1)
-                    self._buckets.append([start, 0])
-                self._buckets[-1][1] += earned
+                try:
+                    self._count_income(applied)
+                    self._tell_subscribers(applied)
+                except StoreError:
+                    raise
+                except Exception:
+                    # What people are shown of a block must not end the node.
+                    log.exception("block %d cannot be shown", applied.height)
+
+    def _count_income(self, applied: AppliedBlock) -> None:
+        """Minute by minute."""
+        mine = self._owner()
+        earned = sum(
+            entry.amount
+            for entry in applied.events
+            if isinstance(entry, happened.Paid) and entry.owner == mine
+        )
+        minute = applied.block.header.time_ms // 1000 // BUCKET_SECONDS
+        while not self._buckets or self._buckets[-1][0] < minute:
+            last = self._buckets[-1][0] if self._buckets else minute - 1
+            start = max(last + 1, minute - BUCKETS + 1)
+            self._buckets.append([start, 0])
+        self._buckets[-1][1] += earned
+
+    def _tell_subscribers(self, applied: AppliedBlock) -> None:
+        state, time = self.chain.state(), time_text(applied.block.header.time_ms)
+        for subscriber in list(self._subscribers):
+            job_id, queue = subscriber
+            for entry in applied.events:
+                event = views.event(state, entry, job_id, applied.height, time)
+                if event is not None:
+                    queue.send_nowait(event)
+            job = state.job(job_id)
+            if job is not None and job.final:
+                self._subscribers.discard(subscriber)
+                queue.close()
 
     # the node --------------------------------------------------------------------------------
 
@@ -386,13 +415,15 @@ class Api:
     # jobs ------------------------------------------------------------------------------------
 
     async def job_publish(self, spec: str, text_path: str, name: str = "") -> Published:
-        raw = spec.encode()
         try:
+            raw = spec.encode("ascii")
             wanted = decode_spec(raw)
-        except SpecError as error:
+        except (SpecError, UnicodeEncodeError) as error:
             raise Refused(f"the spec is malformed: {error}") from error
         try:
             shards = await self.machine.import_text(Path(text_path))
+        except CarrierUnavailable as error:
+            raise NotReady(str(error)) from error
         except MachineError as error:
             raise Refused(f"{text_path}: {error}") from error
         if tuple(shards) != tuple(wanted.shards):
@@ -402,8 +433,7 @@ class Api:
         except (StoreError, ServiceBusy) as error:
             raise NotReady(str(error)) from error
         if name:
-            self._names[spec_id.hex()] = name
-            files.write_file(self._names_path, json.dumps(self._names).encode())
+            self._remember_name(spec_id.hex(), name)
         return Published(
             spec_id=spec_id.hex(), shards=len(shards), size=sum(size for _, size in shards)
         )
@@ -441,69 +471,35 @@ class Api:
         job = self._job(self.chain.state(), id)
         if job.final:
             return
-        send, receive = trio.open_memory_channel[JobEvent | None](EVENTS_BUFFERED)
-        steps, new_steps = trio.open_memory_channel[StepDone](EVENTS_BUFFERED)
-        self._steps.add(steps)
+        # Filled without waiting: the server takes at once what is in it, and steps are left out.
+        queue, events = trio.open_memory_channel[JobEvent](math.inf)
+        subscriber = (job.id, queue)
+        self._subscribers.add(subscriber)
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._chain_events, job.id, send)
-                nursery.start_soon(self._step_events, job, new_steps, send)
-                async for event in receive:
-                    if event is None:
-                        break
-                    yield event
-                nursery.cancel_scope.cancel()
+            async for event in events:
+                yield event
         finally:
-            self._steps.discard(steps)
-
-    async def _chain_events(
-        self, job_id: bytes, out: trio.MemorySendChannel[JobEvent | None]
-    ) -> None:
-        with closing(self.chain.heads()) as heads:
-            async for applied in heads:
-                for event in self._events_of(applied, job_id):
-                    await out.send(event)
-                job = self.chain.state().job(job_id)
-                if job is not None and job.final:
-                    await out.send(None)
-                    return
-
-    def _events_of(self, applied: AppliedBlock, job_id: bytes) -> list[JobEvent]:
-        state, time = self.chain.state(), time_text(applied.block.header.time_ms)
-        found = [views.event(state, e, job_id, applied.height, time) for e in applied.events]
-        return [event for event in found if event is not None]
-
-    async def _step_events(
-        self,
-        job: Job,
-        steps: trio.MemoryReceiveChannel[StepDone],
-        out: trio.MemorySendChannel[JobEvent | None],
-    ) -> None:
-        async for step in steps:
-            if step.job != job.id:
-                continue
-            loss = None if step.loss is None else round(step.loss * 1e6)
-            told = "" if step.loss is None else f", loss {step.loss:.4f}"
-            await out.send(
-                JobEvent(
-                    job=job.id.hex(),
-                    height=self.chain.height,
-                    time=time_text(self.peers.now_ms()),
-                    kind="step",
-                    text=f"Step {step.step + 1} of stage {step.slot.stage}{told}.",
-                    lane=step.slot.lane,
-                    stage=step.slot.stage,
-                    step=step.step,
-                    loss=loss,
-                )
-            )
+            self._subscribers.discard(subscriber)
 
     def _pass_on(self, step: StepDone) -> None:
-        for channel in self._steps:
-            try:
-                channel.send_nowait(step)
-            except trio.WouldBlock:
-                log.debug("a subscriber misses a step")
+        """Tell a step of a slot that this node runs."""
+        loss = None if step.loss is None else round(step.loss * 1e6)
+        told = "" if step.loss is None else f", loss {step.loss:.4f}"
+        event = JobEvent(
+            job=step.job.hex(),
+            height=self.chain.height,
+            time=time_text(self.peers.now_ms()),
+            kind="step",
+            text=f"Step {step.step + 1} of stage {step.slot.stage}{told}.",
+            lane=step.slot.lane,
+            stage=step.slot.stage,
+            step=step.step,
+            loss=loss,
+        )
+        for job_id, queue in self._subscribers:
+            waiting = queue.statistics().current_buffer_used
+            if job_id == step.job and waiting < EVENTS_BUFFERED:
+                queue.send_nowait(event)
 
     async def job_fetch(self, id: str, out_dir: str) -> FetchedResult:
         state = self.chain.state()
@@ -520,20 +516,25 @@ class Api:
         sessions = [address(member.session) for member in members if member.node in holders]
         out = Path(out_dir)
         try:
-            result = await self.machine.fetch_result(job.id, job.result, sessions, out)
             spec = await self.chain.fetch_spec(job.spec_id)
-        except (MachineError, SpecUnavailable) as error:
+            result = await self.machine.fetch_result(job.id, spec, job.result, sessions, out)
+        except ContentRefused as error:
+            raise Refused(str(error)) from error
+        except (MachineError, SpecUnavailable, OSError) as error:
             raise NotReady(f"the result cannot be fetched now: {error}") from error
         content = provenance.document(
             state, job, self.genesis.chain, self._chain_id, self.chain.height, spec
         )
         signed = provenance.sign(self.key, self._chain_id, content)
-        files.write_file(out / "provenance.json", signed)
+        try:
+            files.write_file(result.directory / "provenance.json", signed)
+        except OSError as error:
+            raise NotReady(f"the model is in {out}, its provenance not: {error}") from error
         rows = (*result.files, ("provenance.json", len(signed)))
         return FetchedResult(
             job=id,
             result_id=job.result.hex(),
-            directory=str(out),
+            directory=str(result.directory),
             files=tuple(ResultFile(name=name, size=size) for name, size in rows),
         )
 
@@ -574,6 +575,7 @@ class Api:
             if raw is None:
                 return None
             try:
+                _make_room(self._specs)
                 self._specs[job.spec_id] = decode_spec(raw)
             except TrainError:
                 return None
@@ -582,6 +584,7 @@ class Api:
     def _lock(self, job: Job) -> tuple[int, int]:
         """What the offer locked besides the deposit, and the deposit."""
         if job.id not in self._offers:
+            _make_room(self._offers)
             block = self.store.block(job.offered)
             for raw in block.transactions if block is not None else ():
                 tx = decode_transaction(raw, self._chain_id)
@@ -592,6 +595,17 @@ class Api:
             return job.locked, 0
         lock = lock_of(offer, self.genesis.parameters)
         return lock.total - lock.deposit, lock.deposit
+
+    def _remember_name(self, spec_id: str, name: str) -> None:
+        """Names are for this node's lists alone: the newest ones that fit are kept."""
+        self._names.pop(spec_id, None)
+        self._names[spec_id] = name
+        while len(raw := json.dumps(self._names).encode()) > NAMES_BYTES:
+            del self._names[next(iter(self._names))]
+        try:
+            files.write_file(self._names_path, raw)
+        except OSError as error:
+            log.warning("the name of a job will not outlive this run: %s", error)
 
     @property
     def _names_path(self) -> Path:
@@ -606,6 +620,12 @@ class Api:
         except (OSError, msgspec.MsgspecError) as error:
             log.warning("names of jobs are lost: %s", error)
             return {}
+
+
+def _make_room(cache: dict[bytes, Any]) -> None:
+    """Forget what was decoded first."""
+    while len(cache) >= CACHED:
+        del cache[next(iter(cache))]
 
 
 def _key(text: str) -> bytes:

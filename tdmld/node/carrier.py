@@ -11,6 +11,8 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import trio
@@ -71,6 +73,7 @@ class Carrier:
         self._members: dict[bytes, frozenset[str]] = {}
         self._kept: dict[str, tuple[str, ...]] = {}
         self._slots: dict[control.Slot, SlotServer] = {}
+        self._fetches: dict[int, trio.CancelScope] = {}
         self._store = ContentStore(self._layout, config.content_quota)
         self._server = ContentServer(self._store, self._members, self._still_grows)
         self._client = ContentClient(host, content_protocol, self._store)
@@ -91,6 +94,10 @@ class Carrier:
                 message = control.decode_to_carrier(raw)
                 if isinstance(message, Configure):
                     raise ControlError("a second Configure")
+                if isinstance(message, control.Cancel):
+                    if (fetch := self._fetches.get(message.id)) is not None:
+                        fetch.cancel()
+                    continue
                 nursery.start_soon(self._request, message, descriptors, nursery)
             nursery.cancel_scope.cancel()
 
@@ -106,7 +113,10 @@ class Carrier:
     ) -> None:
         # Boundary: what goes wrong with one request is its reply and ends nothing else.
         try:
-            reply = await self._carry_out(request, descriptors, nursery)
+            with self._cancellable(request) as scope:
+                reply = await self._carry_out(request, descriptors, nursery)
+            if scope.cancelled_caught:
+                return
         except (MachineError, TrainError, P2PError, OSError, DecodeError) as error:
             kind = type(error).__name__ if isinstance(error, MachineError) else "MachineError"
             reply = control.Failed(request.id, kind, f"{error}"[: control.MAX_TEXT])
@@ -115,6 +125,17 @@ class Carrier:
             text = f"a defect of the carrier, see its log: {error!r}"[: control.MAX_TEXT]
             reply = control.Failed(request.id, "MachineError", text)
         self._tell(reply)
+
+    @contextmanager
+    def _cancellable(self, request: Request) -> Iterator[trio.CancelScope]:
+        """A scope in which the daemon's Cancel ends a fetch."""
+        with trio.CancelScope() as scope:
+            if isinstance(request, control.FetchBlob | control.FetchFile | control.ListResult):
+                self._fetches[request.id] = scope
+            try:
+                yield scope
+            finally:
+                self._fetches.pop(request.id, None)
 
     async def _carry_out(
         self, request: Request, descriptors: tuple[int, ...], nursery: trio.Nursery

@@ -1,5 +1,6 @@
 """The daemon's end of its carrier: start, requests, events, restart with back-off."""
 
+import contextlib
 import itertools
 import logging
 import socket
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 START_SECONDS = 60.0
 STOP_SECONDS = 3.0
+CANCEL_SECONDS = 1.0
 BACKOFF_FIRST_SECONDS = 0.2
 BACKOFF_LAST_SECONDS = 10.0
 
@@ -118,7 +120,7 @@ class CarrierClient:
         descriptors: tuple[int, ...] = (),
     ) -> R:
         """Send a request, give its reply. The errors of `tdmld.node.errors` that the carrier
-        raised; CarrierUnavailable. Cancelled, the carrier still carries it out."""
+        raised; CarrierUnavailable. Cancelled, a fetch stops; the carrier carries out the rest."""
         if self._socket is None:
             raise CarrierUnavailable("the carrier process is being restarted; try again soon")
         number = next(self._ids)
@@ -129,6 +131,9 @@ class CarrierClient:
         try:
             await self._socket.send(raw, descriptors)
             await pending.answered.wait()
+        except trio.Cancelled:
+            await self._abandon(number)
+            raise
         except ControlError as error:
             raise CarrierUnavailable(f"the carrier process is gone: {error}") from error
         finally:
@@ -142,6 +147,16 @@ class CarrierClient:
                 return reply
             case reply:
                 raise ControlError(f"the carrier answered with a {type(reply).__name__}")
+
+    async def _abandon(self, number: int) -> None:
+        """Nobody waits for request `number` any more."""
+        raw = control.encode_message(control.Cancel(number))
+        with (
+            trio.CancelScope(shield=True, deadline=trio.current_time() + CANCEL_SECONDS),
+            contextlib.suppress(ControlError),
+        ):
+            if self._socket is not None:
+                await self._socket.send(raw)
 
     async def _one_life(
         self,

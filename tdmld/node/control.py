@@ -5,7 +5,8 @@ of at most MESSAGE_BYTES, with file descriptors beside it (SCM_RIGHTS) where a m
 
     daemon -> carrier   Configure first, then requests; each has an id
     carrier -> daemon   Ready, then exactly one reply (Done, Failed, Imported, Stored, Listing) to
-                        each request with its id, in any order, and events without id
+                        each request that was not cancelled, with its id, in any order, and events
+                        without id
 
 Either end that reads something malformed stops: the other end is our own code or nothing at all.
 End of file at the carrier means that the daemon is gone, and ends the carrier.
@@ -213,6 +214,13 @@ class Discard(Message, frozen=True):
     segment: Count
 
 
+class Cancel(Message, frozen=True):
+    """Whoever asked for request `id` has gone: a fetch stops and leaves nothing behind. Others are
+    carried out. There is no reply, neither to this nor to what it stopped."""
+
+    id: int
+
+
 Request = (
     SetPeers
     | SetMembers
@@ -225,7 +233,7 @@ Request = (
     | CloseSlot
     | Discard
 )
-ToCarrier = Configure | Request
+ToCarrier = Configure | Request | Cancel
 
 
 # --- carrier -> daemon ------------------------------------------------------------------------

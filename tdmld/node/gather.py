@@ -3,6 +3,7 @@
 The carrier fetches and hashes; whether a file is the right one is decided here, by its root.
 """
 
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,10 @@ from tdmld.node.jobfiles import (
     has_frames,
     has_part,
     is_used_directory,
+    move_up,
     prepare_directory,
     remove_tree,
+    remove_unfinished,
     replace_directory,
     state_limit,
     write_result,
@@ -31,7 +34,7 @@ from tdmld.node.jobfiles import (
 from tdmld.node.layout import Layout, state
 from tdmld.node.machine_types import AuditTask, ResultInfo, SlotId, StateRoots, StateSource
 from tdmld.train.errors import FileError
-from tdmld.train.export import RESULT_FILES, read_result
+from tdmld.train.export import read_result, result_limits
 from tdmld.train.framelog import frame_log_name
 from tdmld.train.spec import decode_spec
 from tdmld.train.statefile import PARTS, part_file
@@ -176,18 +179,20 @@ class Gatherer:
             await trio.to_thread.run_sync(partial(path.unlink, missing_ok=True))
         raise ContentUnavailable("; ".join(answers) or "no holder is known")
 
-    async def _fetch_result_from(self, job: bytes, holder: str, out: Path) -> None:
+    async def _fetch_result_from(
+        self, job: bytes, holder: str, directory: Path, limits: Mapping[str, int]
+    ) -> None:
         listing = await self._carrier.call(
             lambda n: control.ListResult(n, job, (holder,)), control.Listing
         )
         sizes = dict(listing.files)
-        for name in RESULT_FILES:
+        for name, limit in limits.items():
             if name not in sizes:
                 raise ContentUnavailable(f"it has no {name}")
-            path = str(Path.cwd() / out / name)
+            path = str(directory / name)
             item = control.ResultFile(job, name)
             await self._carrier.call(
-                lambda n, i=item, p=path, s=sizes[name]: control.FetchFile(n, i, s, (holder,), p),  # type: ignore[misc]
+                lambda n, i=item, p=path, s=limit: control.FetchFile(n, i, s, (holder,), p),  # type: ignore[misc]
                 control.Stored,
             )
 
@@ -226,22 +231,30 @@ class Gatherer:
         return ResultInfo(result.result_id, result.directory, result.files)
 
     async def fetch_result(
-        self, job: bytes, result_id: bytes, holders: Sequence[str], out: Path
+        self, job: bytes, spec: bytes, result_id: bytes, holders: Sequence[str], out: Path
     ) -> ResultInfo:
         """See Machine.fetch_result."""
-        if await trio.to_thread.run_sync(is_used_directory, out):
-            raise ContentRefused(f"{out} is not empty; name a new directory")
+        target = Path.cwd() / out
+        if await trio.to_thread.run_sync(is_used_directory, target):
+            raise ContentRefused(f"{target} is not empty; name a new directory")
+        limits = result_limits(decode_spec(spec))
+        aside = target / f".{secrets.token_hex(4)}.part"
         answers = []
-        for holder in holders:
-            try:
-                await self._fetch_result_from(job, holder, out)
-                result = await trio.to_thread.run_sync(read_result, out)
-                if result.result_id == result_id:
-                    return ResultInfo(result.result_id, out, result.files)
-                answers.append(f"{holder}: another result than the one attested")
-            except (ContentUnavailable, FileError) as error:
-                answers.append(f"{holder}: {error}")
-            await trio.to_thread.run_sync(remove_tree, out)
+        try:
+            for holder in holders:
+                try:
+                    await self._fetch_result_from(job, holder, aside, limits)
+                    result = await trio.to_thread.run_sync(read_result, aside)
+                    if result.result_id == result_id:
+                        await trio.to_thread.run_sync(move_up, aside)
+                        return ResultInfo(result.result_id, target, result.files)
+                    answers.append(f"{holder}: another result than the one attested")
+                except (ContentUnavailable, FileError) as error:
+                    answers.append(f"{holder}: {error}")
+                await trio.to_thread.run_sync(remove_tree, aside)
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(remove_unfinished, aside)
         raise ContentUnavailable("; ".join(answers) or "no holder is known")
 
 

@@ -156,6 +156,19 @@ def is_used_directory(path: Path) -> bool:
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
+def move_up(directory: Path) -> None:
+    """Move the files of a directory into the one that holds it."""
+    for path in sorted(directory.iterdir()):
+        path.rename(directory.parent / path.name)
+
+
+def remove_unfinished(aside: Path) -> None:
+    """Remove a directory of ours, and the one that holds it if there is nothing else in it."""
+    remove_tree(aside)
+    with suppress(OSError):
+        aside.parent.rmdir()
+
+
 def remove_tree(path: Path) -> None:
     """Remove a directory of ours with everything in it; nothing when it is not there."""
     shutil.rmtree(path, ignore_errors=True)

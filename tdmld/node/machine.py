@@ -350,11 +350,11 @@ class Machine:
         return await self._gather.make_result(job, spec, final)
 
     async def fetch_result(
-        self, job: bytes, result_id: bytes, holders: Sequence[str], out: Path
+        self, job: bytes, spec: bytes, result_id: bytes, holders: Sequence[str], out: Path
     ) -> ResultInfo:
         """For the submitter: bring the result into the new or empty directory `out`; its id is
-        checked. ContentError."""
-        return await self._gather.fetch_result(job, result_id, holders, out)
+        checked, and it appears whole. ContentError."""
+        return await self._gather.fetch_result(job, spec, result_id, holders, out)
 
     # --- the end of things
 

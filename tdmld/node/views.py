@@ -17,6 +17,7 @@ from tdmld.chain.records import (
 from tdmld.chain.reputation import reputation
 from tdmld.chain.state import State
 from tdmld.node.duties import assigned
+from tdmld.plaintext import plain
 from tdmld.rpc.types import (
     AccountInfo,
     AuditInfo,
@@ -33,6 +34,8 @@ from tdmld.rpc.types import (
 )
 from tdmld.train.spec import Spec
 
+SEGMENTS_SHOWN = 500
+"""Of each slot: an answer must not read a long job's whole history while votes wait."""
 _AUDIT_STATES: dict[AuditStatus, AuditState] = {
     AuditStatus.WAITING: "drawn",
     AuditStatus.DRAWN: "drawn",
@@ -91,7 +94,7 @@ def summary(
         escrow=str(lock),
         spent=str(sum(paid.total for paid in state.payments(job.id).values())),
         name=name,
-        reason=job.detail or job.reason.value,
+        reason=plain(job.detail or job.reason.value),
         loss=_newest_loss(state, job, slots),
     )
 
@@ -163,17 +166,24 @@ def _phase(job: Job, slot: SlotState) -> str:
     return "done" if slot.settled == job.rounds else "stopped" if job.final else "settling"
 
 
+def _newest(slot: SlotState) -> range:
+    """The committed segments that are shown."""
+    return range(max(0, slot.committed - SEGMENTS_SHOWN), slot.committed)
+
+
+def _proved(state: State, job: Job, index: int, slot: SlotState) -> int:
+    """The newest boundary whose copy the standby proved, 0 for none of those shown."""
+    for number in reversed(_newest(slot)):
+        segment = state.segment(job.id, index, number)
+        if segment is not None and segment.proof is ProofStatus.EQUAL:
+            return number + 1
+    return 0
+
+
 def _standby(state: State, job: Job, slots: list[SlotState]) -> tuple[StandbyInfo, ...]:
     if job.standby is None:
         return ()
-    proved = job.rounds
-    for index, slot in enumerate(slots):
-        mine = 0
-        for number in range(slot.committed):
-            segment = state.segment(job.id, index, number)
-            if segment is not None and segment.proof is ProofStatus.EQUAL:
-                mine = number + 1
-        proved = min(proved, mine)
+    proved = min((_proved(state, job, i, slot) for i, slot in enumerate(slots)), default=0)
     return (
         StandbyInfo(
             node=address(job.standby.node),
@@ -186,16 +196,20 @@ def _standby(state: State, job: Job, slots: list[SlotState]) -> tuple[StandbyInf
 
 def _audits(state: State, job: Job, slots: list[SlotState]) -> Iterator[tuple[int, int, Audit]]:
     for index, slot in enumerate(slots):
-        for number in range(slot.committed):
+        for number in _newest(slot):
             audit = state.audit(job.id, index, number)
             if audit is not None:
                 yield index, number, audit
 
 
 def _losses(state: State, job: Job, slots: list[SlotState]) -> Iterator[SegmentLoss]:
-    for number in range(job.rounds):
+    """Losses of the whole job: of a long one, those of evenly spaced segments."""
+    committed = max((slot.committed for slot in slots), default=0)
+    for number in range(0, committed, max(1, -(-committed // SEGMENTS_SHOWN))):
         for index, slot in enumerate(slots):
-            segment = state.segment(job.id, index, number) if number < slot.committed else None
+            if job.stage_of(index) != len(job.stages) - 1 or number >= slot.committed:
+                continue  # only the last stage sees a loss
+            segment = state.segment(job.id, index, number)
             if segment is not None and segment.loss is not None:
                 yield SegmentLoss(lane=job.lane_of(index), segment=number, loss=segment.loss)
 
@@ -253,7 +267,7 @@ def event(
         height=height,
         time=time,
         kind=told.kind,
-        text=told.text,
+        text=plain(told.text),
         state=told.state,
         lane=None if told.slot is None else job.lane_of(told.slot),
         stage=None if told.slot is None else job.stage_of(told.slot),
@@ -316,7 +330,8 @@ def _tell(state: State, job: Job, entry: happened.Event) -> _Told | None:
             text = f"No verdict on {where(slot, segment)}: {reason}."
             return _Told("audit", text, slot, segment)
         case happened.Paid(owner=owner, role=role, amount=amount):
-            text = f"Paid {amount} to a {role}."
+            article = "an" if role == "auditor" else "a"
+            text = f"Paid {amount} to {article} {role}."
             return _Told("payment", text, address=address(owner), amount=amount)
         case _:
             return None

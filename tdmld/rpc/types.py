@@ -21,8 +21,8 @@ HexId = Annotated[str, msgspec.Meta(min_length=64, max_length=64, pattern=r"^[0-
 AddressText = Annotated[
     str, msgspec.Meta(min_length=52, max_length=52, pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]*$")
 ]
-RawHex = Annotated[str, msgspec.Meta(min_length=2, max_length=2 * 2**18, pattern=r"^[0-9a-f]+$")]
-"""A signed transaction, at most 256 KiB of bytes (an offer carries a spec of 64 KiB)."""
+RawHex = Annotated[str, msgspec.Meta(min_length=2, max_length=2 * 2**13, pattern=r"^[0-9a-f]+$")]
+"""A signed transaction, at most 8 KiB of bytes."""
 SpecText = Annotated[str, msgspec.Meta(min_length=2, max_length=65536)]
 PathText = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
 NameText = Annotated[str, msgspec.Meta(max_length=200)]
@@ -328,7 +328,9 @@ class JobDetail(Wire, frozen=True):
     slots: tuple[SlotInfo, ...]
     standbys: tuple[StandbyInfo, ...] = ()
     audits: tuple[AuditInfo, ...] = ()
+    """Of the newest segments."""
     losses: tuple[SegmentLoss, ...] = ()
+    """Of all segments; of a very long job, of evenly spaced ones."""
     """By segment, then lane."""
     budget: AmountText = "0"
     """The most that the job may cost: escrow and deposit."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from tdmld.files import write_file
+from tdmld.train import limits
 from tdmld.train.errors import FileError
 from tdmld.train.spec import Spec
 from tdmld.train.statefile import StateFile, TensorData, write_safetensors
@@ -21,6 +22,13 @@ from tdmld.train.statefile import StateFile, TensorData, write_safetensors
 RESULT_FILES = ("config.json", "model.safetensors")
 """What the result id covers, in this order."""
 _CHUNK_BYTES = 1024 * 1024
+
+
+def result_limits(spec: Spec) -> dict[str, int]:
+    """The greatest size that each file of the spec's result may have, in bytes."""
+    parameters = sum(weight.count for stage in range(spec.stages) for weight in spec.weights(stage))
+    sizes = (limits.CONFIG_FILE_BYTES, 4 * parameters + limits.STATE_HEADER_BYTES)
+    return dict(zip(RESULT_FILES, sizes, strict=True))
 
 
 @dataclass(frozen=True)

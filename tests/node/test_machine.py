@@ -14,9 +14,11 @@ import pytest
 import trio
 
 from tdmld.chain.crypto import KeyPair
+from tdmld.node import control
 from tdmld.node.errors import (
     AuditImpossible,
     CarrierUnavailable,
+    ContentRefused,
     ContentUnavailable,
     MachineError,
     WorkerFailed,
@@ -118,6 +120,29 @@ async def wait_for(machine: Machine, kind: type[Event]) -> Any:
     raise AssertionError("no more events")
 
 
+async def abandoned_fetch(machine: Machine, holder: Machine, root: Path) -> None:
+    """A fetch that nobody waits for any more stops: its file does not appear afterwards."""
+
+    async def fetch(path: Path) -> None:
+        item = control.ResultFile(JOB, "config.json")
+        await machine._carrier.call(
+            lambda n: control.FetchFile(n, item, 1 << 16, (holder.session,), str(path)),
+            control.Stored,
+        )
+
+    assert holder.carrier_pid is not None
+    os.kill(holder.carrier_pid, signal.SIGSTOP)
+    try:
+        with trio.move_on_after(0.3) as waited:
+            await fetch(root / "abandoned" / "config.json")
+    finally:
+        os.kill(holder.carrier_pid, signal.SIGCONT)
+    assert waited.cancelled_caught
+    await fetch(root / "wanted" / "config.json")
+    await fetch(root / "wanted" / "again.json")
+    assert not (root / "abandoned").exists()
+
+
 async def test_two_machines_train_and_a_third_stands_by_audits_and_makes_the_result(
     tmp_path: Path,
 ) -> None:
@@ -188,10 +213,24 @@ async def test_two_machines_train_and_a_third_stands_by_audits_and_makes_the_res
         }
         result = await third.make_result(JOB, SPEC, final)
         out = tmp_path / "out"
-        got = await upper.fetch_result(JOB, result.result_id, [lower.session, third.session], out)
+        got = await upper.fetch_result(
+            JOB, SPEC, result.result_id, [lower.session, third.session], out
+        )
         assert (got.result_id, got.files) == (result.result_id, result.files)
+        assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+        with pytest.raises(ContentRefused, match="not empty"):
+            await upper.fetch_result(JOB, SPEC, result.result_id, [third.session], out)
         with pytest.raises(ContentUnavailable, match="another result"):
-            await upper.fetch_result(JOB, bytes(32), [third.session], tmp_path / "other")
+            await upper.fetch_result(JOB, SPEC, bytes(32), [third.session], tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+        await abandoned_fetch(upper, third, tmp_path)
+        # A holder cannot make us take more than the spec's model has.
+        huge = tmp_path / "2" / "jobs" / JOB.hex() / "result" / "model.safetensors"
+        os.truncate(huge, huge.stat().st_size + (32 << 20))
+        with pytest.raises(ContentUnavailable, match="at most"):
+            await upper.fetch_result(
+                JOB, SPEC, result.result_id, [third.session], tmp_path / "huge"
+            )
 
         # The end: what nobody needs any more goes, lists and result stay.
         for stage, machine in enumerate(workers):
