@@ -62,7 +62,7 @@ def say(text: str = "") -> None:
 def tdmld(*arguments: str | Path) -> dict[str, Any]:
     """Run a command of tdmld with --json; its document."""
     command = [sys.executable, "-m", "tdmld", *map(str, arguments), "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, cwd=ROOT, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=sys.stderr, cwd=ROOT, check=False)
     if done.returncode != 0:
         raise DemoFailed(f"`tdmld {' '.join(map(str, arguments))}` exited {done.returncode}")
     return dict(json.loads(done.stdout))
@@ -430,7 +430,7 @@ def dashboard(demo: Demo, result: dict[str, Any]) -> None:
         try:
             data_dir = str(demo.network.data_dir(SUBMITTER))
             command = [sys.executable, "-m", "tdmld", "tui", "--data-dir", data_dir]
-            while thread.is_alive() and not (demo.network.data_dir(SUBMITTER) / "run").exists():
+            while thread.is_alive() and not demo.network.ready(SUBMITTER):
                 time.sleep(0.1)
             subprocess.run(command, cwd=ROOT, check=False)
             thread.join()

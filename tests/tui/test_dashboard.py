@@ -80,7 +80,7 @@ def test_home_shows_a_snapshot() -> None:
 
 def test_home_says_why_a_node_does_not_earn() -> None:
     idle = msgspec.structs.replace(
-        node_status(), tasks=(), why_not_earning="no job asks for class cpu-x86; wait or change it"
+        node_status(), tasks=(), why_not_earning="no job asks for class cpu-x86; change [ask] or wait"
     )
 
     async def body(app: Dashboard, pilot: "Pilot[None]") -> None:

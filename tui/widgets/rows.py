@@ -34,7 +34,10 @@ class Rows(DataTable[str | Text]):
             self.remove_row(str(key))
         for key, row in rows.items():
             cells = [
-                Text(str(cell), justify="right") if name in self.RIGHT else cell
+                # A plain string would be read as markup, and much here is others' words.
+                Text(str(cell), justify="right" if name in self.RIGHT else "left")
+                if name in self.RIGHT or isinstance(cell, str)
+                else cell
                 for name, cell in zip(self.HEAD, row, strict=True)
             ]
             if key not in self.rows:
