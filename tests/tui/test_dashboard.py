@@ -80,12 +80,13 @@ def test_home_shows_a_snapshot() -> None:
 
 def test_home_says_why_a_node_does_not_earn() -> None:
     idle = msgspec.structs.replace(
-        node_status(), tasks=(), why_not_earning="no job asks for class cpu-x86; change [ask] or wait"
+        node_status(), tasks=(), why_not_earning="no job asks for this class; change [ask] or wait"
     )
 
     async def body(app: Dashboard, pilot: "Pilot[None]") -> None:
         await until(pilot, lambda: app.snapshot is not None)
         assert "Why am I not earning?  no job asks" in line(app, Notice)
+        assert "change [ask] or wait" in line(app, Notice), "the node's words are no markup"
 
     drive(FakeFeed(snapshot(idle)), body)
 
