@@ -1,0 +1,170 @@
+"""Vectors of money, nodes, asks and offers: sections 9 to 11 of the specification."""
+
+from typing import Any
+
+from scripts.lib.vectors_case import Scene, ledger_file
+from tdmld.chain import limits
+from tdmld.chain.crypto import KeyPair
+from tdmld.chain.transactions import (
+    Accept,
+    Ask,
+    Bond,
+    Fetched,
+    Offer,
+    Register,
+    Stage,
+    Transfer,
+    sign_registration,
+)
+from tests.chain.world import BALANCE, FEE, GIB, World, make_genesis, mark, node_key, owner_key
+
+ALICE, BOB = owner_key(0), owner_key(1)
+
+
+def ledger_money() -> dict[str, Any]:
+    """Owner transactions, asks and offers over the state of genesis."""
+    world = World(make_genesis(nodes=3, validators=1))
+    return ledger_file([_money(world), _nodes(world), _offers(world)])
+
+
+def _money(world: World) -> Scene:
+    scene = Scene(world, "money at genesis")
+
+    def pay(amount: int, to: KeyPair = BOB, **header: int) -> bytes:
+        return world.sign(ALICE, Transfer(to.public, amount), **header)
+
+    scene.case("an empty block", "EXEC-1 STATE-1")
+    scene.case("a transfer", "TX-6 FEE-1 FEE-4 STATE-5", pay(700))
+    scene.case("a transfer to oneself", "TX-6", pay(700, ALICE))
+    scene.case("a transfer to an owner without an account", "TX-6 STATE-1", pay(700, owner_key(9)))
+    scene.case("all that the fee leaves", "TX-6", pay(BALANCE - FEE))
+    scene.case("more than the fee leaves", "TX-6 FEE-2", pay(BALANCE - FEE + 1))
+    scene.case("a transfer of nothing", "TX-6 FEE-2", pay(0))
+    scene.case("a nonce ahead", "FEE-1", pay(1, nonce=1))
+    scene.case("a fee below the floor", "FEE-1", pay(1, fee=FEE - 1))
+    scene.case("a fee above the balance", "FEE-1", pay(1, fee=BALANCE + 1))
+    scene.case("a fee of all the balance", "FEE-1 FEE-2", pay(1, fee=BALANCE))
+    scene.case("expired", "TX-5 FEE-1", pay(1, expiry=7), height=8)
+    scene.case("in the last block before it expires", "TX-5", pay(1, expiry=8), height=8)
+    scene.case("the same twice", "EXEC-1 FEE-1", pay(1), pay(1))
+    newcomer = owner_key(9)
+    scene.case(
+        "transactions see those before them",
+        "EXEC-1",
+        world.sign(newcomer, Transfer(BOB.public, 1)),
+        pay(1000, newcomer),
+        world.sign(newcomer, Transfer(BOB.public, 900)),
+        pay(5, nonce=1),
+    )
+    scene.case("stake that votes", "TX-7", world.sign(ALICE, Bond("vote", 300)))
+    scene.case("stake that works", "TX-7", world.sign(BOB, Bond("work", 300)))
+    scene.case("another bucket", "TX-7 FEE-2", world.sign(ALICE, Bond("rest", 300)))
+    scene.case("a stake of nothing", "TX-7 FEE-2", world.sign(ALICE, Bond("work", 0)))
+    scene.case("more stake than money", "TX-7 FEE-2", world.sign(ALICE, Bond("work", BALANCE)))
+    return scene
+
+
+def _nodes(world: World) -> Scene:
+    scene = Scene(world, "nodes and asks at genesis")
+
+    def registration(
+        node: KeyPair, height: int, *, signer: KeyPair | None = None, owner: KeyPair = ALICE
+    ) -> bytes:
+        proof = sign_registration(signer or node, world.chain_id, ALICE.public, height)
+        return world.sign(owner, Register(node.public, height, proof))
+
+    new, most = node_key(9), limits.DEADLINE_BLOCKS
+    scene.case("a node from the next height on", "TX-8", registration(new, 2))
+    scene.case("a node from the latest height on", "TX-8", registration(new, 1 + most))
+    scene.case("a node from this height on", "TX-8 FEE-2", registration(new, 1))
+    scene.case("a node from too late on", "TX-8 FEE-2", registration(new, 2 + most))
+    scene.case("a proof of another node", "TX-8", registration(new, 5, signer=node_key(8)))
+    scene.case("a proof for another owner", "TX-8", registration(new, 5, owner=BOB))
+    scene.case("the owner's own key", "TX-8", registration(ALICE, 5))
+    scene.case("a node that is bound", "TX-8", registration(node_key(1), 5))
+
+    def ask(**changes: object) -> bytes:
+        fields: dict[str, Any] = {
+            "session": mark("session"),
+            "class_id": "cpu",
+            "memory": GIB,
+            "price": 1000,
+            "audit_capacity": 1,
+            "standby_slots": 4,
+            "until_height": 900,
+        }
+        header = {"fee": changes.pop("fee", 0), "nonce": changes.pop("nonce", 0)}
+        return world.sign(node_key(1), Ask(**{**fields, **changes}), **header)
+
+    scene.case("an ask", "ASK-1 ASK-4 STATE-2 FEE-3", ask())
+    scene.case("an ask for this height alone", "ASK-2", ask(until_height=1))
+    scene.case("an ask for as long as may be", "ASK-2", ask(until_height=1001))
+    scene.case("an ask for longer", "ASK-2", ask(until_height=1002))
+    scene.case("an ask that is over", "ASK-2", ask(until_height=4), height=5)
+    scene.case("an ask replaced", "ASK-2 ASK-4", ask(), ask(until_height=901, price=1))
+    scene.case("an ask repeated", "ASK-2", ask(), ask())
+    scene.case("an ask of any class", "ASK-3", ask(class_id="any"))
+    scene.case("an ask of no class", "ASK-3", ask(class_id=""))
+    scene.case("the dearest ask", "ASK-3", ask(price=limits.PRICE))
+    scene.case("too dear an ask", "ASK-3", ask(price=limits.PRICE + 1))
+    scene.case("too much memory", "ASK-3", ask(memory=limits.MEMORY_BYTES + 1))
+    scene.case("too many audits", "ASK-3", ask(audit_capacity=limits.AUDIT_CAPACITY + 1))
+    scene.case("an ask with a fee", "FEE-3", ask(fee=FEE))
+    scene.case("an ask with a nonce", "FEE-3", ask(nonce=1))
+    stranger = world.sign(node_key(9), Ask(mark(1), "cpu", 1, 1, 1, 1, 9))
+    scene.case("an ask of a key that is not registered", "ASK-1", stranger)
+    scene.case(
+        "an ask before the node's first height",
+        "ASK-1 EXEC-1",
+        registration(new, 9),
+        world.sign(new, Ask(mark(1), "cpu", 1, 1, 1, 1, 9)),
+    )
+    nobody = world.sign(node_key(1), Accept(mark("no job"), 0, 0, mark("session")))
+    scene.case("a node speaks of no job", "FEE-3", nobody)
+    scene.case("an owner speaks of no job", "JOB-8", world.sign(ALICE, Fetched(mark("no job"))))
+    return scene
+
+
+_BAD_OFFERS: dict[str, tuple[str, dict[str, object]]] = {
+    "no spec": ("OFFER-1", {"spec_bytes": 0}),
+    "too large a spec": ("OFFER-1", {"spec_bytes": limits.SPEC_BYTES + 1}),
+    "no lanes": ("OFFER-1", {"lanes": 0}),
+    "too many slots": ("OFFER-1", {"lanes": 64, "stages": (Stage(1, 1),) * 5}),
+    "no rounds": ("OFFER-1", {"rounds": 0}),
+    "no steps": ("OFFER-1", {"segment_steps": 0}),
+    "copies too rare": ("OFFER-1", {"unsettled": 3, "state_every": 2}),
+    "D too large": ("OFFER-1", {"unsettled": limits.UNSETTLED + 1}),
+    "no tokens": ("OFFER-1", {"tokens": 0}),
+    "a stage without parameters": ("OFFER-1", {"stages": (Stage(0, 1),)}),
+    "a stage without memory": ("OFFER-1", {"stages": (Stage(1, 0),)}),
+    "no class": ("OFFER-1", {"class_id": ""}),
+    "a privacy mode of another version": ("OFFER-1", {"privacy": "sealed"}),
+    "too high a price": ("OFFER-1", {"slot_price_max": limits.PRICE + 1}),
+    "too high a rate": ("OFFER-1", {"audit_rate": limits.RATE_ONE + 1}),
+    "audits for nothing": ("OFFER-2", {"audit_price": 0}),
+    "too small an audit budget": ("OFFER-2", {"audit_budget": 4 * 7_000 - 1}),
+    "a deadline that is here": ("OFFER-3", {"deadline": 1}),
+    "a deadline too far away": ("OFFER-3", {"deadline": 2 + limits.DEADLINE_BLOCKS}),
+    "an unknown source": ("OFFER-3", {"source": node_key(9).public}),
+    "more than the balance": ("OFFER-4", {"slot_price_max": 2_000_000}),
+}
+
+
+def _offers(world: World) -> Scene:
+    scene = Scene(world, "offers at genesis")
+
+    def offer(**changes: object) -> bytes:
+        wanted: Offer = world.offer(**changes)
+        return world.sign(ALICE, wanted)
+
+    scene.case("an offer", "OFFER-4 OFFER-5 STATE-3 STATE-4 DUE-1 DUE-4", offer())
+    scene.case("an offer without audits", "OFFER-2 OFFER-4", offer(audit_rate=0, audit_budget=0))
+    free = offer(audit_rate=0, audit_budget=0, audit_price=0, slot_price_max=0, standby_price=0)
+    scene.case("an offer that pays nothing", "OFFER-1 OFFER-2", free)
+    scene.case("the smallest audit budget", "OFFER-2", offer(audit_budget=4 * 7_000))
+    scene.case("two lanes, the last copy short", "OFFER-4", offer(lanes=2, rounds=5))
+    last = offer(deadline=1 + limits.DEADLINE_BLOCKS)
+    scene.case("the latest deadline", "OFFER-3 DUE-4", last)
+    for name, (rule, changes) in _BAD_OFFERS.items():
+        scene.case(name, f"{rule} FEE-2", offer(**changes))
+    return scene

@@ -1,0 +1,121 @@
+"""The world of `world.py` on a real chain: signed headers, a beacon, certificates, a database."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from tdmld.chain.blocks import Certificate, Committee, Kind, block_hash, sign_vote
+from tdmld.chain.crypto import KeyPair
+from tdmld.chain.genesis import Genesis, validators
+from tdmld.chain.leader import Rotation
+from tdmld.chain.ledger import BlockResult
+from tdmld.chain.records import JobStatus
+from tdmld.chain.transactions import Register, Transfer, sign_registration
+from tdmld.node.proposer import Position, build_block
+from tdmld.node.store import ChainStore
+from tests.chain.world import BALANCE, World, make_genesis, node_key, owner_key
+
+START_MS = 1_767_225_600_000
+SHORT = {
+    "accept_window": 6,
+    "activate_window": 10,
+    "segment_window": 12,
+    "standby_window": 8,
+    "audit_window": 8,
+    "open_window": 5,
+    "reveal_window": 5,
+    "settle_window": 3,
+    "result_window": 20,
+}
+
+
+class _Records(Mapping[bytes, bytes]):
+    """The state of a store as World wants it: a mapping that is only read."""
+
+    def __init__(self, store: ChainStore) -> None:
+        self._store = store
+
+    def __getitem__(self, key: bytes) -> bytes:
+        found = self._store.get(key)
+        if found is None:
+            raise KeyError(key)
+        return found
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (key for key, _ in self._store.state_items())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class ChainWorld(World):
+    """A World whose blocks are signed, finalized and applied by a ChainStore.
+
+    `gap`: a block whose height it divides is finalized by its descendant only.
+    """
+
+    def __init__(self, path: Path, genesis: Genesis | None = None, gap: int = 3) -> None:
+        super().__init__(make_genesis(**SHORT) if genesis is None else genesis)
+        self.chain = ChainStore(path, self.genesis)
+        self.gap = gap
+        self.store = _Records(self.chain)  # type: ignore[assignment]
+        rows = [(v.node, v.stake) for v in validators(self.genesis)]
+        self.committee = Committee.of(self.chain_id, rows)
+        self.rotation = Rotation(self.committee.stakes)
+
+    def block(self, *raws: bytes, tainted: bool = False) -> BlockResult:
+        head = self.chain.head
+        self.height, self.view = head.height + 1, head.view + (2 if tainted else 1)
+        leader = self._key(self.rotation.leader(self.view))
+        proposed = build_block(
+            leader,
+            self.chain_id,
+            Position(self.view, head.header, head.hash, head.mix),
+            raws,
+            protocol=1,
+            now_ms=START_MS + 500 * self.height,
+            state_height=head.height,
+            state_root=head.state_root,
+        )
+        key = block_hash(proposed.header)
+        voters = [index for index in range(len(self.committee.nodes)) if index != self.height % 4]
+        votes = [
+            sign_vote(self._key(index), self.chain_id, Kind.FINALIZE, self.view, key, index)
+            for index in voters
+        ]
+        rows = tuple((vote.voter, vote.signature) for vote in votes)
+        final = None
+        if self.height % self.gap:
+            final = Certificate(Kind.FINALIZE, self.view, key, rows)
+        applied = self.chain.apply(proposed, final)
+        self.beacon = self.chain.head.mix
+        self.events.extend(applied.events)
+        self.receipts.extend(applied.receipts)
+        return BlockResult({}, applied.receipts, applied.events)
+
+    def close(self) -> None:
+        self.chain.close()
+
+    def _key(self, index: int) -> KeyPair:
+        return self.keys[self.committee.nodes[index]]
+
+
+def live_through_a_job(world: World) -> None:
+    """Transfers, a new node, failures, a job that is audited and paid, one that is refunded."""
+    alice, bob = owner_key(0), owner_key(1)
+    world.all_ask()
+    world.block(
+        world.sign(alice, Transfer(bob.public, 700)),
+        world.sign(bob, Transfer(alice.public, BALANCE * 2)),
+        world.sign(bob, Transfer(alice.public, 5), nonce=7),
+    )
+    proof = sign_registration(node_key(9), world.chain_id, bob.public, world.height + 5)
+    world.do(bob, Register(node_key(9).public, world.height + 5, proof))
+    job = world.submit(audit_rate=1_000_000, rounds=2, unsettled=2, state_every=1)
+    assert world.play_until(job).status is JobStatus.CLOSED
+    again = world.sign(alice, Transfer(bob.public, 1))
+    world.block(again, again, tainted=True)
+    job = world.submit(deadline=world.height + 9)
+    world.play_until(job)
+    world.wait(2)
+    while world.height % 3 != 1:
+        world.block()
