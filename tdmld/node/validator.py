@@ -53,7 +53,7 @@ from tdmld.chain.genesis import protocol_at
 from tdmld.chain.leader import Rotation
 from tdmld.chain.ledger import next_due
 from tdmld.chain.pacing import Pacing, Propose, Repeat, Situation, TimeOut, Times
-from tdmld.node.admission import Admission, verified
+from tdmld.node.admission import Admission
 from tdmld.node.bodies import Bodies
 from tdmld.node.chainlinks import Link, Links
 from tdmld.node.chainwire import (
@@ -352,7 +352,7 @@ class Validator:
             log.warning("a bad block of view %d: %s", header.view, error)
             return
         self._pacing.block_seen(trio.current_time())
-        if not all(await verified(unknown, self._store.chain_id)):
+        if not all(await self._admission.verified(unknown)):
             log.warning("view %d: a transaction in the block is not signed", header.view)
             return
         if self._bodies.tree.add(block, wanted=wanted or key == self._missing()):
@@ -413,6 +413,7 @@ class Validator:
                 case Repeat():
                     if core.view <= core.silent and now > self._late_since + SILENT_SECONDS:
                         self._speak_although_silent()
+                    self._act(core.time_out(core.view))  # it may have fallen into a silence (N6)
                     votes, certificates = core.repeat()
                     for message in (*certificates, *votes):
                         self.links.broadcast(message)

@@ -293,6 +293,20 @@ async def test_an_empty_directory_on_a_fresh_chain_votes_when_a_quorum_greeted_i
         assert [v.kind for v in await made.links.votes(1)] == [Kind.NOTARIZE]
 
 
+async def test_a_time_out_that_fell_into_the_silence_is_made_up_for(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Greetings that come later than the first time-out must not cost the first view its end:
+    found by the simulator, where all stood in view 1 for ever."""
+    quick = Times(0.01, 1.0, 1.0, 3.0)
+    async with bench(tmp_path, times=quick, greet=False) as made:
+        await trio.sleep(quick.heartbeat + 2 * quick.timeout)
+        assert made.posted == []
+        await made.greeted(by=[1, 2])
+        (late,) = await made.links.votes(1)
+        assert (late.kind, late.view) == (Kind.NULLIFY, 1)
+
+
 async def test_an_empty_directory_on_a_running_chain_does_not_vote_at_once(tmp_path: Path) -> None:
     """This key may have voted from another directory, up to ABSTAIN_VIEWS ahead (N6)."""
     async with bench(tmp_path, greet=False) as made:
