@@ -24,7 +24,7 @@ import msgspec
 import trio
 from blake3 import blake3
 
-from tdmld.files import write_file
+from tdmld.files import sync_directory, write_file
 from tdmld.node.control import (
     Blob,
     FileName,
@@ -420,12 +420,4 @@ class ContentClient:
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
-        await trio.to_thread.run_sync(_sync_directory, target.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        await trio.to_thread.run_sync(sync_directory, target.parent)

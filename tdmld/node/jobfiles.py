@@ -1,12 +1,11 @@
 """A job's files on this machine: preparing, checking, discarding. Blocking: call it in a thread."""
 
-import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from tdmld.files import write_file
+from tdmld.files import sync_directory, write_file
 from tdmld.node.errors import MachineError
 from tdmld.node.layout import Layout, list_file
 from tdmld.train.digest import digest, link_root
@@ -121,22 +120,21 @@ def unfinished_jobs(layout: Layout) -> set[bytes]:
 
 def remove_leftovers(layout: Layout) -> None:
     """At start: what a run that was killed had not finished."""
-    for pattern in ("*/audit", "*/gathered", "*/*.new", "*/standby-*/state/*.new"):
-        for path in layout.jobs.glob(pattern):
+    found = [*layout.jobs.glob("*/audit"), *layout.jobs.glob("*/gathered")]
+    for directory in (layout.jobs, layout.content):
+        found += [*directory.rglob("*.new"), *directory.rglob("*.part")]
+    for path in found:
+        if path.is_dir():
             remove_tree(path)
-    for path in (*layout.content.glob("*/*.part"), *layout.content.glob("*/*.new")):
-        path.unlink(missing_ok=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def replace_directory(aside: Path, target: Path) -> None:
     """Let a finished directory appear under its name, durably."""
     remove_tree(target)
     aside.rename(target)
-    fd = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    sync_directory(target.parent)
 
 
 def write_result(spec: Spec, shared: Sequence[Path], target: Path) -> Result:

@@ -13,7 +13,9 @@ from tdmld.node.jobfiles import (
     has_part,
     keep_last_states,
     prepare_directory,
+    remove_leftovers,
 )
+from tdmld.node.layout import Layout
 from tdmld.train.digest import digest, link_root
 from tdmld.train.framelog import FrameLogWriter
 
@@ -103,3 +105,26 @@ def test_garbage_is_no_state(tmp_path: Path) -> None:
     path.write_bytes(b"\xff" * 100)
     assert not has_part(path, bytes(32))
     assert not has_part(tmp_path / "nothing" / "shared.safetensors", bytes(32))
+
+
+def test_what_a_killed_run_had_not_finished_goes_and_the_rest_stays(tmp_path: Path) -> None:
+    slot = tmp_path / "jobs" / "aa" / "slot-0.0"
+    kept = [
+        slot / "state" / "1" / "shared.safetensors",
+        slot / "list" / "0",
+        tmp_path / "content/ab/abcd",
+    ]
+    gone = [
+        slot / "state" / "1" / ".lane.safetensors.7.1.new",
+        slot / "list" / ".1.7.2.new",
+        tmp_path / "jobs" / "aa" / ".spec.json.7.3.new",
+        tmp_path / "jobs" / "aa" / "standby-0.1" / "state" / "2.new" / "shared.safetensors",
+        tmp_path / "jobs" / "aa" / "audit" / "0.0.1" / "x",
+        tmp_path / "content" / "ab" / "abff.1234.part",
+    ]
+    for path in (*kept, *gone):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    remove_leftovers(Layout(tmp_path))
+    assert all(path.exists() for path in kept)
+    assert not any(path.exists() for path in gone)
