@@ -16,6 +16,7 @@ transactions and notarizes blocks, not here.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from msgspec.structs import replace
 
@@ -133,12 +134,16 @@ def check_transaction(
     `state` is left as it is. For pools and wallets: says before anything is sent whether it would
     succeed now. Raises InvalidTransaction with the broken rule.
     """
-    context = BlockContext(height, height, height - 1, 0, bytes(32), bytes(32))
-    run = Execution(state.fork(), genesis, context)
+    run = Execution(state.fork(), genesis, _trial_context(height))
     if transaction.by_owner:
         _charge(run, transaction)
     _effect(run, transaction)
     return run.state
+
+
+@lru_cache(maxsize=4)
+def _trial_context(height: int) -> BlockContext:
+    return BlockContext(height, height, height - 1, 0, bytes(32), bytes(32))
 
 
 def _execute(run: Execution, transaction: Transaction) -> Receipt:

@@ -18,7 +18,7 @@ import trio
 from tdmld.chain.crypto import sha256
 from tdmld.chain.errors import ChainError, InvalidTransaction
 from tdmld.chain.genesis import Parameters
-from tdmld.chain.mempool import Mempool
+from tdmld.chain.mempool import PER_OWNER, Mempool
 from tdmld.chain.state import State
 from tdmld.chain.transactions import Transaction, decode_transaction, verify_transaction
 from tdmld.node.chainerrors import ServiceBusy
@@ -37,22 +37,17 @@ MAX_WAITING_EACH = 8
 """Of them, batches of one peer."""
 MAX_QUEUED_BYTES = 8 << 20
 """Transactions of other validators that wait for admission; above it they are dropped likewise."""
+REMEMBERED = 16_384
+"""Ids of transactions whose signatures were good lately: an id covers the signature, and a
+transaction comes in a block, from its origin and by gossip."""
 MAX_OWN = 4096
 """Transactions submitted here and not executed yet."""
 RESEND = 5.0
+GATHER = 0.02
+"""Seconds between two batches that are spread: a lone transaction leaves at once, many go
+together, since a message costs ten times what a transaction costs."""
 
 Spread = Callable[[Sequence[bytes]], Awaitable[None]]
-
-
-async def verified(transactions: Sequence[Transaction], chain_id: bytes) -> list[bool]:
-    """Whether each signature is good. Cancellation changes nothing."""
-    good: list[bool] = []
-    for start in range(0, len(transactions), SIGNATURES):
-        if start:
-            await trio.lowlevel.checkpoint()
-        part = transactions[start : start + SIGNATURES]
-        good += [verify_transaction(transaction, chain_id) for transaction in part]
-    return good
 
 
 def has_backing(transaction: Transaction, state: State, parameters: Parameters) -> bool:
@@ -63,7 +58,7 @@ def has_backing(transaction: Transaction, state: State, parameters: Parameters) 
     account = state.account(transaction.signer)
     return (
         account.balance >= transaction.fee >= parameters.fee_floor
-        and account.nonce <= transaction.nonce
+        and account.nonce <= transaction.nonce < account.nonce + PER_OWNER
     )
 
 
@@ -84,6 +79,7 @@ class Admission:
         self._queue: deque[Sequence[bytes]] = deque()
         self._queued_bytes = 0
         self._queue_news = trio.Event()
+        self._good: dict[bytes, None] = {}
         self._own: dict[bytes, bytes] = {}
         self._outgoing: list[bytes] = []
         self._outgoing_news = trio.Event()
@@ -169,7 +165,7 @@ class Admission:
     async def _admit(
         self, transactions: Sequence[Transaction], *, strict: bool
     ) -> list[Transaction]:
-        good = await verified(transactions, self._chain_id)
+        good = await self.verified(transactions)
         state, admitted = State(self._store.get), []
         for transaction, fine in zip(transactions, good, strict=True):
             try:
@@ -187,6 +183,23 @@ class Admission:
         if admitted:
             self._changed()
         return admitted
+
+    async def verified(self, transactions: Sequence[Transaction]) -> list[bool]:
+        """Whether each signature is good. Cancellation changes nothing."""
+        good, checked = [], 0
+        for transaction in transactions:
+            fine = transaction.id in self._good
+            if not fine:
+                checked += 1
+                if checked % SIGNATURES == 0:
+                    await trio.lowlevel.checkpoint()
+                fine = verify_transaction(transaction, self._chain_id)
+            if fine:
+                self._good[transaction.id] = None
+            good.append(fine)
+        for _ in range(len(self._good) - REMEMBERED):
+            del self._good[next(iter(self._good))]
+        return good
 
     def _known(self, transaction: bytes) -> bool:
         return transaction in self.pool or transaction in self._finality.limbo
@@ -208,6 +221,7 @@ class Admission:
             outgoing, self._outgoing = self._outgoing, []
             for batch in batches(outgoing):
                 await self._spread(batch)
+            await trio.sleep(GATHER)
 
     # ---- the pool's life ---------------------------------------------------------------------
 

@@ -11,7 +11,13 @@ from tdmld.chain.crypto import KeyPair
 from tdmld.chain.errors import InvalidTransaction
 from tdmld.chain.mempool import Mempool
 from tdmld.chain.state import State
-from tdmld.chain.transactions import Ask, Transfer, decode_transaction, sign_transaction
+from tdmld.chain.transactions import (
+    Ask,
+    Transaction,
+    Transfer,
+    decode_transaction,
+    sign_transaction,
+)
 from tdmld.node import admission
 from tdmld.node.admission import MAX_WAITING_EACH, Admission, has_backing
 from tdmld.node.finality import Finality
@@ -78,18 +84,32 @@ async def test_no_signature_is_checked_for_strangers_without_money(
     door: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[int] = []
-    real = admission.verified
+    real = admission.verify_transaction
 
-    def verified(transactions: Sequence[object], chain_id: bytes) -> list[bool]:
-        checked.append(len(transactions))
-        return real(transactions, chain_id)  # type: ignore[arg-type]
+    def verify(transaction: Transaction, chain_id: bytes) -> bool:
+        checked.append(transaction.nonce)
+        return real(transaction, chain_id)
 
-    monkeypatch.setattr(admission, "verified", verified)
+    monkeypatch.setattr(admission, "verify_transaction", verify)
     junk = [from_nobody(number) for number in range(1, 64)]
     await door.admission.receive(junk, spread=True, source="stranger")
     await door.admission.receive([*junk, transfer(0, 0)], spread=True, source="stranger")
-    assert checked == [1]
+    assert checked == [0]
     assert door.waiting() == 1
+
+
+async def test_a_good_signature_is_checked_once(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = decode_transaction(transfer(0, 0), CHAIN)
+    bad = decode_transaction(bytes(64) + transfer(1, 0)[64:], CHAIN)
+    assert await door.admission.verified([good, bad]) == [True, False]
+    checked: list[Transaction] = []
+    monkeypatch.setattr(
+        admission, "verify_transaction", lambda transaction, _: checked.append(transaction)
+    )
+    assert await door.admission.verified([good, bad]) == [True, None]
+    assert checked == [bad]
 
 
 async def test_one_peer_takes_no_more_than_its_places(door: Door) -> None:
