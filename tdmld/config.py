@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from tdmld.chain import limits
 from tdmld.chain.crypto import public_key
 from tdmld.chain.errors import DecodeError
 from tdmld.errors import UserError
@@ -31,8 +32,9 @@ _OTHER_VARIABLES = frozenset({"TDMLD_DATA_DIR", "TDMLD_API_INFO", "TDMLD_PASSWOR
 """Ours, but not configuration of a node: where it is, how to reach it, where a password is."""
 
 _Text = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
-_Slots = Annotated[int, msgspec.Meta(ge=0, le=1024)]
-_Signed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+_Slots = Annotated[int, msgspec.Meta(ge=0, le=limits.AUDIT_CAPACITY)]
+_Price = Annotated[int, msgspec.Meta(ge=0, le=limits.PRICE)]
+_Memory = Annotated[int, msgspec.Meta(ge=0, le=limits.MEMORY_BYTES)]
 
 _LISTEN = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/[^/\s]+/tcp/\d{1,5}")
 _PEER = re.compile(rf"({_LISTEN.pattern})/p2p/([1-9A-HJ-NP-Za-km-z]+)")
@@ -51,9 +53,9 @@ class AskConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     enabled: bool = True
     """Whether the node asks for work at all."""
-    price: _Signed = 1000
+    price: _Price = 1000
     """Smallest price: units for 10^6 parameters times 10^3 tokens."""
-    memory: _Signed = 2 << 30
+    memory: _Memory = 2 << 30
     """Bytes that a slot of this node may use."""
     audit_capacity: _Slots = 1
     """Audits it does at a time."""

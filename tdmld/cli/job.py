@@ -1,6 +1,5 @@
 """`tdmld job submit|list|status|watch|fetch`"""
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from tdmld.cli.node import (
     owner,
     send,
 )
-from tdmld.cli.password import ENVIRONMENT as PASSWORD_ENVIRONMENT
+from tdmld.cli.password import has_password
 from tdmld.cli.text import job_id, size
 from tdmld.errors import UserError
 from tdmld.rpc.client import Client
@@ -167,7 +166,7 @@ async def fetch(
         found = await client.call("job_fetch", params, FetchedResult, patience=None)
         transaction = None
         if receipt and brief.state == "finishing" and has_keystore(data_dir, brief.submitter):
-            if _password_at_hand(password_file):
+            if has_password(password_file):
                 key = await open_owner_key(data_dir, password_file)
                 account = await load_account(client, brief.submitter)
                 payload = Fetched(bytes.fromhex(brief.id))
@@ -235,12 +234,6 @@ def _check_ready(status: NodeStatus) -> None:
         raise NotReady("the node is still catching up with the chain; wait, then: tdmld status")
     if not status.session:
         raise NotReady("the node has no carrier, so it cannot serve data; look into its logs")
-
-
-def _password_at_hand(file: Path | None) -> bool:
-    if file is not None or os.environ.get(PASSWORD_ENVIRONMENT):
-        return True
-    return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def _progress(*lines: str) -> None:

@@ -13,7 +13,7 @@ from tdmld.node.offers import offered_stages
 from tdmld.rpc.types import ChainParameters, NodeStatus
 from tdmld.train.errors import SpecError
 from tdmld.train.jobfile import JobFile, load_job_file
-from tdmld.train.spec import spec_id, stage_memory, stage_parameters
+from tdmld.train.spec import spec_id, stage_disk
 
 
 def read_job_file(path: Path) -> JobFile:
@@ -73,12 +73,12 @@ def estimate(job: JobFile, offer: Offer, locked: Lock, fee: int) -> list[str]:
         f"{spec.stages} stages x {spec.lanes} lanes, {spec.data.tokens:,} tokens of text, "
         f"spec of {len(job.raw):,} bytes"
     ]
-    for stage in range(spec.stages):
+    for stage, needed in enumerate(offer.stages):
         first, last = spec.layers(stage)
         lines.append(
             f"  stage {stage}  layers {first}-{last - 1}  "
-            f"{stage_parameters(spec, stage):>12,} parameters  "
-            f"{size(stage_memory(spec, stage)):>10} memory"
+            f"{needed.parameters:>12,} parameters  "
+            f"{size(needed.memory):>10} memory  {size(stage_disk(spec, stage)):>10} disk"
         )
     rows = [
         ("slots and standby", locked.escrow),

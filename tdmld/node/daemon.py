@@ -65,29 +65,48 @@ def run(config: Config) -> int:
         genesis = _genesis(config.data_dir / "genesis.json")
         key = keys.load_node_key(config.data_dir / "keys" / "node.key")
         _check_disk(config.data_dir)
+        tokens: dict[str, Scope] = {}
         try:
-            server = Server(config.rpc_listen, {}, insecure=config.rpc_insecure)
+            server = Server(config.rpc_listen, tokens, insecure=config.rpc_insecure)
         except ListenFailed as error:
             raise UserError(
                 f"the RPC server cannot listen on {config.rpc_listen}",
                 why=str(error),
                 next="stop what uses the port, or choose another: tdmld run --rpc-listen HOST:PORT",
             ) from error
-        server.close()
-        node = _Node(config, genesis, key)
+        node = _Node(config, genesis, key, server, tokens)
         try:
             trio.run(node.main)
-        except* (P2PError, MachineError, ChainSideError, ChainError, ListenFailed) as group:
+        except* (P2PError, MachineError, ChainSideError, ChainError) as group:
             cause = _first(group)
             log.critical("stopped: %s", cause)
-            raise UserError("the node stopped", why=str(cause)) from cause
+            raise UserError(
+                "the node stopped",
+                why=str(cause),
+                next=f"its log says what led to it: {config.data_dir / 'logs' / 'daemon.jsonl'}",
+            ) from cause
+        except* Exception:
+            log.critical("stopped by a defect", exc_info=True)
+            raise
+        finally:
+            server.close()
     return 0
 
 
 class _Node:
     """One run of a node."""
 
-    def __init__(self, config: Config, genesis: Genesis, key: KeyPair) -> None:
+    def __init__(
+        self,
+        config: Config,
+        genesis: Genesis,
+        key: KeyPair,
+        server: Server,
+        tokens: dict[str, Scope],
+    ) -> None:
+        """`tokens` is what `server` knows its callers by."""
+        self._server = server
+        self._tokens = tokens
         self._config = config
         self._genesis = genesis
         self._chain_id = chain_id(genesis)
@@ -95,9 +114,7 @@ class _Node:
         self._stop = trio.Event()
 
     async def main(self) -> None:
-        config, key = self._config, self._key
-        tokens: dict[str, Scope] = {}
-        server = Server(config.rpc_listen, tokens, insecure=config.rpc_insecure)
+        config, key, server = self._config, self._key, self._server
         store = ChainStore(config.data_dir / "chain", self._genesis)
         try:
             async with (
@@ -148,7 +165,7 @@ class _Node:
                 nursery.start_soon(self._announce, peers, machine)
                 nursery.start_soon(agent.run)
                 nursery.start_soon(api.run)
-                tokens[write_access(config.data_dir, server.url)] = Scope.ADMIN
+                self._tokens[write_access(config.data_dir, server.url)] = Scope.ADMIN
                 log.info(
                     "node %s of chain %s listens on %s, RPC on %s",
                     key.address,

@@ -67,6 +67,8 @@ def test_peers_are_grouped_by_their_key(tmp_path: Path) -> None:
         ("data_dir = '/x'", "unknown key 'data_dir'"),
         ("listen = 5", r"tdmld\.toml: listen = 5 cannot be used"),
         ("rpc_listen = 5", "rpc_listen = 5 cannot be used"),
+        (f"[ask]\nprice = {2**53 + 1}", r"ask\.price = \d+ cannot be used"),
+        (f"[ask]\nmemory = {2**50 + 1}", r"ask\.memory = \d+ cannot be used"),
         ("[ask]\nprice = -1", r"ask\.price = -1 cannot be used"),
         ("[ask]\nprice = true", r"ask\.price = True cannot be used"),
         ('log_level = "loud"', "log_level = 'loud' cannot be used"),
