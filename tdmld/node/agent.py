@@ -73,6 +73,8 @@ RETRY_BLOCKS = 6
 """A duty that still stands this many blocks after it was done or failed is done again."""
 MARGIN_BLOCKS = 2
 """A transaction submitted now stands in a block so soon."""
+PUBLISHED_SECONDS = 3600.0
+"""Between the publication of a text here and its offer on the chain."""
 SERVED_JOBS = 64
 """Closed jobs whose members may still fetch the result from here; older ones are forgotten."""
 SlotKey = tuple[bytes, int]
@@ -149,6 +151,8 @@ class Agent:
         self._parties: dict[bytes, Party] = {}
         self._served: deque[bytes] = deque()
         self._told: dict[SlotKey, int] = {}
+        self._published: dict[tuple[bytes, ...], float] = {}
+        """Shards of texts that were published here -> until when they are kept for their offer."""
         self._peers: frozenset[PeerInfo] = frozenset()
         self._news = trio.Event()
         self._salt_key = blake3(self.key.seed, derive_key_context="tdmld 1 salts").digest()
@@ -512,12 +516,33 @@ class Agent:
             for at in [at for at in cache if at[0] == job.id]:
                 del cache[at]
         self._open = {key for key in self._open if key[0] != job.id}
+        await self._drop_data(job)
         self._specs.pop(job.id, None)
         self._stages.pop(job.id, None)
         if self._parties.pop(job.id, None) is not None:
             self._served.append(job.id)
         while len(self._served) > SERVED_JOBS:
             await self.machine.set_members(self._served.popleft(), frozenset())
+
+    async def _drop_data(self, job: Job) -> None:
+        """Remove the text of a job that is over, unless another one needs it."""
+        state, needed = self.chain.state(), set[bytes]()
+        try:
+            dropped = {content for content, _ in (await self._spec(job))[1].shards}
+            for other in filter(None, map(state.job, self._known - {job.id})):
+                needed |= {content for content, _ in (await self._spec(other))[1].shards}
+        except (SpecUnavailable, TrainError) as error:
+            log.info("the text of job %s stays: %s", job.id.hex()[:12], error)
+            return
+        now = trio.current_time()
+        self._published = {text: at for text, at in self._published.items() if at > now}
+        needed.update(*self._published)
+        await self.machine.drop_data(dropped - needed)
+
+    def published(self, spec: Spec) -> None:
+        """Keep the text of a spec whose offer is on its way to the chain."""
+        shards = tuple(content for content, _ in spec.shards)
+        self._published[shards] = trio.current_time() + PUBLISHED_SECONDS
 
     # what the machine says -------------------------------------------------------------------
 

@@ -420,6 +420,7 @@ class Api:
             wanted = decode_spec(raw)
         except (SpecError, UnicodeEncodeError) as error:
             raise Refused(f"the spec is malformed: {error}") from error
+        self.agent.published(wanted)
         try:
             shards = await self.machine.import_text(Path(text_path))
         except CarrierUnavailable as error:

@@ -1,7 +1,7 @@
 """A job's files on this machine: preparing, checking, discarding. Blocking: call it in a thread."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -165,6 +165,12 @@ def remove_unfinished(aside: Path) -> None:
     remove_tree(aside)
     with suppress(OSError):
         aside.parent.rmdir()
+
+
+def remove_files(paths: Iterable[Path]) -> None:
+    """Remove files that may be gone already."""
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def remove_tree(path: Path) -> None:

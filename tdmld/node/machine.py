@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -38,6 +38,7 @@ from tdmld.node.jobfiles import (
     discard_settled,
     has_state,
     keep_last_states,
+    remove_files,
     remove_leftovers,
     remove_tree,
     state_limit,
@@ -241,6 +242,11 @@ class Machine:
         """Bring all data shards of a spec. ContentError. Needed before `open_slot` and
         `genesis_roots`."""
         await self._gather.fetch_data(job, spec, holders)
+
+    async def drop_data(self, contents: Collection[bytes]) -> None:
+        """Remove content by id: no job that is not over needs it."""
+        paths = [self._layout.blob(content) for content in contents]
+        await trio.to_thread.run_sync(remove_files, paths)
 
     # --- a slot of our own
 

@@ -11,13 +11,13 @@ from tdmld.chain.codec import encode
 from tdmld.chain.crypto import KeyPair, address
 from tdmld.chain.records import JobStatus
 from tdmld.chain.transactions import AuditFail, Decline
-from tdmld.node.agent import Agent
+from tdmld.node.agent import PUBLISHED_SECONDS, Agent
 from tdmld.node.errors import ControlError
 from tdmld.node.machine import GenesisRoots, SlotFailed, SlotId, StepDone
 from tdmld.node.peers import PeerBook, PeerRecord, SignedRecord
 from tdmld.p2p import PeerInfo
 from tests.chain.world import Vice, World, node_key
-from tests.node.fake_chain import FakeChain, place_of, session_of, submit, worker_of
+from tests.node.fake_chain import SPEC, FakeChain, place_of, session_of, submit, worker_of
 
 
 class FakeMachine:
@@ -27,6 +27,7 @@ class FakeMachine:
         self.members: dict[bytes, frozenset[str]] = {}
         self.peers: list[PeerInfo] = []
         self.closed: list[bytes] = []
+        self.dropped: set[bytes] = set()
         self.audits = self.draws = 0
         self.heard = trio.Event()
         """Set by the first call: the agent has read its directory and looked."""
@@ -62,6 +63,9 @@ class FakeMachine:
     async def audit(self, task: object) -> None:
         self.audits += 1
         await trio.sleep_forever()
+
+    async def drop_data(self, contents: set[bytes]) -> None:
+        self.dropped |= contents
 
     async def close_job(self, job: bytes, reason: str) -> None:
         self.closed.append(job)
@@ -240,3 +244,24 @@ async def test_an_audit_that_comes_too_slowly_is_given_up_in_time(world: World, 
     assert "in time" in failed.missing
     assert world.height < audit.until - 1
     assert (job, 0, 0) not in rig.agent.auditing
+
+
+async def test_the_text_of_a_job_that_is_over_goes_when_no_other_needs_it(
+    world: World, serve: Any, autojump_clock: trio.testing.MockClock
+) -> None:
+    shards = {content for content, _ in SPEC.shards}
+    first, second = submit(world), submit(world)
+    rig = await serve(world, worker_of(world, first, 0))
+    rig.agent._known |= {first, second}
+    await rig.play(first)
+    assert rig.machine.closed == [first]
+    assert rig.machine.dropped == set()
+    rig.agent.published(SPEC)
+    await rig.play(second)
+    assert rig.machine.closed == [first, second]
+    assert rig.machine.dropped == set()
+    await trio.sleep(2 * PUBLISHED_SECONDS)
+    third = submit(world)
+    rig.agent._known.add(third)
+    await rig.play(third)
+    assert rig.machine.dropped == shards

@@ -279,7 +279,10 @@ async def test_a_killed_worker_and_a_killed_carrier_are_reported_and_disturb_not
         assert "carrier" in failed.reason
         up = await wait_for(machine, CarrierUp)
         assert (machine.session, up.addresses) == (session, addresses)
-        assert await machine.import_text(tmp_path / "text")
+        ((shard, size),) = await machine.import_text(tmp_path / "text")
+        path = await machine.fetch(JOB, shard, size, [])
+        await machine.drop_data({shard, bytes(32)})
+        assert not path.exists()
 
 
 async def test_peers_and_members_without_number_or_sense_harm_nothing(tmp_path: Path) -> None:
