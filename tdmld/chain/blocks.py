@@ -154,6 +154,11 @@ def sign_block(key: KeyPair, chain_id: bytes, header: Header, body: Sequence[byt
     return Block(header, key.sign(PROPOSAL_DOMAIN, chain_id, block_hash(header)), tuple(body))
 
 
+def verify_proposal(chain_id: bytes, header: Header, signature: bytes) -> bool:
+    """Whether the header's proposer signed it. Whether that is the leader is another question."""
+    return crypto.verify(header.proposer, PROPOSAL_DOMAIN, chain_id, block_hash(header), signature)
+
+
 def sign_vote(
     key: KeyPair, chain_id: bytes, kind: Kind, view: int, block: bytes, voter: int
 ) -> Vote:
@@ -251,9 +256,7 @@ def check_block(committee: Committee, leader: int, block: Block, limits: "BlockL
         raise InvalidBlock(f"the transactions have more than {limits.size} bytes")
     if transactions_root(block.transactions) != header.tx_root:
         raise InvalidBlock("the transactions are not those of the header")
-    if not crypto.verify(
-        header.proposer, PROPOSAL_DOMAIN, committee.chain_id, block_hash(header), block.signature
-    ):
+    if not verify_proposal(committee.chain_id, header, block.signature):
         raise InvalidBlock("the leader's signature does not verify")
 
 

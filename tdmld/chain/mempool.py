@@ -24,6 +24,8 @@ from tdmld.chain.offers import lock_of
 from tdmld.chain.state import State
 from tdmld.chain.transactions import OWNER_KINDS, Ask, Bond, Offer, Transaction, Transfer
 
+PER_OWNER = 16
+"""Transactions of one owner that wait at most: how far its nonces may run ahead."""
 PARKED_BLOCKS = 10
 """Heights for which a node's transaction is kept although it fails."""
 
@@ -34,7 +36,7 @@ class PoolLimits:
 
     count: int = 8000
     size_bytes: int = 8 << 20
-    per_owner: int = 16
+    per_owner: int = PER_OWNER
     per_job: int = 512
     parked: int = 1024
     parked_per_node: int = 16
@@ -84,6 +86,13 @@ class Mempool:
         """A waiting transaction."""
         found = self._waiting.get(transaction_id)
         return None if found is None else found.transaction
+
+    def has_rival(self, transaction: Transaction) -> bool:
+        """Whether another transaction with the same nonce of the same owner waits."""
+        return transaction.by_owner and any(
+            key != transaction.id and self._waiting[key].transaction.nonce == transaction.nonce
+            for key in self._groups.get(transaction.signer, ())
+        )
 
     def admit(self, transaction: Transaction, state: State, height: int) -> None:
         """Take a verified transaction in; one that waits already is taken as it is.

@@ -21,21 +21,15 @@ from tdmld.chain.blocks import (
     Block,
     Certificate,
     Committee,
-    Kind,
-    block_hash,
-    transactions_root,
-    verify_certificate,
 )
 from tdmld.chain.codec import decode, encode
 from tdmld.chain.crypto import KeyPair, address
-from tdmld.chain.errors import ChainError, DecodeError
 from tdmld.chain.genesis import Genesis, validators
 from tdmld.chain.leader import Rotation
 from tdmld.chain.ledger import Receipt
 from tdmld.chain.mempool import Mempool
 from tdmld.chain.pacing import Times
 from tdmld.chain.state import State
-from tdmld.chain.transactions import decode_transaction, verify_transaction
 from tdmld.node.admission import Admission
 from tdmld.node.chainerrors import SpecUnavailable
 from tdmld.node.chainlinks import Links
@@ -43,7 +37,7 @@ from tdmld.node.chainwire import (
     GOSSIP_BLOCK_BYTES,
     GOSSIP_BODY_BYTES,
     GOSSIP_OFFER_BYTES,
-    TX_BATCH_BYTES,
+    GOSSIP_TX_BYTES,
     Announcement,
     OfferNotice,
     Protocols,
@@ -51,6 +45,7 @@ from tdmld.node.chainwire import (
     consensus_bytes,
 )
 from tdmld.node.finality import Finality, HeadFeed
+from tdmld.node.gossip import GossipDoor
 from tdmld.node.handover import HandOver
 from tdmld.node.specs import Specs
 from tdmld.node.store import AppliedBlock, ChainStore
@@ -70,10 +65,7 @@ Deliver = Callable[[str, bytes], Awaitable[None]]
 
 log = logging.getLogger(__name__)
 
-GOSSIP_TX_BYTES = TX_BATCH_BYTES + 1024
 MAX_ANNOUNCEMENTS = 64
-OLD_HEIGHTS = 16
-"""Announcements this far below our head are still passed on."""
 EVERYBODY = "*"
 """The destination of transactions that are gossiped."""
 QUIET_SECONDS = 5.0
@@ -313,23 +305,8 @@ class ChainService:
             )
             await self._publish(self._protocols.block, encode(notice))
 
-    def _announcement(self, raw: bytes) -> Announcement | None:
-        """A gossiped final block that is recent and final; None otherwise."""
-        try:
-            notice = decode(Announcement, raw, GOSSIP_BLOCK_BYTES)
-        except DecodeError:
-            return None
-        certificate, header = notice.certificate, notice.header
-        fine = (
-            header.height > self._finality.height - OLD_HEIGHTS
-            and certificate.kind is Kind.FINALIZE
-            and certificate.view == header.view
-            and certificate.hash == block_hash(header)
-            and verify_certificate(self.committee, certificate)
-        )
-        return notice if fine else None
-
     def _heard(self, source: str, raw: bytes) -> None:
+        """An announcement that passed the door."""
         notice = decode(Announcement, raw, GOSSIP_BLOCK_BYTES)
         header, finality = notice.header, self._finality
         if header.height <= finality.height:
@@ -342,7 +319,6 @@ class ChainService:
             body is not None
             and header.parent == finality.hash
             and header.height == finality.height + 1
-            and transactions_root(body) == header.tx_root
         ):
             block = Block(header, notice.signature, body)
             self._adopt([block], notice.certificate)
@@ -406,15 +382,18 @@ class ChainService:
 
     async def _subscribe(self, nursery: trio.Nursery) -> None:
         """Take part in gossip, when the host does."""
+        door = GossipDoor(
+            self.committee, self._rotation, self._finality, self._admission, self._specs
+        )
         topics: tuple[tuple[str, int, Callable[[str, bytes], bool], Deliver], ...] = (
             (
                 self._protocols.block,
                 GOSSIP_BLOCK_BYTES,
-                lambda _, raw: self._announcement(raw) is not None,
+                door.announcement,
                 self._deliver_block,
             ),
-            (self._protocols.tx, GOSSIP_TX_BYTES, self._fine_transactions, self._deliver_tx),
-            (self._protocols.offer, GOSSIP_OFFER_BYTES, self._fine_offer, self._deliver_offer),
+            (self._protocols.tx, GOSSIP_TX_BYTES, door.transactions, self._deliver_tx),
+            (self._protocols.offer, GOSSIP_OFFER_BYTES, door.offer, self._deliver_offer),
         )
         for topic, limit, validate, deliver in topics:
             try:
@@ -442,25 +421,6 @@ class ChainService:
 
     async def _deliver_offer(self, _source: str, _raw: bytes) -> None:
         """Remembered when it was validated."""
-
-    def _fine_transactions(self, _: str, raw: bytes) -> bool:
-        """Whether every transaction of a gossiped batch is signed for this chain."""
-        try:
-            batch = decode(Transactions, raw, GOSSIP_TX_BYTES)
-            found = [decode_transaction(raw, self.store.chain_id) for raw in batch.raws]
-        except ChainError:
-            return False
-        return all(
-            transaction.id in self._admission.pool
-            or verify_transaction(transaction, self.store.chain_id)
-            for transaction in found
-        )
-
-    def _fine_offer(self, _: str, raw: bytes) -> bool:
-        try:
-            return self._specs.hear(decode(OfferNotice, raw, GOSSIP_OFFER_BYTES))
-        except DecodeError:
-            return False
 
     async def _publish(self, topic: str, raw: bytes) -> None:
         try:

@@ -20,6 +20,7 @@ SYNC_BYTES = 8 << 20
 TX_BATCH = 64
 TX_BATCH_BYTES = 128 << 10
 """ANNEX A5: a gossiped batch of transactions."""
+GOSSIP_TX_BYTES = TX_BATCH_BYTES + 1024
 GOSSIP_BODY_BYTES = 128 << 10
 """Bodies up to this size travel with the gossiped header."""
 VOTE_BYTES = 72

@@ -17,6 +17,7 @@ from tdmld.chain.blocks import (
     block_hash,
     transactions_root,
     verify_certificate,
+    verify_proposal,
 )
 from tdmld.chain.codec import decode, encode
 from tdmld.chain.crypto import sha256
@@ -80,6 +81,8 @@ def check_blocks(
             raise BadAnswer(f"block {header.height} does not follow {height - 1}")
         if transactions_root(block.transactions) != header.tx_root:
             raise BadAnswer(f"the body of block {height} is not the header's")
+        if not verify_proposal(committee.chain_id, header, block.signature):
+            raise BadAnswer(f"block {height} does not carry its proposer's signature")
         head = block_hash(header)
     certificate = answer.certificate
     if (

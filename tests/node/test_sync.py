@@ -143,10 +143,9 @@ async def test_a_peer_that_reads_no_answer_holds_one_place_and_not_for_ever(
         theirs.peer_id = "deaf"
         await mine.send(request)
         await serve(server, theirs)  # refused at once: it has not read the first answer
-        with trio.fail_after(100 * SEND_SECONDS):
-            while server._answering:
-                await trio.sleep(1)
-        assert server._places.value == ANSWERS
+        began = trio.current_time()
+    assert trio.current_time() - began >= SEND_SECONDS
+    assert server._places.value == ANSWERS
 
 
 # ---- the client, and whom it asks ----------------------------------------------------------------
