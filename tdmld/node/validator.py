@@ -287,7 +287,10 @@ class Validator:
         match message:
             case Vote():
                 if self.core.wants_vote(message) and verify_vote(self._committee, message):
+                    news = not self.core.heard(message.view)
                     self._act(self.core.add_vote(message))
+                    if news:
+                        self.wake()  # that somebody wants this view to end is demand (P3)
             case Certificate():
                 self.certificate(message)
             case Proposal(block, why):
