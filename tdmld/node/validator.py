@@ -116,6 +116,7 @@ class Validator:
         """Whether N6 still waits for greetings, and from whom they came."""
         self._greeted = {me}
         self._late_since = 0.0
+        self._seen_view = 0
         self._rotation = Rotation(committee.stakes)
         self.core = Simplex(committee.stakes, me, store.head.view, store.head.hash, store.votes())
         if self._newborn:
@@ -169,7 +170,9 @@ class Validator:
                     self._unstored.append(certificate)
                     if forward:
                         self.links.broadcast(certificate)
-                case EnterView():
+                case EnterView(view, failed):
+                    if not failed:
+                        self._block_seen(view - 1)
                     self._pacing.enter(effect, trio.current_time())
                 case Finalized():
                     self._want = effect
@@ -354,7 +357,6 @@ class Validator:
         except ChainError as error:
             log.warning("a bad block of view %d: %s", header.view, error)
             return
-        self._pacing.block_seen(trio.current_time())
         if not all(await self._admission.verified(unknown)):
             log.warning("view %d: a transaction in the block is not signed", header.view)
             return
@@ -370,8 +372,17 @@ class Validator:
         while (found := self._bodies.next_valid()) is not None:
             key, block = found
             header = block.header
+            if header.view == self.core.view:
+                self._block_seen(header.view)
             proposed = Proposed(header.parent_view, header.parent, not block.transactions)
             self._act(self.core.add_block(header.view, key, proposed))
+
+    def _block_seen(self, view: int) -> None:
+        """The block of a view puts the next one off by an interval (P2): once, whatever else its
+        leader makes up for that view."""
+        if view > self._seen_view:
+            self._seen_view = view
+            self._pacing.block_seen(trio.current_time())
 
     def _missing(self) -> bytes | None:
         """The body that is needed most: of what is final, then of what is notarized."""
@@ -474,7 +485,6 @@ class Validator:
             state_root=head.state_root,
         )
         self._proposed.add(view)
-        self._pacing.block_seen(trio.current_time())
         self._bodies.tree.add(block, wanted=True)
         self._post(block)
         self._judge()

@@ -197,6 +197,21 @@ async def test_blocks_that_break_a_rule_get_no_vote(tmp_path: Path) -> None:
         assert made.posted == []
 
 
+async def test_a_leader_that_makes_up_block_after_block_holds_its_view_up_once(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    quick = Times(1.0, 2.0, 2.0, 30.0)
+    async with bench(tmp_path, times=quick) as made:
+        first = GENESIS.time_ms + 1
+        for number in range(20):
+            await made.hear(Proposal(foreign_block(made.store, time_ms=first + number), ()))
+            await trio.sleep(0.5)
+        assert [v.kind for v in made.posted if isinstance(v, Vote)] == [
+            Kind.NOTARIZE,
+            Kind.NULLIFY,
+        ]
+
+
 async def test_a_block_from_the_future_waits_for_its_time(tmp_path: Path) -> None:
     async with bench(tmp_path) as made:
         await made.hear(Proposal(foreign_block(made.store, time_ms=CLOCK_MS + 60_000), ()))
