@@ -17,7 +17,7 @@ def test_the_dashboard_survives_a_killed_and_restarted_daemon(tmp_path: Path) ->
 
     async def reached(app: Dashboard, live: bool) -> None:
         async with asyncio.timeout(30):
-            while not (app.link and app.link.live is live):
+            while not (app.link and app.link.live is live):  # noqa: ASYNC110 (polls a process)
                 await asyncio.sleep(0.05)
 
     async def main() -> None:
