@@ -76,7 +76,6 @@ class Peer:
 
     async def start(self, nursery: trio.Nursery) -> None:
         self.directory.mkdir(exist_ok=True)
-        self._ready, self._news = trio.Event(), trio.Event()
         with (self.directory / "stderr").open("ab") as errors:
             self.process = await trio.lowlevel.open_process(
                 [
@@ -91,6 +90,7 @@ class Peer:
                 stdout=subprocess.PIPE,
                 stderr=errors,
             )
+        self._ready, self._news = trio.Event(), trio.Event()  # the old reader sets no new event
         nursery.start_soon(self._read, self.process)
 
     async def ready(self) -> bool:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import msgspec
 from msgspec.structs import replace
 
 from tdmld.chain import audits, due, jobs, limits, market, offers, segments, settlement
@@ -67,8 +68,7 @@ __all__ = [
 Get = Callable[[bytes], bytes | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(msgspec.Struct, frozen=True, gc=False):
     """What became of one transaction; `reason` says which rule it broke, empty when `ok`."""
 
     id: bytes

@@ -12,7 +12,6 @@ of an Offer is the id of its job. There are two families:
 `expiry` is the last height at which the transaction may stand in a block; 0 means none.
 """
 
-from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
@@ -259,8 +258,7 @@ class Body(Record, frozen=True, tag="tx"):
     payload: Payload
 
 
-@dataclass(frozen=True, slots=True)
-class Transaction:
+class Transaction(msgspec.Struct, frozen=True, gc=False):
     """A decoded transaction. That its signature is good is known only after verify_transaction."""
 
     id: bytes
