@@ -74,10 +74,10 @@ def boundaries(owner: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
 
 
-def keep_last_states(owner: Path, count: int) -> None:
-    """Remove all but the last `count` states."""
-    for boundary in boundaries(owner)[:-count]:
-        remove_tree(owner / "state" / str(boundary))
+def forget_older_states(owner: Path, boundary: int) -> None:
+    """Remove the states before `boundary`, except the last one of them."""
+    for older in [found for found in boundaries(owner) if found < boundary][:-1]:
+        remove_tree(owner / "state" / str(older))
 
 
 def discard_settled(owner: Path, frames_until: int, states_until: int, kept_states: int) -> None:

@@ -30,6 +30,8 @@ from tdmld.train.spec import Spec, decode_spec
 log = logging.getLogger(__name__)
 
 WORKER_GRACE_SECONDS = 3.0
+CLOSE_SECONDS = 10.0
+"""The carrier closes a slot in less; one that hangs must not keep a daemon from stopping."""
 
 
 class LiveSlots:
@@ -139,6 +141,10 @@ class LiveSlots:
         if live is not None:
             log.info("slot %s of job %s is closed: %s", slot, job.hex()[:12], reason)
             live.closing = True
+            if not live.announced:
+                # Whoever is in `open` waits for a state that nobody will draw any more.
+                live.failure = live.failure or f"the slot was closed meanwhile: {reason}"
+                live.drawn.set()
             await self._end(live, abort=False)
 
     async def close_job(self, job: bytes, reason: str) -> None:
@@ -164,7 +170,10 @@ class LiveSlots:
         key = (live.job, live.slot)
         wire_slot = control.Slot(live.job, *live.slot)
         try:
-            await self._carrier.call(lambda n: control.CloseSlot(n, wire_slot, abort), control.Done)
+            with trio.move_on_after(CLOSE_SECONDS):
+                await self._carrier.call(
+                    lambda n: control.CloseSlot(n, wire_slot, abort), control.Done
+                )
         except MachineError as error:
             log.info("slot %s: the carrier could not close it: %s", live.slot, error)
         if live.child_started:

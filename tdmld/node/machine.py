@@ -36,8 +36,8 @@ from tdmld.node.gather import Gatherer
 from tdmld.node.jobfiles import (
     discard_job,
     discard_settled,
+    forget_older_states,
     has_state,
-    keep_last_states,
     remove_files,
     remove_leftovers,
     remove_tree,
@@ -296,8 +296,8 @@ class Machine:
         holders: Sequence[str],
         expected: StateRoots,
     ) -> None:
-        """For a standby: bring a slot's state at a boundary, check both roots, sync it, keep the
-        last two boundaries of the slot. At once when it is here. ContentError."""
+        """For a standby: bring a slot's state at a boundary, check both roots, sync it; keep one
+        older state of the slot and all newer ones. At once when it is here. ContentError."""
         owner = self._layout.standby(job, *slot)
         target = state(owner, boundary)
         limit = state_limit(decode_spec(spec), slot.stage)
@@ -306,7 +306,7 @@ class Machine:
                 await self._gather.fetch_state(
                     job, slot, boundary, holders, expected, target, limit
                 )
-            await trio.to_thread.run_sync(keep_last_states, owner, KEPT_BOUNDARIES)
+            await trio.to_thread.run_sync(forget_older_states, owner, boundary)
 
     async def keyed_hash(self, job: bytes, slot: SlotId, boundary: int, key: bytes) -> bytes:
         """The StandbyProof of a state that is here (own slot or standby copy), 32 bytes.

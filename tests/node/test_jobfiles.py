@@ -9,9 +9,9 @@ from tdmld.node.jobfiles import (
     boundaries,
     discard_job,
     discard_settled,
+    forget_older_states,
     has_frames,
     has_part,
-    keep_last_states,
     prepare_directory,
     remove_leftovers,
 )
@@ -59,7 +59,7 @@ def test_nothing_unsettled_goes(tmp_path: Path) -> None:
 
 def test_a_standby_keeps_the_last_two(tmp_path: Path) -> None:
     fill(tmp_path, 11)
-    keep_last_states(tmp_path, 2)
+    forget_older_states(tmp_path, 11)
     assert boundaries(tmp_path) == [10, 11]
 
 
@@ -128,3 +128,10 @@ def test_what_a_killed_run_had_not_finished_goes_and_the_rest_stays(tmp_path: Pa
     remove_leftovers(Layout(tmp_path))
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in gone)
+
+
+def test_a_standby_that_proves_an_older_state_keeps_it_and_the_newer_ones(tmp_path: Path) -> None:
+    """Boundaries can come faster than the keys of their proofs."""
+    fill(tmp_path, 4)
+    forget_older_states(tmp_path, 2)
+    assert boundaries(tmp_path) == [1, 2, 3, 4]

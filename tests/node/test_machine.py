@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from tdmld.chain.crypto import KeyPair
 from tdmld.node import control
@@ -307,6 +308,30 @@ async def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
             await machine.open_slot(task)
         with pytest.raises(MachineError, match=r"status 7.*no such luck"):
             await machine.genesis_roots(JOB, ONE_STAGE, SlotId(0, 0))
+
+
+async def test_a_job_that_is_closed_while_it_is_prepared_leaves_nobody_waiting(
+    tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    text = tmp_path / "text"
+    text.write_bytes(TEXT)
+    asleep = ("sh", "-c", "exec sleep 1000", "sh")
+    async with open_machine(tmp_path / "0", chain_id=CHAIN, launcher=asleep) as machine:
+        await machine.import_text(text)
+        task = assignment(ONE_STAGE, 0, [machine], [machine])
+        failed = trio.Event()
+
+        async def open_slot() -> None:
+            with pytest.raises(WorkerFailed, match="closed"):
+                await machine.open_slot(task)
+            failed.set()
+
+        nursery.start_soon(open_slot)
+        while machine.worker_pid(JOB, task.slot) is None:
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        await machine.close_job(JOB, "refunded")
+        with trio.fail_after(20):
+            await failed.wait()
 
 
 async def test_a_worker_that_gives_up_fails_its_task_alone(tmp_path: Path) -> None:
