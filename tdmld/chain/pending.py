@@ -1,7 +1,11 @@
 """Blocks above the finalized head, by id.
 
-A body is judged by its height, never by its view: a finalization certificate may overtake it.
+A body is judged by its height, never by the current view: a finalization certificate may overtake
+it. Only the view of the finalized head itself says more: views grow from parent to child, so
+nothing of that view or an earlier one can ever stand above the head.
 """
+
+from collections.abc import Collection
 
 from tdmld.chain.blocks import Block, block_hash
 
@@ -14,9 +18,10 @@ VARIANTS = 2
 class BlockTree:
     """The bodies that are not final yet, and the finalized head on which they stand."""
 
-    def __init__(self, height: int, head: bytes) -> None:
+    def __init__(self, height: int, head: bytes, view: int = 0) -> None:
         self.height = height
         self.head = head
+        self.view = view
         self._blocks: dict[bytes, Block] = {}
         self._views: dict[int, int] = {}
 
@@ -36,7 +41,7 @@ class BlockTree:
     def add(self, block: Block, *, wanted: bool = False) -> bool:
         """Keep a body; False when it is old, known, or beyond the bounds and not `wanted`."""
         key, view = block_hash(block.header), block.header.view
-        if block.header.height <= self.height or key in self._blocks:
+        if not self._above(block) or key in self._blocks:
             return False
         if not wanted and (self._views.get(view, 0) >= VARIANTS or len(self._blocks) >= MAX_BLOCKS):
             return False
@@ -65,10 +70,27 @@ class BlockTree:
             block = body.header.parent
         return None
 
-    def finalize(self, height: int, head: bytes) -> None:
-        """Move the head and forget everything at or below its height."""
-        self.height, self.head = height, head
-        self._blocks = {k: b for k, b in self._blocks.items() if b.header.height > height}
-        self._views = {}
-        for body in self._blocks.values():
+    def finalize(self, height: int, head: bytes, view: int = 0) -> None:
+        """Move the head, the block of `view`, and forget what cannot stand above it."""
+        self.height, self.head, self.view = height, head, view
+        self._keep({key: body for key, body in self._blocks.items() if self._above(body)})
+
+    def make_room(self, view: int, notarized: Collection[bytes]) -> None:
+        """When full, forget what earlier views than `view` proposed in vain; after a long time
+        without finality nothing new could be kept otherwise."""
+        if len(self._blocks) >= MAX_BLOCKS:
+            self._keep(
+                {
+                    key: body
+                    for key, body in self._blocks.items()
+                    if body.header.view >= view or key in notarized
+                }
+            )
+
+    def _above(self, block: Block) -> bool:
+        return block.header.height > self.height and block.header.view > self.view
+
+    def _keep(self, blocks: dict[bytes, Block]) -> None:
+        self._blocks, self._views = blocks, {}
+        for body in blocks.values():
             self._views[body.header.view] = self._views.get(body.header.view, 0) + 1

@@ -43,7 +43,7 @@ class Bodies:
         self._committee, self._rotation = committee, rotation
         self._latest_ms = latest_ms
         head = self._store.head
-        self.tree = BlockTree(head.height, head.hash)
+        self.tree = BlockTree(head.height, head.hash, head.view)
         self._mixes: dict[bytes, bytes] = {head.hash: head.mix}
         """Valid blocks above the head, and the head itself -> beacon mix."""
         self._rejected: set[bytes] = set()
@@ -147,7 +147,15 @@ class Bodies:
         """These are final now."""
         header = blocks[-1].header
         head = block_hash(header)
-        self.tree.finalize(header.height, head)
+        self.tree.finalize(header.height, head, header.view)
+        self._prune(head)
+
+    def make_room(self, view: int, notarized: Collection[bytes]) -> None:
+        """When too many bodies are held, forget those that failed before `view`."""
+        self.tree.make_room(view, notarized)
+        self._prune(self.tree.head)
+
+    def _prune(self, head: bytes) -> None:
         self._mixes = {
             key: mix for key, mix in self._mixes.items() if key in self.tree or key == head
         }

@@ -53,6 +53,7 @@ from tdmld.chain.genesis import protocol_at
 from tdmld.chain.leader import Rotation
 from tdmld.chain.ledger import next_due
 from tdmld.chain.pacing import Pacing, Propose, Repeat, Situation, TimeOut, Times
+from tdmld.chain.pending import MAX_BLOCKS
 from tdmld.node.admission import Admission
 from tdmld.node.bodies import Bodies
 from tdmld.node.chainlinks import Link, Links
@@ -348,7 +349,8 @@ class Validator:
         """Check a body as far as it can be checked alone, then keep it."""
         header, key = block.header, block_hash(block.header)
         wanted = key == self._missing()
-        if header.height <= self._finality.height or key in self._bodies.tree:
+        final = self._finality.header
+        if header.height <= final.height or header.view <= final.view or key in self._bodies.tree:
             return
         if not wanted and header.view > self.core.view + NEAR_VIEWS:
             return
@@ -360,6 +362,8 @@ class Validator:
         if not all(await self._admission.verified(unknown)):
             log.warning("view %d: a transaction in the block is not signed", header.view)
             return
+        if len(self._bodies.tree) >= MAX_BLOCKS:
+            self._bodies.make_room(self.core.view, self.core.notarized().values())
         if self._bodies.tree.add(block, wanted=wanted or key == self._missing()):
             self._finish()
             self._judge()

@@ -121,7 +121,11 @@ class Node:
                 self.chain += row[0]
                 self.certificate = row[1]
         head = self.chain[-1] if self.chain else None
-        self.tree = BlockTree(len(self.chain), block_hash(head.header) if head else GENESIS)
+        self.tree = BlockTree(
+            len(self.chain),
+            block_hash(head.header) if head else GENESIS,
+            head.header.view if head else 0,
+        )
         self.core = self.simplex(
             self.world.plan.stakes,
             self.index,
@@ -193,7 +197,8 @@ class Node:
         self.disk.log.append((path, certificate))
         self.chain += path
         self.certificate = certificate
-        self.tree.finalize(len(self.chain), block_hash(path[-1].header))
+        header = path[-1].header
+        self.tree.finalize(len(self.chain), block_hash(header), header.view)
         for body in path:
             for raw in body.transactions:
                 self.pool.pop(raw, None)

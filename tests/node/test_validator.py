@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import trio
 import trio.testing
 
@@ -133,14 +134,11 @@ async def bench(path: Path, *, times: Times = NEVER, greet: bool = True) -> Asyn
             nursery.cancel_scope.cancel()
 
 
-def foreign_view() -> int:
-    """A first view that somebody else leads."""
-    return next(view for view in range(1, 9) if ROTATION.leader(view) != ME)
-
-
-def foreign_block(store: ChainStore, body: tuple[bytes, ...] = (), **changes: object) -> Block:
-    assert foreign_view() == 1
-    return next_block(store, body, 1, **changes)
+def foreign_block(
+    store: ChainStore, body: tuple[bytes, ...] = (), view: int = 1, **changes: object
+) -> Block:
+    assert ROTATION.leader(view) != ME
+    return next_block(store, body, view, **changes)
 
 
 async def test_a_good_block_is_notarized_and_finalized(tmp_path: Path) -> None:
@@ -210,6 +208,34 @@ async def test_a_leader_that_makes_up_block_after_block_holds_its_view_up_once(
             Kind.NOTARIZE,
             Kind.NULLIFY,
         ]
+
+
+async def test_blocks_of_views_that_are_over_take_no_memory(tmp_path: Path) -> None:
+    """A faulty leader once led view 2 too; whatever it makes up for it can never be final."""
+    async with bench(tmp_path) as made:
+        final = foreign_block(made.store, view=3)
+        made.validator.adopt([final], certificate(Kind.FINALIZE, final))
+        await made.executed(1)
+        for height in (2, 2**60):
+            old = next_block(made.store, (), 2, height=height, parent_view=1)
+            await made.hear(Proposal(old, ()))
+        assert len(made.validator._bodies.tree) == 0
+
+
+async def test_views_that_fail_for_long_leave_room_for_the_next_proposal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tdmld.chain.pending.MAX_BLOCKS", 6)
+    monkeypatch.setattr("tdmld.node.validator.MAX_BLOCKS", 6)
+    async with bench(tmp_path) as made:
+        voted = 0
+        for view in range(1, 16):
+            if ROTATION.leader(view) != ME:
+                voted += 1
+                await made.hear(Proposal(next_block(made.store, (), view), ()))
+            await made.hear(ended(view))
+        await made.links.votes(voted)
+        assert len(made.validator._bodies.tree) <= 6
 
 
 async def test_a_block_from_the_future_waits_for_its_time(tmp_path: Path) -> None:
