@@ -13,6 +13,7 @@ is instant, so nothing is ever rolled back.
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from tdmld.chain.codec import ZERO_HASH, Record, decode, encode
@@ -22,6 +23,7 @@ from tdmld.chain.errors import DecodeError, InvariantViolation
 _WIDTH = 16
 _ROWS = 4
 _LEAF_BYTES = 64
+_SLOT_SIZES = frozenset((0, 32, _LEAF_BYTES))
 _PAGE_BYTES_MAX = 3 + _WIDTH * (2 + _LEAF_BYTES)
 _DEPTH_MAX = 64
 """Nibbles in a key: no path is longer."""
@@ -148,17 +150,18 @@ class Tree:
             slots = decode(list[bytes], raw, _PAGE_BYTES_MAX)
         except DecodeError as error:
             raise InvariantViolation(f"state page {path.hex() or 'root'} is corrupt") from error
-        if len(slots) != _WIDTH or any(len(slot) not in (0, 32, _LEAF_BYTES) for slot in slots):
+        if len(slots) != _WIDTH or not _SLOT_SIZES.issuperset(map(len, slots)):
             raise InvariantViolation(f"state page {path.hex() or 'root'} is corrupt")
         return slots
 
     def _update_page(self, path: bytes, items: Sequence[Item]) -> bytes:
         """Apply `items`, all below `path`; what the parent's slot must then hold."""
-        slots, depth, start = self._load(path), len(path), 0
+        slots, start = self._load(path), 0
+        at, odd = divmod(len(path), 2)
+        nibbles = [key[at] & 15 if odd else key[at] >> 4 for key, _ in items]
         while start < len(items):
-            index, end = _nibble(items[start][0], depth), start
-            while end < len(items) and _nibble(items[end][0], depth) == index:
-                end += 1
+            index = nibbles[start]
+            end = bisect_right(nibbles, index, start)
             slots[index] = self._update_slot(slots[index], path, index, items[start:end])
             start = end
         used = [slot for slot in slots if slot]
