@@ -63,6 +63,8 @@ BLOCK = 2000
 """Transfers in a block of the replayed chain."""
 SAMPLE = 31
 """Of the ids whose first byte has none of these bits (one in 32) the latency is taken."""
+RESTING_SECONDS = 6.0
+"""Before the idle phase: what the nodes use without blocks is not counted as the blocks'."""
 REST_SECONDS = 0.6
 """Longer than the interval between blocks: the next transaction waits for nothing."""
 
@@ -149,7 +151,10 @@ async def idle(net: Network, wallets: Wallets, count: int) -> dict[str, float]:
     for peer in net.peers:
         await peer.ask("sample", 0)
     await net.rest()
-    watch, cpu = Watch(net), await cpu_seconds(net.peers)
+    cpu = await cpu_seconds(net.peers)
+    await trio.sleep(RESTING_SECONDS)
+    resting = (await cpu_seconds(net.peers) - cpu) / RESTING_SECONDS
+    watch, cpu, began = Watch(net), await cpu_seconds(net.peers), trio.current_time()
     for number in range(count):
         await trio.sleep(REST_SECONDS)
         raw = wallets.transfer(number % len(wallets.keys))
@@ -159,11 +164,13 @@ async def idle(net: Network, wallets: Wallets, count: int) -> dict[str, float]:
             await watch.moved.wait()
         await trio.sleep(REST_SECONDS)  # the block that commits the state comes now
     used, blocks = await cpu_seconds(net.peers) - cpu, sum(watch.blocks)
+    used -= resting * (trio.current_time() - began)
     return {
         "finality_p50_ms": percentile(watch.latencies, 0.5),
         "finality_p99_ms": percentile(watch.latencies, 0.99),
         "finality_transactions": count,
         "cpu_ms_per_block_and_node": 1000 * used / blocks,
+        "cpu_share_of_a_node_at_rest": resting / len(net.peers),
     }
 
 
