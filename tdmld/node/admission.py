@@ -35,8 +35,9 @@ MAX_WAITING = 256
 """Batches waiting for admission; above it a peer's batch is dropped (its origin repeats it)."""
 MAX_WAITING_EACH = 8
 """Of them, batches of one peer."""
-MAX_QUEUED_BYTES = 8 << 20
-"""Transactions of other validators that wait for admission; above it they are dropped likewise."""
+MAX_QUEUED_BYTES = 2 << 20
+"""Transactions of one other validator that wait for admission; above it they are dropped likewise:
+a second's work at most, and what one of them floods is not taken out of another's."""
 REMEMBERED = 16_384
 """Ids of transactions whose signatures were good lately: an id covers the signature, and a
 transaction comes in a block, from its origin and by gossip."""
@@ -76,8 +77,8 @@ class Admission:
         self._changed = changed
         self._lock = trio.Lock()
         self._waiting: Counter[str] = Counter()
-        self._queue: deque[Sequence[bytes]] = deque()
-        self._queued_bytes = 0
+        self._queue: deque[tuple[int, Sequence[bytes]]] = deque()
+        self._queued_bytes: Counter[int] = Counter()
         self._queue_news = trio.Event()
         self._good: dict[bytes, None] = {}
         self._own: dict[bytes, bytes] = {}
@@ -112,14 +113,14 @@ class Admission:
         account = State(self._store.get).account(transaction.signer)
         return transaction.by_owner and transaction.nonce < account.nonce
 
-    def enqueue(self, raws: Sequence[bytes]) -> None:
-        """Admit what another validator sent, soon and in order: the votes behind it on the same
-        stream do not wait for that."""
-        size = sum(map(len, raws))
-        if self._queued_bytes + size > MAX_QUEUED_BYTES:
+    def enqueue(self, raws: Sequence[bytes], source: int) -> None:
+        """Admit what the validator `source` sent, soon and in order: the votes behind it on the
+        same stream do not wait for that."""
+        size = _weight(raws)
+        if self._queued_bytes[source] + size > MAX_QUEUED_BYTES:
             return
-        self._queued_bytes += size
-        self._queue.append(raws)
+        self._queued_bytes[source] += size
+        self._queue.append((source, raws))
         self._queue_news.set()
 
     async def run_queue(self) -> None:
@@ -128,8 +129,8 @@ class Admission:
             while not self._queue:
                 self._queue_news = trio.Event()
                 await self._queue_news.wait()
-            raws = self._queue.popleft()
-            self._queued_bytes -= sum(map(len, raws))
+            source, raws = self._queue.popleft()
+            self._queued_bytes[source] -= _weight(raws)
             await self.receive(raws, spread=False)
 
     async def receive(self, raws: Iterable[bytes], *, spread: bool, source: str = "") -> None:
@@ -249,6 +250,11 @@ class Admission:
             self._changed()
         if self._own:
             self._own = {key: raw for key, raw in self._own.items() if self._known(key)}
+
+
+def _weight(raws: Sequence[bytes]) -> int:
+    """Bytes in memory, about: also of a great many empty ones."""
+    return 64 * (1 + len(raws)) + sum(map(len, raws))
 
 
 def batches(raws: Sequence[bytes]) -> Iterable[list[bytes]]:

@@ -16,6 +16,7 @@ from tdmld.chain.blocks import (
     block_hash,
     check_block,
     check_child,
+    check_proposer,
 )
 from tdmld.chain.crypto import sha256
 from tdmld.chain.errors import InvalidBlock
@@ -27,6 +28,9 @@ from tdmld.node.finality import Finality
 from tdmld.node.store import AppliedBlock
 
 log = logging.getLogger(__name__)
+
+MAX_TRIES = 4
+"""Bodies of one view that are checked: a good one may come from several peers at once."""
 
 
 class Bodies:
@@ -47,24 +51,34 @@ class Bodies:
         self._mixes: dict[bytes, bytes] = {head.hash: head.mix}
         """Valid blocks above the head, and the head itself -> beacon mix."""
         self._rejected: set[bytes] = set()
+        self._tries: dict[int, int] = {}
         self._ids: dict[bytes, frozenset[bytes]] = {}
         """Transactions root of a held body -> their ids, once somebody asked."""
 
     # ---- one body ----------------------------------------------------------------------------
 
-    def check(self, block: Block, known: Callable[[bytes], bool]) -> list[Transaction]:
+    def check(
+        self, block: Block, known: Callable[[bytes], bool], *, wanted: bool = False
+    ) -> list[Transaction]:
         """Form, leader and signature of a body; its transactions whose ids are not `known`.
 
         Raises InvalidBlock, DecodeError or InvalidTransaction. The transactions' signatures are
-        left to the caller.
+        left to the caller. Of one view no more than a few bodies are looked at, good or bad, unless
+        they are `wanted`: each costs as much as a full block.
         """
         genesis, header = self._store.genesis, block.header
+        leader = self._rotation.leader(header.view)
+        check_proposer(self._committee, leader, header, block.signature)
+        tries = self._tries.get(header.view, 0)
+        if not wanted and tries >= MAX_TRIES:
+            raise InvalidBlock("its leader has made up enough blocks for this view")
+        self._tries[header.view] = tries + 1
         limits = BlockLimits(
             genesis.parameters.block_bytes,
             genesis.parameters.block_transactions,
             protocol_at(genesis, header.height),
         )
-        check_block(self._committee, self._rotation.leader(header.view), block, limits)
+        check_block(self._committee, leader, block, limits)
         return [
             decode_transaction(raw, self._store.chain_id)
             for raw in block.transactions
@@ -159,6 +173,8 @@ class Bodies:
         self._mixes = {
             key: mix for key, mix in self._mixes.items() if key in self.tree or key == head
         }
+        view = self._finality.header.view
+        self._tries = {v: tries for v, tries in self._tries.items() if v > view}
         self._rejected = {key for key in self._rejected if key in self.tree}
         roots = {block.header.tx_root for _, block in self.tree.items()}
         self._ids = {root: ids for root, ids in self._ids.items() if root in roots}

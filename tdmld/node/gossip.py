@@ -10,12 +10,12 @@ from tdmld.chain.blocks import (
     Header,
     Kind,
     block_hash,
+    check_proposer,
     transactions_root,
     verify_certificate,
-    verify_proposal,
 )
 from tdmld.chain.codec import decode
-from tdmld.chain.errors import ChainError, DecodeError
+from tdmld.chain.errors import ChainError, DecodeError, InvalidBlock
 from tdmld.chain.leader import Rotation
 from tdmld.chain.state import State
 from tdmld.chain.transactions import decode_transaction, verify_transaction
@@ -71,7 +71,7 @@ class GossipDoor:
             and certificate.kind is Kind.FINALIZE
             and certificate.view == header.view
             and certificate.hash == key
-            and self._is_leaders(header, notice.signature)
+            and self._is_by_leader(header, notice.signature)
             and (body is None or transactions_root(body) == header.tx_root)
             and verify_certificate(self._committee, certificate)
         )
@@ -81,12 +81,13 @@ class GossipDoor:
                 self._announced.popitem(last=False)
         return fine
 
-    def _is_leaders(self, header: Header, signature: bytes) -> bool:
+    def _is_by_leader(self, header: Header, signature: bytes) -> bool:
         """One signature that no stranger can make, before those of a whole committee."""
-        leader = self._committee.nodes[self._rotation.leader(header.view)]
-        return header.proposer == leader and verify_proposal(
-            self._committee.chain_id, header, signature
-        )
+        try:
+            check_proposer(self._committee, self._rotation.leader(header.view), header, signature)
+        except InvalidBlock:
+            return False
+        return True
 
     def transactions(self, _: str, raw: bytes) -> bool:
         """Whether every transaction of a batch could be paid for and is signed for this chain, and

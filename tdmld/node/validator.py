@@ -313,7 +313,7 @@ class Validator:
                 if body is not None:
                     link.send(encode(Proposal(body, ())))
             case Transactions(raws):
-                self._admission.enqueue(raws)
+                self._admission.enqueue(raws, link.index)
 
     def certificate(self, certificate: Certificate) -> None:
         """A certificate from anybody; checked here."""
@@ -355,7 +355,7 @@ class Validator:
         if not wanted and header.view > self.core.view + NEAR_VIEWS:
             return
         try:
-            unknown = self._bodies.check(block, self._admission.pool.__contains__)
+            unknown = self._bodies.check(block, self._admission.pool.__contains__, wanted=wanted)
         except ChainError as error:
             log.warning("a bad block of view %d: %s", header.view, error)
             return

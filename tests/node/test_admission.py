@@ -19,7 +19,7 @@ from tdmld.chain.transactions import (
     sign_transaction,
 )
 from tdmld.node import admission
-from tdmld.node.admission import MAX_WAITING_EACH, Admission, has_backing
+from tdmld.node.admission import MAX_QUEUED_BYTES, MAX_WAITING_EACH, Admission, has_backing
 from tdmld.node.finality import Finality
 from tdmld.node.store import ChainStore
 from tests.node.chainkit import CHAIN, GENESIS, KEYS, OWNERS, next_block, transfer
@@ -125,6 +125,21 @@ async def test_one_peer_takes_no_more_than_its_places(door: Door) -> None:
         assert door.admission._waiting["y"] == 1
     assert door.waiting() == MAX_WAITING_EACH + 1
     assert not door.admission._waiting
+
+
+async def test_what_one_validator_floods_takes_no_room_from_another(door: Door) -> None:
+    flood: list[Sequence[bytes]] = [(), (b"",) * 64, (bytes(8000),) * 64]
+    for number in range(200_000):
+        door.admission.enqueue(flood[number % 3], 1)
+    assert door.admission._queued_bytes[1] <= MAX_QUEUED_BYTES
+    assert len(door.admission._queue) <= MAX_QUEUED_BYTES // 64
+    door.admission.enqueue([transfer(0, 0)], 2)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(door.admission.run_queue)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert door.waiting() == 1
+    assert door.admission._queued_bytes.total() == 0
 
 
 async def test_what_came_too_early_into_a_block_may_be_submitted_again(door: Door) -> None:

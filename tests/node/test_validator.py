@@ -1,11 +1,12 @@
 """The validator's shell, with links that are lists: order of storing and sending, late bodies,
 restart, what is refused."""
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -15,7 +16,9 @@ from tdmld.chain.codec import ZERO_HASH
 from tdmld.chain.consensus import MAX_CERTIFICATES
 from tdmld.chain.mempool import Mempool
 from tdmld.chain.pacing import Times
+from tdmld.chain.transactions import Transaction
 from tdmld.node.admission import Admission
+from tdmld.node.bodies import MAX_TRIES
 from tdmld.node.chainwire import BlockRequest, Hello, Proposal, Transactions
 from tdmld.node.finality import Finality
 from tdmld.node.store import ChainStore
@@ -208,6 +211,31 @@ async def test_a_leader_that_makes_up_block_after_block_holds_its_view_up_once(
             Kind.NOTARIZE,
             Kind.NULLIFY,
         ]
+
+
+async def test_a_leader_cannot_have_block_after_block_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full one costs a fifth of a second; the last transaction's signature is wrong."""
+    async with bench(tmp_path) as made:
+        checked: list[int] = []
+
+        async def verified(transactions: Sequence[Transaction]) -> list[bool]:
+            checked.append(len(transactions))
+            return [False]
+
+        monkeypatch.setattr(made.admission, "verified", verified)
+        first = GENESIS.time_ms + 1
+        blocks = [
+            foreign_block(made.store, (transfer(0, 0),), time_ms=first + number)
+            for number in range(3 * MAX_TRIES)
+        ]
+        forged = msgspec.structs.replace(blocks[0], signature=bytes(64))
+        for block in (*[forged] * 9, *blocks):
+            await made.hear(Proposal(block, ()))
+        assert len(checked) == MAX_TRIES
+        await made.hear(certificate(Kind.NOTARIZE, blocks[-1]), Proposal(blocks[-1], ()))
+        assert len(checked) == MAX_TRIES + 1, "what a quorum has notarized is wanted"
 
 
 async def test_blocks_of_views_that_are_over_take_no_memory(tmp_path: Path) -> None:
