@@ -9,6 +9,7 @@ from tdmld.cli.common import AsJson, emit
 from tdmld.cli.exits import Exit
 from tdmld.cli.reference import read_job, training_errors
 from tdmld.errors import UserError
+from tdmld.plaintext import plain
 
 
 def evaluate(
@@ -49,6 +50,6 @@ def evaluate(
             model, prompt, length, temperature=temperature, seed=seed, context=spec.data.sequence
         )
     document = {"loss_heldout": loss, "heldout_tokens": spec.heldout_tokens, "sample": sample}
-    text = [f"held-out loss  {loss} nats a byte", "", sample]
+    text = [f"held-out loss  {loss} nats a byte", "", *map(plain, sample.split("\n"))]
     emit(document, text, as_json=json)
     return Exit.OK

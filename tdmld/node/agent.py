@@ -41,7 +41,7 @@ from tdmld.chain.transactions import (
 from tdmld.node import duties as duty
 from tdmld.node.chainerrors import ServiceBusy, SpecUnavailable, StoreError
 from tdmld.node.chainservice import ChainService
-from tdmld.node.errors import AuditImpossible, MachineError
+from tdmld.node.errors import AuditImpossible, MachineError, WorkerFailed
 from tdmld.node.jobfiles import unfinished_jobs
 from tdmld.node.layout import Layout, free_bytes, list_file
 from tdmld.node.machine import (
@@ -431,7 +431,8 @@ class Agent:
                 raise AuditImpossible(
                     "not done in time: who holds the inputs is too slow, or we are"
                 )
-        except AuditImpossible as error:
+        except (AuditImpossible, WorkerFailed) as error:
+            # A replay that breaks here says nothing about the worker: let another one try.
             log.warning("audit %s: %s", _describe(todo), error)
             missing = plain(str(error))[: chain_limits.MISSING_BYTES]
             await self._submit(AuditFail(job.id, job.epoch, todo.slot, todo.segment, missing))

@@ -12,7 +12,7 @@ from tdmld.chain.crypto import KeyPair, address
 from tdmld.chain.records import JobStatus
 from tdmld.chain.transactions import AuditFail, Decline
 from tdmld.node.agent import PUBLISHED_SECONDS, Agent
-from tdmld.node.errors import ControlError
+from tdmld.node.errors import ControlError, WorkerFailed
 from tdmld.node.machine import GenesisRoots, SlotFailed, SlotId, StepDone
 from tdmld.node.peers import PeerBook, PeerRecord, SignedRecord
 from tdmld.p2p import PeerInfo
@@ -62,6 +62,8 @@ class FakeMachine:
 
     async def audit(self, task: object) -> None:
         self.audits += 1
+        if self.broken is not None:
+            raise self.broken("step 3: a frame has values not finite")
         await trio.sleep_forever()
 
     async def drop_data(self, contents: set[bytes]) -> None:
@@ -129,9 +131,10 @@ def world() -> World:
 
 @pytest.fixture
 def serve(nursery: trio.Nursery, tmp_path: Path) -> Any:
-    async def start(world: World, index: int) -> Rig:
+    async def start(world: World, index: int, broken: type[Exception] | None = None) -> Rig:
         (tmp_path / "jobs").mkdir(exist_ok=True)
         rig = Rig(world, index, tmp_path)
+        rig.machine.broken = broken
         nursery.start_soon(rig.agent.run)
         with trio.fail_after(30):
             await rig.machine.heard.wait()
@@ -244,6 +247,20 @@ async def test_an_audit_that_comes_too_slowly_is_given_up_in_time(world: World, 
     assert "in time" in failed.missing
     assert world.height < audit.until - 1
     assert (job, 0, 0) not in rig.agent.auditing
+
+
+async def test_a_replay_that_breaks_is_given_up_and_another_auditor_drawn(
+    world: World, serve: Any
+) -> None:
+    for node in world.keys:
+        world.vices[node] = frozenset({Vice.NEVER_AUDITS})
+    job = submit(world, audit_rate=1_000_000)
+    world.play_until(job, JobStatus.ACTIVE)
+    while (audit := world.state.audit(job, 1, 0)) is None:
+        world.play(job)
+    rig = await serve(world, place_of(world, audit.auditor), broken=WorkerFailed)
+    failed = next(fail for fail in rig.sent(AuditFail) if (fail.slot, fail.segment) == (1, 0))
+    assert "not finite" in failed.missing
 
 
 async def test_the_text_of_a_job_that_is_over_goes_when_no_other_needs_it(

@@ -224,3 +224,21 @@ async def test_a_copy_of_ones_own_is_checked_for_size(world: World) -> None:
     world.put(world.mine.result(JOB) / "config.json", b"x" * 10)
     with pytest.raises(ContentMismatch):
         world.client._copy(ResultFile(JOB, "config.json"), 9, world.root / "y")
+
+
+def test_room_that_others_made_is_seen(tmp_path: Path) -> None:
+    store = ContentStore(Layout(tmp_path), 1000)
+    old = tmp_path / "content" / "ab" / ("ab" * 32)
+    old.parent.mkdir(parents=True)
+    old.write_bytes(bytes(900))
+    with pytest.raises(ContentRefused, match="holds 900 of 1000"):
+        store.make_room(200, blob=True)
+    old.unlink()
+    store.make_room(600, blob=True)
+    store.make_room(600, blob=True)  # what was announced and never came takes no room
+
+
+def test_a_pipe_is_no_text_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ContentRefused, match="not a regular file"):
+        ContentStore(Layout(tmp_path), 1000).import_text(tmp_path / "pipe")
