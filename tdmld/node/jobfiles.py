@@ -130,6 +130,12 @@ def remove_leftovers(layout: Layout) -> None:
             path.unlink(missing_ok=True)
 
 
+def keep_newest_logs(directory: Path, count: int) -> None:
+    """At start: every worker has a log of its own, and only the newest ones help anybody."""
+    logs = sorted(directory.glob("worker-*"), key=lambda path: path.stat().st_mtime)
+    remove_files(logs[:-count])
+
+
 def replace_directory(aside: Path, target: Path) -> None:
     """Let a finished directory appear under its name, durably."""
     remove_tree(target)

@@ -38,6 +38,7 @@ from tdmld.node.jobfiles import (
     discard_settled,
     forget_older_states,
     has_state,
+    keep_newest_logs,
     remove_files,
     remove_leftovers,
     remove_tree,
@@ -96,6 +97,7 @@ CARRIER_GRACE_SECONDS = 3.0
 MAX_WAITING_STEPS = 256
 """StepDone events that a slow consumer may have waiting before new ones are left out."""
 KEPT_BOUNDARIES = 2
+KEPT_WORKER_LOGS = 200
 
 R = TypeVar("R", bound=control.Reply)
 Key = tuple[bytes, SlotId]
@@ -142,6 +144,7 @@ def _prepare(data_dir: Path) -> tuple[Layout, str]:
     for directory in (layout.content, layout.jobs, layout.logs, layout.session_key.parent):
         directory.mkdir(parents=True, exist_ok=True)
     remove_leftovers(layout)
+    keep_newest_logs(layout.logs, KEPT_WORKER_LOGS)
     with contextlib.suppress(FileExistsError):
         fd = os.open(layout.session_key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(fd, "wb") as file:

@@ -1,5 +1,6 @@
 """What stays and what goes of a job's files."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tdmld.node.jobfiles import (
     forget_older_states,
     has_frames,
     has_part,
+    keep_newest_logs,
     prepare_directory,
     remove_leftovers,
 )
@@ -135,3 +137,14 @@ def test_a_standby_that_proves_an_older_state_keeps_it_and_the_newer_ones(tmp_pa
     fill(tmp_path, 4)
     forget_older_states(tmp_path, 2)
     assert boundaries(tmp_path) == [1, 2, 3, 4]
+
+
+def test_the_newest_logs_of_workers_stay(tmp_path: Path) -> None:
+    for number in range(5):
+        path = tmp_path / f"worker-{9 - number}-0.0-live.log"
+        path.touch()
+        os.utime(path, (number, number))
+    (tmp_path / "daemon.jsonl").touch()
+    keep_newest_logs(tmp_path, 2)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["daemon.jsonl", "worker-5-0.0-live.log", "worker-6-0.0-live.log"]
