@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 MAX_BACKLOG = 128
 """Final blocks waiting for execution above which sync pauses."""
-FEED_LENGTH = 4096
-"""Applied blocks kept for one slow subscriber before the oldest are dropped."""
+FEED_LENGTH = 256
+"""Applied blocks, with their bodies, kept for one slow subscriber before the oldest are dropped."""
 INLINE_TRANSACTIONS = 32
 """Blocks up to this size (about 2 ms) are executed in the event loop, larger ones in a thread."""
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from rocksdict import Options, Rdict, WriteBatch, WriteOptions
+from rocksdict import WriteBatch, WriteOptions
 
 from tdmld.chain.blocks import (
     Block,
@@ -37,6 +37,7 @@ from tdmld.chain.errors import ChainError, DecodeError, InvariantViolation
 from tdmld.chain.events import Event
 from tdmld.chain.genesis import Genesis, chain_id, protocol_at
 from tdmld.chain.ledger import BlockContext, Receipt, apply_block, genesis_changes
+from tdmld.chain.limits import SPEC_BYTES
 from tdmld.chain.state import owners_of
 from tdmld.chain.transactions import decode_transaction
 from tdmld.chain.tree import Tree
@@ -45,19 +46,17 @@ from tdmld.node.chainerrors import (
     SignGuardError,
     StoreCorrupt,
     StoreError,
-    StoreLocked,
     StoreMismatch,
 )
+from tdmld.node.rocks import open_database, translated
 
 T = TypeVar("T")
 
 FORMAT = b"tdmld-chain-1"
 PROTOCOLS = frozenset({1})
 """Protocol versions that this program implements."""
-WRITE_BUFFER_BYTES = 8 << 20
 MAX_RECORD_BYTES = 64 << 20
 """Bound for decoding what we wrote ourselves; larger than any block that genesis may allow."""
-MAX_SPEC_BYTES = 64 << 10
 PROPOSAL = 3
 """The guard's fourth kind, beside the votes: a second proposal in a view is a fault too."""
 
@@ -126,7 +125,7 @@ class ChainStore:
         self._guard: dict[tuple[int, int], bytes] = {}
         """(kind, view) -> what was signed: a block id, or the zero hash."""
         self._head: Head
-        self._db = self._open()
+        self._db = open_database(path)
         try:
             self._load()
         except BaseException:
@@ -176,7 +175,7 @@ class ChainStore:
                     break
                 yield key[1:], bytes(value)
         except Exception as error:  # rocksdict raises bare Exception for every cause
-            raise _translate(self.path, "read", error) from error
+            raise translated(self.path, "read", error) from error
 
     def root_at(self, height: int) -> bytes | None:
         """The state root after executing `height`; None when it has not been executed."""
@@ -408,8 +407,8 @@ class ChainStore:
 
     def put_spec(self, raw: bytes) -> bytes:
         """Keep a spec's bytes; its id. StoreError when it is too large."""
-        if len(raw) > MAX_SPEC_BYTES:
-            raise StoreError(f"a spec has at most {MAX_SPEC_BYTES} bytes, not {len(raw)}")
+        if len(raw) > SPEC_BYTES:
+            raise StoreError(f"a spec has at most {SPEC_BYTES} bytes, not {len(raw)}")
         spec = sha256(raw)
         if self._read(b"o" + spec) is None:
             batch = WriteBatch(raw_mode=True)
@@ -421,20 +420,6 @@ class ChainStore:
         return self._read(b"o" + spec)
 
     # ---- opening -----------------------------------------------------------------------------
-
-    def _open(self) -> Rdict:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"cannot make the directory {self.path}: {error}") from error
-        options = Options(raw_mode=True)
-        options.create_if_missing(True)
-        options.set_write_buffer_size(WRITE_BUFFER_BYTES)
-        options.set_keep_log_file_num(4)
-        try:
-            return Rdict(str(self.path), options)
-        except Exception as error:  # rocksdict raises bare Exception for every cause
-            raise _translate(self.path, "open", error) from error
 
     def _load(self) -> None:
         version = self._read(b"V")
@@ -480,14 +465,14 @@ class ChainStore:
         try:
             value: bytes | None = self._db.get(key)
         except Exception as error:  # rocksdict raises bare Exception for every cause
-            raise _translate(self.path, "read", error) from error
+            raise translated(self.path, "read", error) from error
         return value
 
     def _write(self, batch: WriteBatch, how: WriteOptions) -> None:
         try:
             self._db.write(batch, how)
         except Exception as error:  # rocksdict raises bare Exception for every cause
-            raise _translate(self.path, "write", error) from error
+            raise translated(self.path, "write", error) from error
 
     def _scan(self, prefix: bytes) -> Iterator[bytes]:
         for key in self._keys(prefix + self._above(), bytes([prefix[0] + 1])):
@@ -503,7 +488,7 @@ class ChainStore:
                     break
                 found.append(key)
         except Exception as error:  # rocksdict raises bare Exception for every cause
-            raise _translate(self.path, "read", error) from error
+            raise translated(self.path, "read", error) from error
         return found
 
     def _decode(self, kind: type[T], raw: bytes, what: str) -> T:
@@ -514,20 +499,3 @@ class ChainStore:
                 f"{self.path}: the stored {what} is damaged ({error}): move the directory away "
                 "and start again; the node fetches the chain from its peers"
             ) from error
-
-
-def _translate(path: Path, doing: str, error: Exception) -> StoreError:
-    text = str(error)
-    if "lock" in text.lower() and "LOCK" in text:
-        return StoreLocked(
-            f"another tdmld process uses {path}: stop it, or give this node its own --data-dir"
-        )
-    if "Corruption" in text or "checksum" in text:
-        return StoreCorrupt(
-            f"the chain database {path} is damaged ({text}): move it away and start again; the "
-            "node fetches the chain from its peers. A validator should ask for help first, since "
-            "its record of votes is in there"
-        )
-    if "No space left" in text:
-        return StoreError(f"no space left for {path}: free some and start again")
-    return StoreError(f"cannot {doing} the chain database {path}: {text}")

@@ -50,6 +50,8 @@ SEND_SECONDS = 30.0
 """For so long an answer may take a place, with a peer that reads slowly."""
 HEAD_START = 0.2
 """Seconds between asking one peer and the next for a spec."""
+HINT_PAUSE = 0.05
+"""Between two rounds: hints are free for whoever gives them."""
 PAUSE = 0.5
 """After a round in which no peer helped."""
 ROUNDS = 6
@@ -215,6 +217,7 @@ class SyncClient:
             self._news = trio.Event()
             await self._follow()
             self.active = False
+            await trio.sleep(HINT_PAUSE)
 
     async def _follow(self) -> None:
         """Ask peers in turn until a whole round of them has nothing more."""

@@ -201,7 +201,7 @@ def test_a_second_process_is_told_who_is_there(store: ChainStore) -> None:
         ChainStore(store.path, GENESIS)
     program = (
         "import sys; from pathlib import Path; from tests.node.chainkit import GENESIS\n"
-        "from tdmld.node.store import ChainStore, StoreLocked\n"
+        "from tdmld.node.chainerrors import StoreLocked; from tdmld.node.store import ChainStore\n"
         "try: ChainStore(Path(sys.argv[1]), GENESIS)\n"
         "except StoreLocked as error: print(error)\n"
     )
