@@ -118,13 +118,14 @@ class _Node:
         store = ChainStore(config.data_dir / "chain", self._genesis)
         try:
             async with (
-                open_host(key.seed, config.listen) as host,
+                # First, for it takes a second: who connects to the host expects to be served.
                 open_machine(
                     config.data_dir,
                     chain_id=self._chain_id,
                     listen=(config.carrier_listen,),
                     launcher=config.launcher,
                 ) as machine,
+                open_host(key.seed, config.listen) as host,
                 trio.open_nursery() as nursery,
             ):
                 nursery.start_soon(self._signals, nursery)

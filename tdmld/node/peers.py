@@ -41,6 +41,9 @@ MAX_KEPT_STRANGERS = 16
 UPDATE_SECONDS = 5.0
 """Between two records of one node that we take from others and pass on, after the first few."""
 UPDATE_BURST = 8
+GREET_FIRST_SECONDS = 0.5
+GREET_LAST_SECONDS = 10.0
+"""Back-off between exchanges with a peer that stays connected."""
 SAVE_SECONDS = 2.0
 """Changes of the book are collected for so long before it is written."""
 
@@ -189,6 +192,7 @@ class PeerService:
         self._protocol = f"/tdmld/{chain_id.hex()[:8]}/peers/1"
         self._outboxes: dict[str, trio.MemorySendChannel[list[SignedRecord]]] = {}
         self._kept: set[str] = set()
+        self._greeting: set[str] = set()
         self._updates: dict[bytes, float] = {}
         """Node -> when its next record would be due if it kept to UPDATE_SECONDS."""
         self._changed = trio.Event()
@@ -254,15 +258,25 @@ class PeerService:
             self._kept.add(info.peer_id)
 
     async def _greet(self, peer_id: str) -> None:
-        """Of two peers the one with the smaller id opens the stream."""
-        if self._host.peer_id > peer_id:
+        """Keep an exchange with a peer while it is connected. Of two peers the one with the
+        smaller id opens the stream; again when it is refused (the other is just starting) or
+        breaks (one of two connections was dropped)."""
+        if self._host.peer_id > peer_id or peer_id in self._greeting:
             return
+        self._greeting.add(peer_id)
+        pause = GREET_FIRST_SECONDS
         try:
-            stream = await self._host.open_stream(peer_id, self._protocol)
-        except P2PError as error:
-            log.info("no exchange of peer records with %s: %s", peer_id, error)
-            return
-        await self._exchange(stream)
+            while peer_id in self._host.connected():
+                try:
+                    stream = await self._host.open_stream(peer_id, self._protocol)
+                except P2PError as error:
+                    log.info("no exchange of peer records with %s: %s", peer_id, error)
+                else:
+                    await self._exchange(stream)
+                await trio.sleep(pause)
+                pause = min(2 * pause, GREET_LAST_SECONDS)
+        finally:
+            self._greeting.discard(peer_id)
 
     async def _exchange(self, stream: Stream) -> None:
         send, receive = trio.open_memory_channel[list[SignedRecord]](256)

@@ -21,7 +21,7 @@ from tdmld.node.peers import (
     save_book,
 )
 from tdmld.p2p import PeerInfo
-from tdmld.p2p.errors import AddressInvalid
+from tdmld.p2p.errors import AddressInvalid, ProtocolRefused
 from tests.node.fake_stream import FakeStream, stream_pair
 
 CHAIN = bytes(32)
@@ -89,6 +89,8 @@ class FakeHost:
 
     def __init__(self) -> None:
         self.kept: list[str] = []
+        self.near: set[str] = set()
+        self.opened = self.refusals = 0
 
     def set_handler(self, protocol: str, handler: object) -> None: ...
 
@@ -97,7 +99,14 @@ class FakeHost:
         return receive
 
     def connected(self) -> frozenset[str]:
-        return frozenset()
+        return frozenset(self.near)
+
+    async def open_stream(self, peer_id: str, protocol: str) -> FakeStream:
+        self.opened += 1
+        if self.opened <= self.refusals:
+            raise ProtocolRefused("it is just starting")
+        self.far, near = stream_pair(peer_id, ME.address)
+        return near
 
     def add_peer(self, info: PeerInfo) -> None:
         if any(address.endswith("0") for address in info.addresses):
@@ -196,3 +205,25 @@ async def test_validators_are_kept_however_many_others_came_first(tmp_path: Path
     assert len(rig.host.kept) == peers.MAX_KEPT_STRANGERS
     rig.service._learn("", Records((signed(validator),)))
     assert rig.host.kept[-1] == validator.address
+
+
+async def test_a_peer_that_is_just_starting_is_asked_again_and_a_broken_exchange_renewed(
+    tmp_path: Path, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    friend = max((stranger(n) for n in range(1, 9)), key=lambda key: key.address)
+    assert friend.address > ME.address
+    rig = Rig(tmp_path / "peers.json")
+    rig.host.near, rig.host.refusals = {friend.address}, 2
+    nursery.start_soon(rig.service.run)
+    await trio.sleep(10)
+    assert rig.host.opened == 3
+    await rig.host.far.send(encode(Records((signed(friend),))))
+    await trio.testing.wait_all_tasks_blocked()
+    assert rig.known == {friend.public}
+    await rig.host.far.close()
+    await trio.sleep(2 * peers.GREET_LAST_SECONDS)
+    assert rig.host.opened == 4
+    rig.host.near = set()
+    await rig.host.far.close()
+    await trio.sleep(5 * peers.GREET_LAST_SECONDS)
+    assert rig.host.opened == 4
