@@ -1,0 +1,10 @@
+"""Votes like everybody, and never proposes."""
+
+from tests.simulation.attackers.attacker import Attacker
+
+
+class SilentLeader(Attacker):
+    """Each of its turns costs a time-out."""
+
+    def propose(self, view: int) -> None:
+        self.start_view(view, None)
