@@ -8,8 +8,9 @@ it: equal sums are the proof that no money came from nowhere.
 from dataclasses import dataclass
 from pathlib import Path
 
-from tdmld.chain.genesis import load_genesis
+from tdmld.chain.genesis import GENESIS_BYTES_MAX, load_genesis
 from tdmld.chain.ledger import recount
+from tdmld.files import read_file
 from tdmld.node.store import ChainStore
 
 
@@ -32,7 +33,7 @@ class LedgerSums:
 
 def read_ledger(data_dir: Path) -> LedgerSums:
     """Sum the ledger of a stopped node; StoreLocked while it runs."""
-    genesis = load_genesis((data_dir / "genesis.json").read_bytes())
+    genesis = load_genesis(read_file(data_dir / "genesis.json", GENESIS_BYTES_MAX))
     with ChainStore(data_dir / "chain", genesis) as store:
         counted = recount(store.state_items())
         return LedgerSums(

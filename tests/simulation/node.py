@@ -24,6 +24,7 @@ from tdmld.chain.consensus import (
 from tdmld.chain.errors import InvalidBlock
 from tdmld.chain.pacing import Pacing, Propose, Repeat, Situation, TimeOut
 from tdmld.chain.pending import MAX_BLOCKS, BlockTree
+from tdmld.node.bodies import MAX_TRIES
 from tdmld.node.validator import (
     ABSTAIN_VIEWS,
     ANSWER_PAUSE,
@@ -50,8 +51,8 @@ MAX_SPIN = 200
 GENESIS_HEADER = Header(0, 0, 0, 0, GENESIS, 0, ZERO_HASH, b"", ZERO_HASH, 0, ZERO_HASH)
 
 
-class Forged(InvalidBlock):
-    """Signed by another than it says."""
+class Ignored(InvalidBlock):
+    """Forged, or one block too many of its leader: no verdict on the block."""
 
 
 class Node:
@@ -117,6 +118,7 @@ class Node:
         self.want: Finalized | None = None
         self.asked = -ASK_AGAIN
         self.seen_view = 0
+        self.tries: dict[int, int] = {}
         self.answered: dict[int, float] = {}
         self.woken = True
         self.timer = 0.0
@@ -238,6 +240,7 @@ class Node:
         self.forget()
         self.proposed = {made for made in self.proposed if made > view}
         self.unstored = [known for known in self.unstored if known.view > view]
+        self.tries = {tried: tries for tried, tries in self.tries.items() if tried > view}
         self.run_queue()
 
     def forget(self) -> None:
@@ -384,8 +387,8 @@ class Node:
         if not wanted and header.view > self.core.view + NEAR_VIEWS:
             return
         try:
-            self.check(block)
-        except Forged:
+            self.check(block, wanted)
+        except Ignored:
             return
         except InvalidBlock as error:
             self.world.watcher.rejected(self, header, str(error))
@@ -404,13 +407,17 @@ class Node:
         self.undecided[block_hash(block.header)] = block
         return True
 
-    def check(self, block: Block) -> None:
-        """`check_block`."""
+    def check(self, block: Block, wanted: bool) -> None:
+        """`check_block`; of one view only a few bodies are looked at."""
         header = block.header
         if block.signature != signature(int.from_bytes(header.proposer, "big")):
-            raise Forged("the leader's signature does not verify")
+            raise Ignored("the leader's signature does not verify")
         if header.proposer != public(self.electorate.rotation.leader(header.view)):
             raise InvalidBlock("not the leader's")
+        tries = self.tries.get(header.view, 0)
+        if not wanted and tries >= MAX_TRIES:
+            raise Ignored("its leader has made up enough blocks for this view")
+        self.tries[header.view] = tries + 1
         if header.view <= header.parent_view:
             raise InvalidBlock("not after its parent")
         if header.state_height >= header.height:
