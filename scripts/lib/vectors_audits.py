@@ -15,18 +15,23 @@ from scripts.lib.vectors_case import (
     standby,
     worker,
 )
+from tdmld.chain.codec import encode
 from tdmld.chain.events import AuditPassed
 from tdmld.chain.genesis import genesis_document, genesis_from_document
-from tdmld.chain.records import AuditStatus, JobStatus, ProofStatus
+from tdmld.chain.records import AuditStatus, Facts, JobStatus, ProofStatus
 from tdmld.chain.transactions import (
     AttestResult,
     AuditCommit,
     AuditFail,
     AuditOpen,
+    Commit,
     Fetched,
     Offer,
     Open,
+    Register,
     Stage,
+    StandbyProof,
+    sign_registration,
 )
 from tests.chain.world import GIB, STAKE, Vice, World, make_genesis, mark, node_key, owner_key
 
@@ -137,16 +142,20 @@ def _last_redraw() -> list[Scene]:
     world = fresh(NODES, segment_window=400)
     job = active(world, **ALL, stages=(Stage(1_000_000, GIB),), rounds=2)
     world.vices = {key: frozenset({Vice.CANNOT_AUDIT}) for key in world.keys}
-    for _ in range(200):
-        found = world.state.audit(job, 0, 0)
-        if found is not None and found.attempt == 3 and found.status is AuditStatus.FAILED:
-            break
-        world.play(job)
-    scene = Scene(world, "the fourth auditor gave up")
-    found = world.state.audit(job, 0, 0)
-    assert found is not None
-    scene.case("nobody else is drawn", "AUDIT-15 AUDIT-16", height=found.until)
-    return [scene]
+    scenes = []
+    for attempt, name, outcome in (
+        (2, "the third auditor gave up", "a fourth is drawn"),
+        (3, "the fourth auditor gave up", "nobody else is drawn"),
+    ):
+        for _ in range(200):
+            found = world.state.audit(job, 0, 0)
+            if found is not None and (found.attempt, found.status) == (attempt, AuditStatus.FAILED):
+                break
+            world.play(job)
+        assert found is not None
+        scenes.append(Scene(world, name))
+        scenes[-1].case(outcome, "AUDIT-15 AUDIT-16", height=found.until)
+    return scenes
 
 
 def _one_auditor(capacity: int = 1, *, named: bool = False, **parameters: int) -> World:
@@ -195,7 +204,23 @@ def _no_auditors() -> list[Scene]:
     world.block(world.sign(node_key(NODES - 1), failing))
     alone = Scene(world, "the only auditor gave up")
     alone.case("nobody is left", "AUDIT-15 AUDIT-16", height=world.height + 2)
-    return [nobody, named, spent, alone, *_busy(two)]
+    return [nobody, named, spent, alone, _two_nodes(one), *_busy(two)]
+
+
+def _two_nodes(offer: dict[str, Any]) -> Scene:
+    """The only owner that audits has two nodes for it."""
+    world = _one_auditor()
+    second, start = node_key(9), world.height + 2
+    proof = sign_registration(second, world.chain_id, owner_key(5).public, start)
+    world.do(owner_key(5), Register(second.public, start, proof))
+    world.block(world.ask(9, memory=0, standby_slots=0))
+    job = active(world, **offer)
+    world.block(*moves(world, job))
+    scene = Scene(world, "one owner audits with two nodes")
+    for number in range(3):
+        beacon = mark("beacon of two nodes", number)
+        scene.case(f"draw {number}", "AUDIT-7 AUDIT-8", height=world.height + 2, beacon=beacon)
+    return scene
 
 
 def _busy(two: dict[str, Any]) -> list[Scene]:
@@ -209,8 +234,16 @@ def _busy(two: dict[str, Any]) -> list[Scene]:
     waits = Scene(world, "an audit waits")
     waits.case("the auditor is still busy", "AUDIT-15 AUDIT-9", height=world.height + 2)
     world.block(*moves(world, job, AuditCommit))
-    while world.height < linked.height + 2 + 8 * 4:
+    while world.height < linked.height + 8 * 4:
         world.wait(2)
+    patient = Scene(world, "an audit has waited for audit_window x D blocks")
+    (until,) = {
+        audit.until
+        for slot in (0, 1)
+        if (audit := world.state.audit(job, slot, 0)) and audit.status is AuditStatus.WAITING
+    }
+    patient.case("it waits on", "AUDIT-15 AUDIT-9", height=until)
+    world.wait(2)
     late = Scene(world, "an audit has waited for long")
     late.case("too long", "AUDIT-15 AUDIT-16", height=world.height + 2)
     world = _one_auditor(audit_window=8, open_window=60)
@@ -221,7 +254,7 @@ def _busy(two: dict[str, Any]) -> list[Scene]:
         world.block(*moves(world, job, kind))
     free = Scene(world, "an audit waits, its auditor is free")
     free.case("it is assigned", "AUDIT-15 AUDIT-8", height=world.height + 2)
-    return [linked, waits, late, free]
+    return [linked, waits, patient, late, free]
 
 
 # -- settlement
@@ -262,7 +295,38 @@ def _paying() -> list[Scene]:
     near = Scene(world, "the deadline of a job is near")
     rules = "END-1 END-2 END-3 SETTLE-6 JOB-6"
     near.case("it passes", rules, height=world.job(job).deadline)
-    return [scene, lost, near]
+    return [scene, lost, near, _at_the_limit(), _rich()]
+
+
+def _at_the_limit() -> Scene:
+    """All slots have D unsettled segments; their stall clocks stand still."""
+    world = fresh()
+    job = active(world, **NONE, rounds=6, state_every=1, unsettled=2)
+    for _ in range(2):
+        world.block(*moves(world, job, Commit))
+    for _ in range(3):
+        world.block(*moves(world, job, StandbyProof))
+    height = world.next_due()
+    assert height is not None
+    scene = Scene(world, "every slot is at its limit")
+    rules = "SETTLE-4 SEG-6"
+    scene.case("the first settlement starts the stall clocks", rules, height=height)
+    return scene
+
+
+def _rich() -> Scene:
+    """A worker's owner whose count of earnings is full."""
+    world = fresh()
+    job = active(world, **NONE, rounds=1, state_every=1, unsettled=2)
+    owner = world.state.owner_of(worker(world, job, 0))
+    assert owner is not None
+    world.store[b"f" + owner] = encode(Facts(earned=2**63 - 1))
+    before = Scene(world, "an owner has earned all that can be counted")
+    while world.job(job).status is JobStatus.ACTIVE:
+        before = Scene(world, before.name)
+        world.play(job)
+    before.case("it earns more", "REP-2 SETTLE-9")
+    return before
 
 
 def _finishing() -> list[Scene]:

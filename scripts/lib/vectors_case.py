@@ -76,11 +76,18 @@ class Scene:
             }
         )
 
-    def document(self) -> dict[str, Any]:
+    def since(self, base: "Scene | None") -> dict[bytes, bytes | None]:
+        """What differs from another scene's state; None: absent."""
+        old = {} if base is None else base._pre
+        gone: dict[bytes, bytes | None] = {key: None for key in old if key not in self._pre}
+        return gone | {key: raw for key, raw in self._pre.items() if old.get(key) != raw}
+
+    def document(self, base: "Scene | None") -> dict[str, Any]:
         return {
             "name": self.name,
             "chain_id": self.world.chain_id.hex(),
-            "pre": hexed(self._pre),
+            "from": None if base is None else base.name,
+            "pre": hexed(self.since(base)),
             "root": state_root(self._pre).hex(),
             "cases": self._cases,
         }
@@ -98,13 +105,21 @@ class Scene:
 
 
 def ledger_file(scenes: Iterable[Scene]) -> dict[str, Any]:
-    """A file of scenes; each names its genesis by chain id."""
+    """A file of scenes; each names its genesis by chain id, and the earlier scene that its state
+    differs least from: states are long and much alike."""
     found = list(scenes)
+    groups = []
+    for number, scene in enumerate(found):
+        bases = [
+            None,
+            *(one for one in found[:number] if one.world.chain_id == scene.world.chain_id),
+        ]
+        groups.append(scene.document(min(bases, key=lambda base: len(str(scene.since(base))))))
     return {
         "geneses": {
             scene.world.chain_id.hex(): genesis_document(scene.world.genesis) for scene in found
         },
-        "groups": [scene.document() for scene in found],
+        "groups": groups,
     }
 
 

@@ -30,15 +30,18 @@ from tdmld.chain.transactions import (
     Fetched,
     LinkRoots,
     Payload,
+    Register,
     Stage,
     StandbyProof,
+    sign_registration,
 )
 from tests.chain.world import GIB, Vice, World, make_genesis, mark, node_key, owner_key
 
 
 def ledger_match() -> dict[str, Any]:
     """Offers are matched, accepted, declined, given up; boundary 0 is attested."""
-    scenes = [_offered(), *_many_offers(), _matched(), _short_deadline(), _last_matching()]
+    scenes = [_offered(), *_many_offers(), *_two_nodes(), _known_owners(), _matched()]
+    scenes += [_again(), _short_deadline(), _last_matching()]
     return ledger_file([*scenes, *_preparing()])
 
 
@@ -88,6 +91,61 @@ def _many_offers() -> list[Scene]:
     later = Scene(world, "two of six matchings are left")
     later.case("they are executed", "DUE-3 MATCH-5 END-2")
     return [scene, later]
+
+
+def _two_nodes() -> list[Scene]:
+    """Owner 1 has a second, cheaper node; both may work for one job, but not in one lane."""
+    world = World(make_genesis(NODES, validators=1))
+    second, start = node_key(9), world.height + 2
+    proof = sign_registration(second, world.chain_id, owner_key(1).public, start)
+    world.do(owner_key(1), Register(second.public, start, proof))
+    cheap = [world.ask(index, price=10, memory=2 * GIB) for index in (1, 9)]
+    world.block(*cheap, *(world.ask(index, memory=2 * GIB) for index in range(2, NODES)))
+    one = (Stage(1_000_000, GIB),)
+    lanes = world.offer(**NONE, lanes=2, stages=one)
+    stages = world.offer(**NONE, stages=one * 2)
+    raws = [world.sign(owner_key(0), offer, nonce=n) for n, offer in enumerate((lanes, stages))]
+    world.block(*raws)
+    scene = Scene(world, "an owner has two nodes")
+    scene.case("two lanes, two stages", "MATCH-3 MATCH-4 MATCH-6", height=world.height + 4)
+    full = World(make_genesis(4, validators=1))
+    helper = full.ask(3, standby_slots=3, memory=0)
+    full.block(*(full.ask(index, standby_slots=0) for index in (1, 2)), helper)
+    two = [full.offer(**NONE, stages=one * count, spec_bytes=count) for count in (2, 2, 1)]
+    full.block(*(full.sign(owner_key(0), offer, nonce=n) for n, offer in enumerate(two)))
+    used = Scene(full, "one standby for two jobs of two slots and one of one")
+    used.case("its slots run out", "MATCH-2 MATCH-4", height=full.height + 4)
+    return [scene, used]
+
+
+def _known_owners() -> Scene:
+    """Some have worked well, one has not answered: equal prices, different weights."""
+    world = fresh(NODES)
+    first = world.submit(**NONE, rounds=1, state_every=1, unsettled=2)
+    world.play_until(first)
+    job = world.submit(**NONE)
+    world.play_until(job, JobStatus.MATCHED)
+    world.vices = {worker(world, job, 0): frozenset({Vice.IGNORES_PLACE})}
+    while world.job(job).attempt == 0:
+        world.play(job)
+    world.submit(**NONE, spec_bytes=1)
+    world.wait(1)
+    scene = Scene(world, "owners have a past")
+    for number in range(3):
+        beacon = mark("beacon of a past", number)
+        rules = "MATCH-2 MATCH-3 MATCH-4 REP-1"
+        scene.case(f"matching {number}", rules, height=world.height + 4, beacon=beacon)
+    return scene
+
+
+def _again() -> Scene:
+    world = fresh()
+    job = world.submit(**ALL)
+    world.play_until(job, JobStatus.MATCHED)
+    world.block(by_worker(world, job, 0, Decline(job, 0, 0)))
+    scene = Scene(world, "a worker has declined")
+    scene.case("others are matched", "MATCH-2 MATCH-9", height=world.height + 4)
+    return scene
 
 
 def _matched() -> Scene:
@@ -182,7 +240,7 @@ def _preparing() -> list[Scene]:
 
 def ledger_segments() -> dict[str, Any]:
     """Commitments, links, draws, copies, stalls."""
-    scenes = [_committing(), *_linking(), _draws(), *_copies(), *_stalls()]
+    scenes = [_committing(), *_linking(), _draws(), _no_draw(), *_copies(), *_stalls()]
     return ledger_file(scenes)
 
 
@@ -268,6 +326,15 @@ def _draws() -> Scene:
     return scene
 
 
+def _no_draw() -> Scene:
+    world = fresh()
+    job = active(world, **NONE)
+    world.block(*moves(world, job))
+    scene = Scene(world, "a job without audits is linked")
+    scene.case("a tainted height", "AUDIT-1 BEACON-5", height=world.height + 2, tainted=True)
+    return scene
+
+
 def _copies() -> list[Scene]:
     world = fresh()
     job = active(world, **NONE, state_every=1, unsettled=2, rounds=2)
@@ -277,6 +344,10 @@ def _copies() -> list[Scene]:
     early = StandbyProof(job, 0, 0, 0, 0, mark("x"))
     helper, node = standby(world, job), worker(world, job, 0)
     linked.case("a proof before its key", "SEG-9", world.sign(world.keys[helper], early))
+    short = fresh()
+    last = active(short, **NONE, rounds=1)
+    late = Scene(short, "a copy is due after the last segment")
+    late.case("it is committed", "SEG-2", moves(short, last)[0])
     world.wait(2)
     proofs = moves(world, job, StandbyProof)
     keyed = Scene(world, "the keys are known")
@@ -299,7 +370,7 @@ def _copies() -> list[Scene]:
     )
     lie = world.sign(world.keys[node], early)
     keyed.case("both prove different states", "SEG-9 SETTLE-2", proofs[0], lie)
-    return [linked, keyed]
+    return [linked, keyed, late]
 
 
 def _stalls() -> list[Scene]:

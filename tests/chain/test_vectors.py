@@ -96,9 +96,12 @@ def test_the_files_stay_small() -> None:
 def ledger_cases() -> list[Any]:
     found = []
     for path in LEDGERS:
-        document = json.loads(path.read_text())
+        document, states = json.loads(path.read_text()), dict[str | None, dict[str, str]]()
         for group in document["groups"]:
             genesis = document["geneses"][group["chain_id"]]
+            whole = {**states.get(group["from"], {}), **group["pre"]}
+            group["pre"] = {key: value for key, value in whole.items() if value is not None}
+            states[group["name"]] = group["pre"]
             for case in group["cases"]:
                 name = f"{path.stem}: {group['name']}: {case['name']}"
                 found.append(pytest.param(genesis, group, case, id=name))

@@ -10,8 +10,8 @@ from tdmld.chain.genesis import genesis_bytes
 from tdmld.cli import main
 from tdmld.cli.exits import Exit
 from tdmld.rpc.access import TOKEN_FILE, URL_FILE
-from tests.chain.auditor import audit, pack, unpack
 from tests.chain.chainworld import ChainWorld, live_through_a_job
+from tests.chain.second.auditor import audit, pack, unpack
 from tests.rpc.conftest import serving_in_a_thread
 from tests.rpc.fake import FakeBackend
 

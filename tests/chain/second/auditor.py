@@ -1,9 +1,9 @@
 """A ledger auditor, written from docs/spec/chain.md alone (its rules are cited). It shares no code
 with the node: what it needs besides Python is Ed25519 (PyNaCl).
 
-    python tests/chain/auditor.py FILE [CHAIN_ID]
+    python -m tests.chain.second.auditor FILE [CHAIN_ID]
 
-It checks points 1 to 7 of section 17. It does not execute blocks.
+It checks points 1 to 7 of section 17; `executor.replay` is point 8.
 """
 
 import hashlib
@@ -214,13 +214,8 @@ def canonical(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def read_genesis(line: dict[str, Any], known: str | None) -> tuple[Genesis, bytes]:
-    """Point 1: the founded chain, and the id of header 0."""
-    document = line["document"]
-    chain = H(canonical(document))
-    check(line["format"] == "tdmld-export-1", "another format")
-    check(line["chain_id"] == chain.hex(), "genesis: the document has another chain id")
-    check(known in (None, chain.hex()), f"this is the chain {chain.hex()}, not {known}")
+def first_state(document: dict[str, Any]) -> dict[bytes, bytes]:
+    """GEN-6, with GEN-3 and GEN-4."""
     balances = {key_of(owner): amount for owner, amount in document["accounts"]}
     votes = {key_of(owner): stake for owner, _, stake in document["validators"]}
     works = {key_of(owner): stake for owner, stake in document["work_stakes"]}
@@ -236,7 +231,17 @@ def read_genesis(line: dict[str, Any], known: str | None) -> tuple[Genesis, byte
     state |= {b"n" + node: pack([owner, 0, 0, 0, 0]) for node, owner in nodes.items()}
     stakes = supply - sum(balances.values())
     state[b"S"] = pack([supply, supply - stakes, stakes, 0, 0])
-    root = state_root(state)
+    return state
+
+
+def read_genesis(line: dict[str, Any], known: str | None) -> tuple[Genesis, bytes]:
+    """Point 1: the founded chain, and the id of header 0."""
+    document = line["document"]
+    chain = H(canonical(document))
+    check(line["format"] == "tdmld-export-1", "another format")
+    check(line["chain_id"] == chain.hex(), "genesis: the document has another chain id")
+    check(known in (None, chain.hex()), f"this is the chain {chain.hex()}, not {known}")
+    root = state_root(first_state(document))
     check(line["state_root"] == root.hex(), "genesis: GEN-6 gives another state root")
     moment = datetime.fromisoformat(document["time"])
     time_ms = round(moment.timestamp() * 1000)
@@ -552,6 +557,14 @@ def main() -> int:
         print(f"refused: {error}")
         return 1
     print(report)
+    from tests.chain.second.executor import replay
+
+    try:
+        replay(lines)
+    except Refused as error:
+        print(f"the signed blocks do not give this state: {error}")
+        return 1
+    print("executing the blocks gives the same states and the same receipts")
     return 0
 
 

@@ -1,0 +1,443 @@
+"""The second ledger's sections 9 to 12: transactions, market, jobs. Point 8 of an audit."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from tests.chain.second.auditor import (
+    FINAL,
+    OWNERS,
+    PAYLOADS,
+    ZERO,
+    H,
+    check,
+    first_state,
+    signed,
+    state_root,
+    u64,
+    unpack,
+    vrf_output,
+)
+from tests.chain.second.records import FIELDS, MILLION, Broken, Record, ceil, named, rule, u32
+from tests.chain.second.work import Work
+
+STANDBY = 0xFFFF_FFFF
+AHEAD = 1 << 20
+"""DEADLINE_BLOCKS"""
+TRIES = 4
+DUE = {
+    "match": "match",
+    "accept": "accept_over",
+    "activate": "activate_over",
+    "deadline": "deadline",
+    "stall": "stall",
+    "key": "proof_key",
+    "draw": "draw",
+    "audit": "audit_over",
+    "settle": "settle",
+    "result": "result_over",
+}
+"""Timer -> method. A transaction's method has the name of its tag."""
+
+
+class Executor(Work):
+    """The whole of it."""
+
+    # -- 10: execution
+
+    def block(self, height: int, mix: bytes, tainted: bool, raws: list[bytes]) -> list[bool]:
+        """EXEC-1; which transactions succeeded."""
+        self.height, self.mix, self.tainted = height, mix, tainted
+        for _ in range(self.rules["due_per_block"]):
+            entry = self.take()
+            if entry is None:
+                break
+            getattr(self, DUE[entry[0]])(*entry[1:])
+        found = [self.transaction(raw) for raw in raws]
+        self.sum()
+        return found
+
+    def transaction(self, raw: bytes) -> bool:
+        _, _, signer, nonce, fee, expiry, payload = unpack(raw[64:])
+        kind, what = payload[0], named(PAYLOADS[payload[0]], payload[1:])
+        assert what is not None
+        before = dict(self.db)
+        try:
+            rule(expiry == 0 or self.height <= expiry, "TX-5")
+            if kind in OWNERS:
+                self.charge(signer, nonce, fee)
+                before = dict(self.db)
+            else:
+                rule(nonce == fee == 0, "FEE-3")
+                if kind != "ask":
+                    self.burn_for(what["job"])
+            getattr(self, kind)(signer, what, H(raw))
+        except Broken:
+            self.db = before
+            return False
+        return True
+
+    def charge(self, signer: bytes, nonce: int, fee: int) -> None:
+        """FEE-1."""
+        account = self.account(signer)
+        rule(fee >= self.rules["fee_floor"], "FEE-1")
+        rule(nonce == account["nonce"], "FEE-1")
+        rule(account["balance"] >= fee, "FEE-1")
+        self.put(b"a" + signer, account, nonce=nonce + 1, balance=account["balance"] - fee)
+        self.burn(fee)
+
+    def burn_for(self, job_id: bytes) -> None:
+        """FEE-3."""
+        job = self.known(b"j" + job_id)
+        rule(job["status"] not in FINAL, "FEE-3")
+        self.put(b"j" + job_id, job, fee_budget=job["fee_budget"] - self.rules["tx_fee"])
+        self.burn(self.rules["tx_fee"])
+
+    def burn(self, amount: int) -> None:
+        self.put(b"S", self.db[b"S"], burned=self.db[b"S"]["burned"] + amount)
+
+    # -- 9: money and nodes
+
+    def transfer(self, signer: bytes, what: Record, _: bytes) -> None:
+        """TX-6."""
+        rule(0 < what["amount"] <= self.account(signer)["balance"], "TX-6")
+        self.move(signer, -what["amount"])
+        self.move(what["to"], what["amount"])
+
+    def bond(self, signer: bytes, what: Record, _: bytes) -> None:
+        """TX-7."""
+        account, amount = self.account(signer), what["amount"]
+        rule(0 < amount <= account["balance"] and what["bucket"] in ("vote", "work"), "TX-7")
+        name = what["bucket"] + "_stake"
+        changes = {"balance": account["balance"] - amount, name: account[name] + amount}
+        self.put(b"a" + signer, account, **changes)
+
+    def register(self, signer: bytes, what: Record, _: bytes) -> None:
+        """TX-8."""
+        node, start = what["node"], what["from_height"]
+        message = signer + u64(start)
+        rule(signed(node, "register", self.chain, message, what["proof"]), "TX-8")
+        rule(node != signer and b"n" + node not in self.db, "TX-8")
+        rule(self.height < start <= self.height + AHEAD, "TX-8")
+        self.db[b"n" + node] = {**self.zeros(b"n" + node), "owner": signer, "from_height": start}
+
+    # -- 11: market
+
+    def ask(self, signer: bytes, what: Record, _: bytes) -> None:
+        rule(self.known(b"n" + signer)["from_height"] <= self.height, "ASK-1")
+        old = self.db.get(b"k" + signer)
+        rule(old is None or what["until_height"] > old["until_height"], "ASK-2")
+        last = self.height + 2 * self.rules["epoch_blocks"]
+        rule(self.height <= what["until_height"] <= last, "ASK-2")
+        rule(what["class_id"] not in ("", "any"), "ASK-3")
+        rule(what["price"] <= 1 << 53 and what["memory"] <= 1 << 50, "ASK-3")
+        rule(what["audit_capacity"] <= 1024, "ASK-3")
+        self.put(b"k" + signer, what, height=self.height)
+        self.index(b"k", signer, True)
+
+    def offer(self, signer: bytes, what: Record, job_id: bytes) -> None:
+        stages = [named("parameters memory", row) or {} for row in what["stages"]]
+        slots = what["lanes"] * len(stages)
+        for value, most in (
+            (what["spec_bytes"], 65_536), (len(stages), 64), (what["lanes"], 64), (slots, 256),
+            (what["rounds"], 1 << 20), (what["segment_steps"], 1 << 20), (what["unsettled"], 64),
+            (what["state_every"], 64), (what["tokens"], 1 << 40),
+            *((stage["parameters"], 1 << 44) for stage in stages),
+            *((stage["memory"], 1 << 50) for stage in stages),
+        ):  # fmt: skip
+            rule(1 <= value <= most, "OFFER-1")
+        rule(2 * what["state_every"] <= what["unsettled"], "OFFER-1")
+        rule(what["class_id"] != "" and what["privacy"] == "open", "OFFER-1")
+        rule(max(what["slot_price_max"], what["standby_price"]) <= 1 << 53, "OFFER-1")
+        rate, price, budget = what["audit_rate"], what["audit_price"], what["audit_budget"]
+        rule(rate <= MILLION, "OFFER-1")
+        rule(price > 0 or rate == budget == 0, "OFFER-2")
+        rule(budget >= ceil(rate * slots * what["rounds"], MILLION) * price, "OFFER-2")
+        rule(self.height < what["deadline"] <= self.height + AHEAD, "OFFER-3")
+        rule(b"n" + what["source"] in self.db, "OFFER-3")
+        segments = slots * what["rounds"]
+        most = (
+            4 * (slots + 1)
+            + 2 * slots
+            + segments
+            + 2 * slots * ceil(what["rounds"], what["state_every"])
+            + (segments if rate else 0) * (self.rules["audit_redraws"] + 3)
+            + 2
+        )
+        locked = {
+            "escrow": segments * (what["slot_price_max"] + what["standby_price"]),
+            "audit_budget": budget,
+            "fee_budget": self.rules["tx_fee"] * most,
+            "deposit": self.rules["offer_deposit"],
+        }
+        rule(sum(locked.values()) <= self.account(signer)["balance"], "OFFER-4")
+        self.move(signer, -sum(locked.values()))
+        empty = dict.fromkeys(("reason", "detail", "class_id"), "")
+        nothing = dict.fromkeys(("result", "previous_closed"), b"")
+        fresh: Record = {**empty, **nothing, "declined": [], "results": [], "standby": None}
+        job = {
+            **dict.fromkeys(FIELDS["j"].split(), 0), **what, **locked, **fresh, "stages": stages,
+            "id": job_id, "submitter": signer, "source_session": what["session"],
+            "class_wanted": what["class_id"], "class_id": "", "offered": self.height,
+            "status": "offered",
+        }  # fmt: skip
+        self.db[b"j" + job_id] = {name: job[name] for name in FIELDS["j"].split()}
+        self.index(b"j", job_id, True)
+        self.set(self.after("match_delay"), "match", job_id)
+        self.set(what["deadline"], "deadline", job_id)
+
+    def asks(self) -> list[tuple[bytes, Record]]:
+        return sorted((key[1:], ask) for key, ask in self.db.items() if key[:1] == b"k")
+
+    def match(self, job_id: bytes, *_: int) -> None:
+        """MATCH-2, MATCH-5, MATCH-6."""
+        job = self.db[b"j" + job_id]
+        party = {job["submitter"], self.db[b"n" + job["source"]]["owner"]}
+        candidates = []
+        for node, ask in sorted(self.asks(), key=lambda row: row[0]):
+            record = self.db[b"n" + node]
+            if ask["until_height"] < self.height:
+                del self.db[b"k" + node]
+                self.index(b"k", node, False)
+            elif (
+                record["owner"] not in party
+                and node not in job["declined"]
+                and record["from_height"] <= self.height
+            ):
+                candidates.append((node, ask, record))
+        classes = {ask["class_id"] for _, ask, _ in candidates}
+        if job["class_wanted"] != "any":
+            classes = {job["class_wanted"]}
+        casts = []
+        for class_id in sorted(classes):
+            found = self.cast(job, [row for row in candidates if row[1]["class_id"] == class_id])
+            if found is not None:
+                casts.append((sum(m["price"] for m in found[0]), class_id, found))
+        if not casts:
+            text = "no set of asks in force fits the offer's class, memory and prices"
+            self.end(job_id, "expired", "no_match", text)
+            return
+        _, class_id, (workers, standby) = min(casts, key=lambda row: row[:2])
+        for slot, worker in enumerate(workers):
+            self.db[b"s" + job_id + u32(slot)] = {
+                "worker": worker, "incarnation": 0, "attested": [], "genesis": None,
+                "committed": 0, "settled": 0, "last_commit": 0,
+            }  # fmt: skip
+        self.put_job(
+            job_id, status="matched", class_id=class_id, standby=standby, matched=self.height
+        )
+        self.capacity(job_id, 1)
+        self.set(self.after("accept_window"), "accept", job_id)
+
+    def cast(self, job: Record, rows: list[Any]) -> tuple[list[Record], Record] | None:
+        """MATCH-1, MATCH-3, MATCH-4."""
+        workers: list[Record] = []
+
+        def lot(node: bytes, slot: int) -> bytes:
+            return H(self.mix, job["id"], u32(slot), node)
+
+        for slot in self.job_slots(job):
+            stage = job["stages"][slot % len(job["stages"])]
+            lane = workers[slot - slot % len(job["stages"]) :]
+            best = None
+            for node, ask, record in rows:
+                price = ceil(ask["price"] * stage["parameters"] * job["tokens"], 10**9)
+                if (
+                    node in [w["node"] for w in workers]
+                    or record["owner"] in [w["owner"] for w in lane]
+                    or ask["memory"] - record["memory_used"] < stage["memory"]
+                    or price > job["slot_price_max"]
+                ):
+                    continue
+                order = price * self.weight(record["owner"]), lot(node, slot)
+                if best is None or order < best[0]:
+                    best = order, member(node, record["owner"], price)
+            if best is None:
+                return None
+            workers.append(best[1])
+        owners = {worker["owner"] for worker in workers}
+        helpers = [
+            ((ask["price"] * self.weight(record["owner"]), lot(node, STANDBY)), node, record)
+            for node, ask, record in rows
+            if record["owner"] not in owners
+            and ask["standby_slots"] - record["standby_used"] >= len(self.job_slots(job))
+        ]
+        if not helpers:
+            return None
+        _, node, record = min(helpers, key=lambda row: row[0])
+        return workers, member(node, record["owner"], job["standby_price"])
+
+    def weight(self, owner: bytes) -> int:
+        """REP-1."""
+        facts = self.zeros(b"f" + owner)
+        experience = facts["segments"] + facts["audits"] + facts["proofs"]
+        earned = 100_000 + 900_000 * experience // (experience + 100)
+        return 2 * MILLION - int(earned) * 10 // (10 + facts["faults"] + 10 * facts["mismatches"])
+
+    def asked(self, signer: bytes, what: Record) -> Record:
+        """MATCH-7."""
+        job = self.known(b"j" + what["job"])
+        rule(job["status"] == "matched" and what["attempt"] == job["attempt"], "MATCH-7")
+        place = job["standby"]
+        if what["slot"] != STANDBY:
+            rule(what["slot"] in self.job_slots(job), "MATCH-7")
+            place = self.slot(what["job"], what["slot"])["worker"]
+        rule(place["node"] == signer and place["session"] == b"", "MATCH-7")
+        return dict(place)
+
+    def silent(self, job_id: bytes) -> list[Record]:
+        job = self.db[b"j" + job_id]
+        members = [self.slot(job_id, slot)["worker"] for slot in self.job_slots(job)]
+        return [one for one in [*members, job["standby"]] if one["session"] == b""]
+
+    def accept(self, signer: bytes, what: Record, _: bytes) -> None:
+        place = {**self.asked(signer, what), "session": what["session"]}
+        rule(what["session"] != ZERO, "MATCH-7")
+        if what["slot"] == STANDBY:
+            self.put_job(what["job"], standby=place)
+        else:
+            self.put_slot(what["job"], what["slot"], worker=place)
+        if not self.silent(what["job"]):
+            self.put_job(what["job"], status="preparing")
+            self.cancel("accept", what["job"])
+            self.set(self.after("activate_window"), "activate", what["job"])
+
+    def decline(self, signer: bytes, what: Record, _: bytes) -> None:
+        self.asked(signer, what)
+        self.again(what["job"], [signer])
+
+    def accept_over(self, job_id: bytes, *_: int) -> None:
+        """MATCH-8."""
+        silent = self.silent(job_id)
+        for one in silent:
+            self.count(one["owner"], "faults")
+        self.again(job_id, [one["node"] for one in silent])
+
+    def again(self, job_id: bytes, without: list[bytes]) -> None:
+        """MATCH-9."""
+        job = self.db[b"j" + job_id]
+        if job["attempt"] + 1 == TRIES:
+            text = f"matched {TRIES} times, and never accepted by all"
+            self.end(job_id, "expired", "declined", text)
+            return
+        self.capacity(job_id, -1)
+        for slot in self.job_slots(job):
+            del self.db[b"s" + job_id + u32(slot)]
+        declined = sorted({*job["declined"], *without})
+        changes = {"standby": None, "class_id": "", "attempt": job["attempt"] + 1}
+        self.put_job(job_id, status="offered", declined=declined, **changes)
+        self.cancel("accept", job_id)
+        self.set(self.after("match_delay"), "match", job_id)
+
+    # -- 12: jobs
+
+    def attest_genesis(self, signer: bytes, what: Record, _: bytes) -> None:
+        job_id = what["job"]
+        job = self.known(b"j" + job_id)
+        rule(job["status"] == "preparing" and what["slot"] in self.job_slots(job), "JOB-1")
+        slot = self.slot(job_id, what["slot"])
+        rule(signer in (slot["worker"]["node"], job["standby"]["node"]), "JOB-1")
+        rule(signer not in [roots["node"] for roots in slot["attested"]], "JOB-1")
+        mine = {"node": signer, **{name: what[name] for name in ("shared", "lane", "data")}}
+        attested = [*slot["attested"], mine]
+        self.put_slot(job_id, what["slot"], attested=attested)
+        if len(attested) < 2:
+            return
+        first, second = ({**roots, "node": b""} for roots in attested)
+        if first != second:
+            text = f"slot {what['slot']}: worker and standby found different states at boundary 0"
+            self.refund(job_id, "genesis", text)
+            return
+        self.put_slot(job_id, what["slot"], genesis=attested[0])
+        slots = self.job_slots(job)
+        if all(self.slot(job_id, other)["genesis"] is not None for other in slots):
+            self.put_job(job_id, status="active", active=self.height)
+            self.cancel("activate", job_id)
+            for other in slots:
+                self.stall_clock(job_id, other)
+
+    def activate_over(self, job_id: bytes, *_: int) -> None:
+        """JOB-4."""
+        job, lacking = self.db[b"j" + job_id], False
+        for slot in self.job_slots(job):
+            state = self.slot(job_id, slot)
+            nodes = [roots["node"] for roots in state["attested"]]
+            if state["worker"]["node"] not in nodes:
+                self.count(state["worker"]["owner"], "faults")
+            lacking |= job["standby"]["node"] not in nodes
+        if lacking:
+            self.count(job["standby"]["owner"], "faults")
+        self.refund(job_id, "genesis", "boundary 0 was not attested in time")
+
+    def stall(self, job_id: bytes, slot: int, _: int) -> None:
+        """JOB-5."""
+        job = self.db[b"j" + job_id]
+        slots = [self.slot(job_id, number) for number in self.job_slots(job)]
+        if any(self.waits(job_id, number) for number in self.job_slots(job)):
+            self.set(self.after("segment_window"), "stall", job_id, slot)
+            return
+        heights = [state["committed"] for state in slots]
+        for state in slots:
+            if state["committed"] == min(heights) < max(heights):
+                self.count(state["worker"]["owner"], "faults")
+        window = self.rules["segment_window"]
+        text = f"slot {slot} did not commit segment {heights[slot]} within {window} blocks"
+        self.refund(job_id, "fault", text)
+
+    def deadline(self, job_id: bytes, *_: int) -> None:
+        """JOB-6."""
+        job = self.db[b"j" + job_id]
+        text = f"not finished by height {job['deadline']}"
+        if job["status"] in ("offered", "matched"):
+            self.end(job_id, "expired", "deadline", text)
+        else:
+            self.refund(job_id, "deadline", text)
+
+    def attest_result(self, signer: bytes, what: Record, _: bytes) -> None:
+        """JOB-7."""
+        job = self.known(b"j" + what["job"])
+        rule(job["status"] == "finishing", "JOB-7")
+        last = self.slot(what["job"], len(job["stages"]) - 1)["worker"]["node"]
+        rule(signer in (job["standby"]["node"], last), "JOB-7")
+        rule(signer not in [node for node, _ in job["results"]], "JOB-7")
+        if what["result"] in [result for _, result in job["results"]]:
+            self.put_job(what["job"], result=what["result"])
+        self.put_job(what["job"], results=[*job["results"], [signer, what["result"]]])
+
+    def fetched(self, signer: bytes, what: Record, _: bytes) -> None:
+        """JOB-8."""
+        job = self.known(b"j" + what["job"])
+        rule(signer == job["submitter"] and job["status"] == "finishing", "JOB-8")
+        rule(job["result"] != b"", "JOB-8")
+        self.end(what["job"], "closed", "fetched", "")
+
+    def result_over(self, job_id: bytes, *_: int) -> None:
+        """JOB-10."""
+        self.end(job_id, "closed", "not_fetched", "the result window is over")
+
+
+def replay(lines: Sequence[bytes]) -> Executor:
+    """Point 8 over an export that passed points 1 to 7: every state and every receipt."""
+    rows = [json.loads(line) for line in lines]
+    document, chain = rows[0]["document"], bytes.fromhex(rows[0]["chain_id"])
+    run = Executor(document, chain, first_state(document))
+    mix = H(b"tdmld\0beacon\0", chain)
+    for row in rows:
+        if row["line"] != "block":
+            continue
+        header, height = row["header"], row["height"]
+        alpha = b"tdmld\0beacon\0" + chain + mix + u64(height)
+        key, proof = bytes.fromhex(header["proposer"]), bytes.fromhex(header["proof"])
+        mix = H(mix, vrf_output(key, alpha, proof))
+        tainted = header["view"] != header["parent_view"] + 1
+        raws = [bytes.fromhex(one["raw"]) for one in row["transactions"]]
+        found = run.block(height, mix, tainted, raws)
+        told = [one["ok"] for one in row["transactions"]]
+        check(found == told, f"block {height}: receipts {told}, and not {found}")
+        root = state_root(run.state).hex()
+        check(root == row["state_root"], f"block {height} gives the state {root}")
+    return run
+
+
+def member(node: bytes, owner: bytes, price: int) -> Record:
+    return {"node": node, "owner": owner, "price": price, "session": b""}

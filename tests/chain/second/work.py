@@ -1,0 +1,472 @@
+"""The second ledger's sections 13 to 15: segments, audits, settlement, ends."""
+
+from typing import Any
+
+from tests.chain.second.auditor import H, u64
+from tests.chain.second.records import FIELDS, MILLION, B, Ledger, Record, held, named, rule, u32
+
+CLEARED = {"undrawn", "passed", "unaudited", "audited_by_submitter"}
+HELD = {"drawn", "committed", "opened"}
+OPEN = {*HELD, "waiting", "failed"}
+
+
+class Work(Ledger):
+    """What members of a job do, and what the chain does about it."""
+
+    # -- 13: segments
+
+    def segment(self, job_id: bytes, slot: int, number: int) -> Record | None:
+        return self.db.get(b"g" + job_id + u32(slot) + u64(number))
+
+    def put_segment(self, job_id: bytes, slot: int, number: int, **changes: Any) -> None:
+        key = b"g" + job_id + u32(slot) + u64(number)
+        self.put(key, self.db[key], **changes)
+
+    def neighbours(self, job: Record, slot: int) -> dict[str, int]:
+        stage, found = slot % len(job["stages"]), {}
+        if stage > 0:
+            found["up"] = slot - 1
+        if stage + 1 < len(job["stages"]):
+            found["down"] = slot + 1
+        return found
+
+    def commit(self, signer: bytes, what: Record, _: bytes) -> None:
+        """SEG-1, SEG-2, SEG-4, SEG-5."""
+        job_id, slot, number = what["job"], what["slot"], what["segment"]
+        job = self.known(b"j" + job_id)
+        rule(job["status"] == "active" and slot in self.job_slots(job), "SEG-1")
+        state = self.slot(job_id, slot)
+        rule(state["worker"]["node"] == signer, "SEG-1")
+        rule(what["epoch"] == job["epoch"], "SEG-1")
+        rule(what["incarnation"] == state["incarnation"], "SEG-1")
+        rule(number == state["committed"] and number < job["rounds"], "SEG-1")
+        rule(state["committed"] - state["settled"] < job["unsettled"], "SEG-1")
+        start = state["genesis"]["shared"], state["genesis"]["lane"]
+        if number:
+            before = self.segment(job_id, slot, number - 1)
+            assert before is not None
+            start = before["end_shared"], before["end_lane"]
+        rule((what["start_shared"], what["start_lane"]) == start, "SEG-1")
+        links = [named("link sent received", row) or {} for row in what["links"]]
+        ends = self.neighbours(job, slot)
+        rule([link["link"] for link in links] == list(ends), "SEG-1")
+        copy = (number + 1) % job["state_every"] == 0 or number + 1 == job["rounds"]
+        key_at = self.after("draw_delay")
+        names = FIELDS["g"].split()
+        self.db[b"g" + job_id + u32(slot) + u64(number)] = {
+            **dict.fromkeys(names, 0),
+            **{name: what[name] for name in names if name in what},
+            "worker": signer, "links": links, "committed": self.height, "status": "committed",
+            "note": "", "proof": "waiting" if copy else "none", "proof_key": b"",
+            "proof_until": key_at + self.rules["standby_window"] if copy else 0,
+            "standby_hash": b"", "worker_hash": b"",
+        }  # fmt: skip
+        if copy:
+            self.set(key_at, "key", job_id, slot, number)
+        self.put_slot(job_id, slot, committed=number + 1, last_commit=self.height)
+        self.stall_clock(job_id, slot)
+        for link in links:
+            other = self.segment(job_id, ends[link["link"]], number)
+            if other is None:
+                continue
+            opposite = "down" if link["link"] == "up" else "up"
+            (end,) = (roots for roots in other["links"] if roots["link"] == opposite)
+            if (link["sent"], link["received"]) != (end["received"], end["sent"]):
+                pair = sorted((slot, ends[link["link"]]))
+                for party in pair:
+                    self.count(self.slot(job_id, party)["worker"]["owner"], "mismatches")
+                text = (
+                    f"segment {number}: slots {pair[0]} and {pair[1]} "
+                    "committed to different frames on their link"
+                )
+                self.refund(job_id, "mismatch", text)
+                return
+        for place in (slot, *ends.values()):
+            mine = self.segment(job_id, place, number)
+            others = [
+                self.segment(job_id, end, number) for end in self.neighbours(job, place).values()
+            ]
+            if mine is not None and mine["status"] == "committed" and None not in others:
+                self.put_segment(job_id, place, number, status="linked", linked=self.height)
+                self.set(self.after("draw_delay"), "draw", job_id, place, number)
+
+    def at_limit(self, job: Record, state: Record) -> bool:
+        return bool(
+            state["committed"] < job["rounds"]
+            and state["committed"] - state["settled"] >= job["unsettled"]
+        )
+
+    def stall_clock(self, job_id: bytes, slot: int) -> None:
+        """SEG-6."""
+        job, state = self.db[b"j" + job_id], self.slot(job_id, slot)
+        if state["committed"] == job["rounds"] or self.at_limit(job, state):
+            self.cancel("stall", job_id, slot)
+        else:
+            self.set(self.after("segment_window"), "stall", job_id, slot)
+
+    def waits(self, job_id: bytes, slot: int) -> bool:
+        """SEG-7."""
+        job, state = self.db[b"j" + job_id], self.slot(job_id, slot)
+        if not self.at_limit(job, state):
+            return False
+        segment = self.segment(job_id, slot, state["settled"])
+        return segment is not None and segment["status"] != "committed"
+
+    def proof_key(self, job_id: bytes, slot: int, number: int) -> None:
+        """SEG-8."""
+        self.put_segment(job_id, slot, number, proof_key=self.mix)
+
+    def standby_proof(self, signer: bytes, what: Record, _: bytes) -> None:
+        """SEG-9."""
+        job_id, slot, number = what["job"], what["slot"], what["segment"]
+        job = self.known(b"j" + job_id)
+        rule(job["status"] == "active" and slot in self.job_slots(job), "SEG-9")
+        segment = self.known(b"g" + job_id + u32(slot) + u64(number))
+        rule(what["epoch"] == job["epoch"], "SEG-9")
+        rule(what["incarnation"] == segment["incarnation"], "SEG-9")
+        rule(segment["proof"] == "waiting" and segment["proof_key"] != b"", "SEG-9")
+        rule(self.height < segment["proof_until"], "SEG-9")
+        mine = what["keyed_hash"]
+        if signer == job["standby"]["node"]:
+            rule(segment["standby_hash"] == b"", "SEG-9")
+            self.put_segment(job_id, slot, number, standby_hash=mine)
+            return
+        rule(signer == self.slot(job_id, slot)["worker"]["node"], "SEG-9")
+        rule(segment["standby_hash"] != b"", "SEG-9")
+        proof = "equal" if mine == segment["standby_hash"] else "unequal"
+        self.put_segment(job_id, slot, number, worker_hash=mine, proof=proof)
+        self.arm(job_id, slot)
+
+    # -- 14: audits
+
+    def draw(self, job_id: bytes, slot: int, number: int) -> None:
+        """AUDIT-1 to AUDIT-5."""
+        job = self.db[b"j" + job_id]
+        lot = int.from_bytes(H(self.mix, job_id, u32(slot), u64(number))[:8], "big")
+        drawn = self.tainted or lot * MILLION < job["audit_rate"] * 2**64
+        if not (job["audit_rate"] and drawn):
+            self.go_on(job_id, slot, number, "undrawn", "")
+        elif job["audit_budget"] - job["audits_reserved"] < job["audit_price"]:
+            self.go_on(job_id, slot, number, "unaudited", "the audit budget is spent")
+        else:
+            auditor = self.choose(job, slot, number, 0, [])
+            if auditor is None and not self.eligible(job, [], busy=True):
+                note = "no other owner can audit it"
+                self.go_on(job_id, slot, number, "audited_by_submitter", note)
+                return
+            reserved = job["audits_reserved"] + job["audit_price"]
+            self.put_job(job_id, audits_reserved=reserved)
+            self.put_segment(job_id, slot, number, status="drawn")
+            if auditor is None:
+                fresh = {**self.new_audit(0, []), "drawn": self.height}
+                self.wait(job_id, slot, number, fresh)
+            else:
+                self.assign(job_id, slot, number, auditor, 0, [])
+
+    def go_on(self, job_id: bytes, slot: int, number: int, status: str, note: str) -> None:
+        self.put_segment(job_id, slot, number, status=status, note=note)
+        self.arm(job_id, slot)
+
+    def stake(self, owner: bytes) -> int:
+        return int(self.account(owner)["work_stake"]) + (owner in self.auditors)
+
+    def eligible(
+        self, job: Record, tried: list[bytes], *, busy: bool = False
+    ) -> dict[bytes, list[tuple[bytes, bytes]]]:
+        """AUDIT-6: owner -> its nodes with their sessions, in order."""
+        workers = {self.slot(job["id"], slot)["worker"]["owner"] for slot in self.job_slots(job)}
+        party = {job["submitter"], self.db[b"n" + job["source"]]["owner"], *tried, *workers}
+        found: dict[bytes, list[tuple[bytes, bytes]]] = {}
+        for node, ask in sorted(self.asks(), key=lambda row: row[0]):
+            record = self.db[b"n" + node]
+            if (
+                ask["class_id"] == job["class_id"]
+                and ask["until_height"] >= self.height
+                and ask["audit_capacity"] > 0
+                and (busy or record["audits_open"] < ask["audit_capacity"])
+                and record["owner"] not in party
+                and self.stake(record["owner"])
+            ):
+                found.setdefault(record["owner"], []).append((node, ask["session"]))
+        return found
+
+    def choose(
+        self, job: Record, slot: int, number: int, attempt: int, tried: list[bytes]
+    ) -> tuple[bytes, bytes, bytes] | None:
+        """AUDIT-7: (node, owner, session)."""
+        lots = H(b"auditor", self.mix, job["id"], u32(slot), u64(number), u32(attempt))
+        everybody, holder = self.eligible(job, tried), job["standby"]["owner"]
+        kinds = [
+            {owner: nodes for owner, nodes in everybody.items() if (owner == holder) is held}
+            for held in (False, True)
+        ]
+        preferred = lots[0] & 1
+        pool = kinds[preferred] or kinds[1 - preferred]
+        if not pool:
+            return None
+        point = int.from_bytes(lots[8:24], "big") % sum(map(self.stake, pool))
+        for owner in sorted(pool):
+            point -= self.stake(owner)
+            if point < 0:
+                place = int.from_bytes(lots[24:32], "big") % len(pool[owner])
+                node, session = pool[owner][place]
+                return node, owner, session
+        raise AssertionError("the weights sum to less than the point")
+
+    def new_audit(self, attempt: int, tried: list[bytes]) -> Record:
+        names = "auditor owner session hash salt steps worker_list auditor_list"
+        return {
+            **dict.fromkeys(FIELDS["u"].split(), 0), **dict.fromkeys(names.split(), b""),
+            "attempt": attempt, "tried": tried, "status": "drawn", "missing": "",
+        }  # fmt: skip
+
+    def assign(
+        self,
+        job_id: bytes,
+        slot: int,
+        number: int,
+        auditor: tuple[bytes, bytes, bytes],
+        attempt: int,
+        tried: list[bytes],
+    ) -> None:
+        """AUDIT-8."""
+        node, owner, session = auditor
+        until = self.after("audit_window")
+        who = {"auditor": node, "owner": owner, "session": session}
+        audit = {**self.new_audit(attempt, tried), **who, "drawn": self.height, "until": until}
+        self.db[b"u" + job_id + u32(slot) + u64(number)] = audit
+        self.use(node, "audits_open", 1)
+        self.set(until, "audit", job_id, slot, number)
+
+    def wait(self, job_id: bytes, slot: int, number: int, audit: Record) -> None:
+        """AUDIT-9."""
+        until = self.after("draw_delay")
+        nobody = dict.fromkeys(("auditor", "owner", "session"), b"")
+        key = b"u" + job_id + u32(slot) + u64(number)
+        self.put(key, audit, **nobody, status="waiting", until=until)
+        self.set(until, "audit", job_id, slot, number)
+
+    def spoken_of(self, what: Record) -> tuple[bytes, Record, Record, Record]:
+        job = self.known(b"j" + what["job"])
+        rule(job["status"] == "active" and what["epoch"] == job["epoch"], "AUDIT-10")
+        rule(what["slot"] in self.job_slots(job), "AUDIT-10")
+        place = what["job"] + u32(what["slot"]) + u64(what["segment"])
+        return b"u" + place, self.known(b"u" + place), self.known(b"g" + place), job
+
+    def step(self, key: bytes, what: Record, status: str, until: int, **changes: Any) -> None:
+        self.put(key, self.db[key], status=status, until=until, **changes)
+        self.set(until, "audit", what["job"], what["slot"], what["segment"])
+
+    def audit_commit(self, signer: bytes, what: Record, _: bytes) -> None:
+        key, audit, _, _ = self.spoken_of(what)
+        rule(signer == audit["auditor"] and audit["status"] == "drawn", "AUDIT-10")
+        self.step(key, what, "committed", self.after("open_window"), hash=what["hash"])
+
+    def audit_fail(self, signer: bytes, what: Record, _: bytes) -> None:
+        key, audit, _, _ = self.spoken_of(what)
+        rule(signer == audit["auditor"] and audit["status"] == "drawn", "AUDIT-10")
+        self.use(signer, "audits_open", -1)
+        self.step(key, what, "failed", self.after("draw_delay"), missing=what["missing"])
+
+    def open(self, signer: bytes, what: Record, _: bytes) -> None:
+        key, audit, segment, job = self.spoken_of(what)
+        rule(signer == segment["worker"] and audit["status"] == "committed", "AUDIT-10")
+        rule(B(what["salt"], what["steps"]) == segment["seal"], "AUDIT-10")
+        lane, stage = divmod(what["slot"], len(job["stages"]))
+        root = B(
+            what["job"], u32(lane), u32(stage), u64(what["segment"]),
+            segment["start_shared"], segment["start_lane"],
+            segment["end_shared"], segment["end_lane"],
+            *(link["sent"] + link["received"] for link in segment["links"]), what["steps"],
+        )  # fmt: skip
+        opening = {"salt": what["salt"], "steps": what["steps"], "worker_list": root}
+        self.step(key, what, "opened", self.after("reveal_window"), **opening)
+
+    def audit_open(self, signer: bytes, what: Record, _: bytes) -> None:
+        """AUDIT-10, AUDIT-11."""
+        key, audit, _, _ = self.spoken_of(what)
+        job_id, slot, number = what["job"], what["slot"], what["segment"]
+        rule(signer == audit["auditor"] and audit["status"] == "opened", "AUDIT-10")
+        rule(B(what["list_root"], what["salt"], signer) == audit["hash"], "AUDIT-10")
+        self.cancel("audit", job_id, slot, number)
+        self.use(signer, "audits_open", -1)
+        verdict = "passed" if what["list_root"] == audit["worker_list"] else "mismatch"
+        self.put(key, audit, auditor_list=what["list_root"], status=verdict)
+        self.put_segment(job_id, slot, number, status=verdict)
+        if verdict == "passed":
+            self.arm(job_id, slot)
+            return
+        self.pay_auditor(job_id, key)
+        self.count(self.slot(job_id, slot)["worker"]["owner"], "mismatches")
+        text = f"slot {slot}, segment {number}: the auditor's replay differs from the commitment"
+        self.refund(job_id, "mismatch", text)
+
+    def audit_over(self, job_id: bytes, slot: int, number: int) -> None:
+        """AUDIT-13 to AUDIT-15."""
+        job, key = self.db[b"j" + job_id], b"u" + job_id + u32(slot) + u64(number)
+        audit = self.db[key]
+        status = audit["status"]
+        if status == "committed":
+            self.put(key, audit, status="unopened")
+            self.use(audit["auditor"], "audits_open", -1)
+            self.count(self.slot(job_id, slot)["worker"]["owner"], "faults")
+            text = f"slot {slot}, segment {number}: the worker did not open its seal"
+            self.refund(job_id, "fault", text)
+            return
+        if status in ("drawn", "opened"):
+            self.use(audit["auditor"], "audits_open", -1)
+            self.count(audit["owner"], "faults")
+        if status == "opened":
+            note = "the auditor did not open its commitment"
+            self.no_verdict(job_id, slot, number, audit, note)
+            return
+        if status in ("drawn", "failed"):
+            tried, attempt = [*audit["tried"], audit["owner"]], audit["attempt"] + 1
+            audit = {**audit, "tried": tried, "attempt": attempt, "drawn": self.height}
+        attempt, tried = audit["attempt"], audit["tried"]
+        if attempt > self.rules["audit_redraws"]:
+            note = f"{attempt} auditors did not come through"
+            self.no_verdict(job_id, slot, number, audit, note)
+            return
+        auditor = self.choose(job, slot, number, attempt, tried)
+        longest = self.rules["audit_window"] * job["unsettled"]
+        if auditor is not None:
+            self.assign(job_id, slot, number, auditor, attempt, tried)
+        elif not self.eligible(job, tried, busy=True):
+            self.no_verdict(job_id, slot, number, audit, "no other auditor is left")
+        elif self.height - audit["drawn"] > longest:
+            self.no_verdict(job_id, slot, number, audit, "every auditor was busy for too long")
+        else:
+            self.wait(job_id, slot, number, audit)
+
+    def no_verdict(self, job_id: bytes, slot: int, number: int, audit: Record, note: str) -> None:
+        """AUDIT-16."""
+        self.put(b"u" + job_id + u32(slot) + u64(number), audit, status="silent")
+        job = self.db[b"j" + job_id]
+        self.put_job(job_id, audits_reserved=job["audits_reserved"] - job["audit_price"])
+        self.go_on(job_id, slot, number, "unaudited", note)
+
+    # -- 15: settlement and ends
+
+    def next_cleared(self, job_id: bytes, slot: int) -> Record | None:
+        state = self.slot(job_id, slot)
+        if state["settled"] == state["committed"]:
+            return None
+        segment = self.segment(job_id, slot, state["settled"])
+        return segment if segment is not None and segment["status"] in CLEARED else None
+
+    def ready_at(self, segment: Record) -> int:
+        """SETTLE-1."""
+        at = int(segment["linked"] + self.rules["settle_window"])
+        return max(at, segment["proof_until"]) if segment["proof"] == "waiting" else at
+
+    def arm(self, job_id: bytes, slot: int) -> None:
+        """SETTLE-2."""
+        state = self.slot(job_id, slot)
+        if state["settled"] == state["committed"]:
+            return
+        segment = self.next_cleared(job_id, slot)
+        if segment is None:
+            self.cancel("settle", job_id, slot)
+        else:
+            self.set(max(self.height + 1, self.ready_at(segment)), "settle", job_id, slot)
+
+    def settle(self, job_id: bytes, slot: int, _: int) -> None:
+        """SETTLE-4, JOB-9."""
+        job = self.db[b"j" + job_id]
+        limited = self.at_limit(job, self.slot(job_id, slot))
+        while (segment := self.next_cleared(job_id, slot)) is not None:
+            if self.ready_at(segment) > self.height:
+                break
+            self.pay_segment(job_id, slot)
+        slots = self.job_slots(job)
+        if all(self.slot(job_id, other)["settled"] == job["rounds"] for other in slots):
+            self.put_job(job_id, status="finishing", finished=self.height)
+            self.cancel("deadline", job_id)
+            self.set(self.after("result_window"), "result", job_id)
+            return
+        self.arm(job_id, slot)
+        if limited and not self.at_limit(job, self.slot(job_id, slot)):
+            for other in slots:
+                self.stall_clock(job_id, other)
+
+    def pay_segment(self, job_id: bytes, slot: int) -> None:
+        """SETTLE-5 to SETTLE-8."""
+        job, state = self.db[b"j" + job_id], self.slot(job_id, slot)
+        number, worker = state["settled"], state["worker"]
+        segment = self.segment(job_id, slot, number)
+        assert segment is not None
+        self.put_slot(job_id, slot, settled=number + 1)
+        proof = "missing" if segment["proof"] == "waiting" else segment["proof"]
+        self.put_segment(job_id, slot, number, settled=self.height, proof=proof)
+        self.pay(job_id, worker["owner"], "worker", worker["price"])
+        self.count(worker["owner"], "segments")
+        if proof == "equal":
+            amount = job["standby_price"] * (number % job["state_every"] + 1)
+            self.pay(job_id, job["standby"]["owner"], "standby", amount)
+            self.count(job["standby"]["owner"], "proofs")
+        key = b"u" + job_id + u32(slot) + u64(number)
+        if key in self.db and self.db[key]["status"] == "passed":
+            self.pay_auditor(job_id, key)
+
+    def pay_auditor(self, job_id: bytes, key: bytes) -> None:
+        """SETTLE-8."""
+        job, audit = self.db[b"j" + job_id], self.db[key]
+        price = job["audit_price"]
+        self.put_job(job_id, audits_reserved=job["audits_reserved"] - price)
+        self.put(key, audit, paid=price)
+        self.pay(job_id, audit["owner"], "auditor", price)
+        self.count(audit["owner"], "audits")
+
+    def pay(self, job_id: bytes, owner: bytes, role: str, amount: int) -> None:
+        """SETTLE-9."""
+        purse = "audit_budget" if role == "auditor" else "escrow"
+        left = self.db[b"j" + job_id][purse] - amount
+        assert left >= 0
+        self.put_job(job_id, **{purse: left})
+        self.move(owner, amount)
+        earned = self.zeros(b"p" + job_id + owner)
+        self.put(b"p" + job_id + owner, earned, **{role: earned[role] + amount})
+        keys = self.db.get(b"P" + job_id, {"keys": []})["keys"]
+        self.db[b"P" + job_id] = {"keys": sorted({*keys, owner})}
+        self.count(owner, "earned", amount)
+
+    def refund(self, job_id: bytes, reason: str, detail: str) -> None:
+        """END-1."""
+        for slot in self.job_slots(self.db[b"j" + job_id]):
+            while b"s" + job_id + u32(slot) in self.db and self.next_cleared(job_id, slot):
+                self.pay_segment(job_id, slot)
+        self.end(job_id, "refunded", reason, detail)
+
+    def end(self, job_id: bytes, status: str, reason: str, detail: str) -> None:
+        """END-2, END-3, STATE-3."""
+        for timer in ("match", "accept", "activate", "deadline", "result"):
+            self.cancel(timer, job_id)
+        job = self.db[b"j" + job_id]
+        if job["standby"] is not None:
+            for slot in self.job_slots(job):
+                self.cancel("stall", job_id, slot)
+                self.cancel("settle", job_id, slot)
+                state = self.slot(job_id, slot)
+                for number in range(state["settled"], state["committed"]):
+                    self.drop(job_id, slot, number)
+            self.capacity(job_id, -1)
+        self.move(job["submitter"], held(job))
+        nothing = dict.fromkeys(
+            ("escrow", "audit_budget", "audits_reserved", "fee_budget", "deposit"), 0
+        )
+        before = self.db.get(b"L", {"job": b""})["job"]
+        ending = {"status": status, "reason": reason, "detail": detail, "closed": self.height}
+        self.put_job(job_id, **nothing, **ending, previous_closed=before)
+        self.db[b"L"] = {"job": job_id}
+        self.index(b"j", job_id, False)
+
+    def drop(self, job_id: bytes, slot: int, number: int) -> None:
+        for timer in ("key", "draw", "audit"):
+            self.cancel(timer, job_id, slot, number)
+        key = b"u" + job_id + u32(slot) + u64(number)
+        audit = self.db.get(key)
+        if audit is not None and audit["status"] in OPEN:
+            if audit["status"] in HELD:
+                self.use(audit["auditor"], "audits_open", -1)
+            self.put(key, audit, status="dropped")
