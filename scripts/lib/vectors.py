@@ -14,9 +14,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from scripts.lib.vectors_crypto import crypto  # noqa: E402
-
 from scripts.lib.vectors_audits import ledger_audits, ledger_settle  # noqa: E402
+from scripts.lib.vectors_crypto import crypto  # noqa: E402
 from scripts.lib.vectors_formats import blocks, encoding, genesis  # noqa: E402
 from scripts.lib.vectors_jobs import ledger_match, ledger_segments  # noqa: E402
 from scripts.lib.vectors_ledger import ledger_money  # noqa: E402
