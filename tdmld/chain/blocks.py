@@ -49,7 +49,8 @@ class Header(Record, frozen=True):
     `parent_view` is the view of the parent; a height is *tainted* for draws when `view` is not
     `parent_view + 1`. `time_ms` is for people: Unix milliseconds, strictly greater than the
     parent's. `proof` is the leader's VRF proof over `beacon_input`. `state_root` is the root
-    after executing the finalized height `state_height`, which never decreases along the chain.
+    after executing the finalized height `state_height`, which never decreases along the chain;
+    `history_root` covers the heights up to and with it (see `history`), and is zero in height 0.
     """
 
     protocol: Natural
@@ -62,6 +63,7 @@ class Header(Record, frozen=True):
     proof: Annotated[bytes, msgspec.Meta(max_length=vrf.PROOF_BYTES)]
     tx_root: Hash
     state_height: Natural
+    history_root: Hash
     state_root: Hash
 
 
@@ -141,7 +143,8 @@ def block_hash(header: Header) -> bytes:
 
 def first_header(chain_id: bytes, protocol: int, time_ms: int, state_root: bytes) -> Header:
     """Height 0: nobody proposed it; it ties the first block to genesis and its state."""
-    return Header(protocol, 0, 0, 0, chain_id, time_ms, ZERO_HASH, b"", ZERO_HASH, 0, state_root)
+    none = ZERO_HASH
+    return Header(protocol, 0, 0, 0, chain_id, time_ms, none, b"", none, 0, none, state_root)
 
 
 def transactions_root(transactions: Sequence[bytes]) -> bytes:

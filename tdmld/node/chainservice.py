@@ -24,9 +24,10 @@ from tdmld.chain.blocks import (
 )
 from tdmld.chain.codec import decode, encode
 from tdmld.chain.crypto import KeyPair, address
-from tdmld.chain.genesis import Genesis, validators
+from tdmld.chain.genesis import Genesis, chain_id, validators
 from tdmld.chain.leader import Rotation
 from tdmld.chain.ledger import Receipt
+from tdmld.chain.light import Bundle
 from tdmld.chain.mempool import Mempool
 from tdmld.chain.pacing import Times
 from tdmld.chain.state import State
@@ -47,6 +48,8 @@ from tdmld.node.chainwire import (
 from tdmld.node.finality import Finality, HeadFeed
 from tdmld.node.gossip import GossipDoor
 from tdmld.node.handover import HandOver
+from tdmld.node.prover import prove
+from tdmld.node.snapshot import SnapshotServer
 from tdmld.node.specs import Specs
 from tdmld.node.store import AppliedBlock, ChainStore
 from tdmld.node.sync import SyncClient, SyncServer
@@ -77,6 +80,11 @@ def wall_clock_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+def genesis_committee(genesis: Genesis) -> Committee:
+    """The first validators, and so far the only ones."""
+    return Committee.of(chain_id(genesis), [(v.node, v.stake) for v in validators(genesis)])
+
+
 class ChainService:
     """Follow the chain of `store`; validate when `node_key` is one of genesis' validators.
 
@@ -100,8 +108,7 @@ class ChainService:
             parameters.leader_away_ms / 1000,
             parameters.heartbeat_ms / 1000,
         )
-        members = [(v.node, v.stake) for v in validators(genesis)]
-        self.committee = committee = Committee.of(store.chain_id, members)
+        self.committee = committee = genesis_committee(genesis)
         self._rotation = Rotation(committee.stakes)
         self._validators = {address(node): node for node in committee.nodes}
         self._protocols = Protocols(store.chain_id)
@@ -109,7 +116,8 @@ class ChainService:
         self._admission = Admission(self._finality, Mempool(genesis), self._spread, self._grown)
         self._hand_over = HandOver(self._deliver_to)
         self._specs = Specs(store)
-        self._server = SyncServer(store, self._submitted, self._specs.get)
+        self._snapshots = SnapshotServer(self._finality)
+        self._server = SyncServer(store, self._submitted, self._specs.get, self._snapshots)
         self._client = SyncClient(
             host,
             self._protocols.sync,
@@ -200,6 +208,10 @@ class ChainService:
     def heads(self) -> HeadFeed:
         """Applied blocks from the next one on; see HeadFeed. Several may subscribe."""
         return self._finality.heads()
+
+    async def prove(self, kind: str, name: str, checkpoint: int = 0) -> Bundle:
+        """A proof for somebody who holds no chain; see `prover.prove`."""
+        return await prove(self._finality, kind, name, checkpoint)
 
     # ---- transactions --------------------------------------------------------------------------
 
@@ -362,6 +374,10 @@ class ChainService:
                 if isinstance(change, PeerConnected):
                     self._peer_connected(change.peer_id, nursery)
             nursery.cancel_scope.cancel()
+
+    def close(self) -> None:
+        """Remove what `run` made beside the store."""
+        self._snapshots.close()
 
     def _peer_connected(self, peer: str, nursery: trio.Nursery) -> None:
         if self._validator is not None:

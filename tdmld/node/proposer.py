@@ -27,6 +27,7 @@ def build_block(
     protocol: int,
     now_ms: int,
     state_height: int,
+    history_root: bytes,
     state_root: bytes,
 ) -> Block:
     """The signed block. Proving the beacon takes 0.4 ms. Time grows though the clock may not."""
@@ -43,6 +44,7 @@ def build_block(
         proof=vrf.prove(key.seed, beacon_input(chain_id, position.parent_mix, height)),
         tx_root=transactions_root(body),
         state_height=state_height,
+        history_root=history_root,
         state_root=state_root,
     )
     return sign_block(key, chain_id, header, body)

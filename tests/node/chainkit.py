@@ -70,6 +70,7 @@ def next_block(
         "proof": vrf.prove(leader.seed, beacon_input(CHAIN, head.mix, head.height + 1)),
         "tx_root": transactions_root(body),
         "state_height": head.height,
+        "history_root": store.history_root(head.height),
         "state_root": head.state_root,
     }
     return sign_block(leader, CHAIN, Header(**(fields | changes)), body)  # type: ignore[arg-type]

@@ -47,7 +47,9 @@ SYNC_ROUNDS = 6
 SYNC_PAUSE = 0.5
 MAX_SPIN = 200
 """Ticks in a row without time passing, above which the shell is said to spin."""
-GENESIS_HEADER = Header(0, 0, 0, 0, GENESIS, 0, ZERO_HASH, b"", ZERO_HASH, 0, ZERO_HASH)
+GENESIS_HEADER = Header(
+    0, 0, 0, 0, GENESIS, 0, ZERO_HASH, b"", ZERO_HASH, 0, ZERO_HASH, ZERO_HASH
+)
 
 
 class Forged(InvalidBlock):
@@ -698,6 +700,7 @@ class Node:
             b"",
             body_root(body),
             self.executed,
+            ZERO_HASH,
             self.roots[-1],
         )
         return Block(header, signature(self.index), body)
