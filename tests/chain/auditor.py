@@ -36,6 +36,7 @@ HEADER = [
     "proof",
     "tx_root",
     "state_height",
+    "history_root",
     "state_root",
 ]
 ROLES = "epoch slot segment"
@@ -241,7 +242,7 @@ def read_genesis(line: dict[str, Any], known: str | None) -> tuple[Genesis, byte
     moment = datetime.fromisoformat(document["time"])
     time_ms = round(moment.timestamp() * 1000)
     version = max(row for row in document["protocol"] if row[0] == 0)[1]
-    header = [version, 0, 0, 0, chain, time_ms, ZERO, b"", ZERO, 0, root]
+    header = [version, 0, 0, 0, chain, time_ms, ZERO, b"", ZERO, 0, ZERO, root]
     check(header_of(line["header"]) == header, "genesis: GEN-7 gives another header")
     check(line["hash"] == H(pack(header)).hex(), "genesis: the header has another id")
     members = sorted((key_of(node), stake) for _, node, stake in document["validators"])
@@ -320,6 +321,26 @@ def merkle(leaves: Sequence[bytes]) -> bytes:
         odd = row[len(row) & ~1 :]
         row = [H(b"\1", row[i], row[i + 1]) for i in range(0, len(row) - 1, 2)] + odd
     return row[0] if row else ZERO
+
+
+class History:
+    """HIST-1 to HIST-3, kept as the roots of complete trees, the largest first."""
+
+    def __init__(self) -> None:
+        self.trees: list[tuple[int, bytes]] = []
+
+    def append(self, leaf: bytes) -> None:
+        size, root = 1, H(b"\0", leaf)
+        while self.trees and self.trees[-1][0] == size:
+            size, root = 2 * size, H(b"\1", self.trees.pop()[1], root)
+        self.trees.append((size, root))
+
+    @property
+    def root(self) -> bytes:
+        *rest, (_, root) = self.trees
+        for _, left in reversed(rest):
+            root = H(b"\1", left, root)
+        return root
 
 
 def check_certificate(
@@ -457,6 +478,9 @@ class Auditor:
         self.genesis, self.parent = read_genesis(first, known)
         self.header = header_of(first["header"])
         self.roots = [first["state_root"]]
+        self.history = History()
+        self.history.append(self.parent + ZERO)
+        self.histories = [self.history.root]
         self.mix = H(b"tdmld\0beacon\0", self.genesis.chain)
         self.leaders = rotation([stake for _, stake in self.genesis.validators])
         self.final = self.transactions = 0
@@ -486,12 +510,20 @@ class Auditor:
         check(len(ids) <= rules["block_transactions"], f"{where}: too many transactions")
         named = header[9]
         check(before[9] <= named < height, f"{where}: its state height")
-        check(header[10].hex() == self.roots[named], f"{where}: the state of {named}")
+        check(header[11].hex() == self.roots[named], f"{where}: the state of {named}")
+        check(header[10] == self.histories[named], f"{where}: the history up to {named}")
         alpha = b"tdmld\0beacon\0" + chain + self.mix + u64(height)
         self.mix = H(self.mix, vrf_output(proposer, alpha, header[7]))
         if row["certificate"] is not None:
             check_certificate(self.genesis, row["certificate"], header, block)
             self.final = height
+        count = len(ids).to_bytes(4, "big")
+        outcomes = [
+            tx + (b"\1" if one["ok"] else b"\0") + count
+            for tx, one in zip(ids, row["transactions"], strict=True)
+        ]
+        self.history.append(block + merkle(outcomes))
+        self.histories.append(self.history.root)
         self.header, self.parent = header, block
         self.roots.append(row["state_root"])
         self.transactions += len(ids)
@@ -516,7 +548,7 @@ class Auditor:
             chain_id=self.genesis.chain.hex(),
             height=height,
             final=self.final,
-            vouched=self.final == height and self.header[10].hex() == row["state_root"],
+            vouched=self.final == height and self.header[11].hex() == row["state_root"],
             transactions=self.transactions,
             entries=len(self.state),
             supply=supply,
