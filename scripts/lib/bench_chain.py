@@ -306,6 +306,7 @@ def chain_of(
             proof=vrf.prove(leader.seed, beacon_input(chain, head.mix, head.height + 1)),
             tx_root=transactions_root(body),
             state_height=head.height,
+            history_root=store.history_root(head.height) or b"",
             state_root=head.state_root,
         )
         yield sign_block(leader, chain, header, body)

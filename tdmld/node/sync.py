@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 10.0
 ANSWERS = 32
-"""Answers with blocks or state on their way at the same time, one for each peer: up to SYNC_BYTES each."""
+"""Answers with blocks or state on their way at once, one for each peer: up to SYNC_BYTES each."""
 SEND_SECONDS = 30.0
 """For so long an answer may take a place, with a peer that reads slowly."""
 HEAD_START = 0.2
@@ -149,7 +149,7 @@ class SyncServer:
                     return
 
     async def _send(self, stream: Stream, answer: Callable[[], SyncAnswer]) -> bool:
-        """A large answer; False when the peer asks for more at a time than one answer, or does not read.
+        """A large answer; False when the peer asks for two at a time, or does not read.
 
         Reading and encoding megabytes takes a tenth of a second: not in the event loop, for a
         request of a few bytes.

@@ -69,9 +69,9 @@ class Backend(Protocol):
         """Admit a signed transaction (hex); Refused names the rule. Does not wait for a block."""
 
     async def chain_prove(self, kind: NameText, key: NameText, checkpoint: int = 0) -> Proof:
-        """A proof for somebody who trusts neither this node nor has a chain (waits for a block
-        that commits the present state; on an idle chain it is there).
+        """A proof for somebody who has no chain and need not trust this node.
 
+        Waits for a block that commits the present state; on an idle chain it is there.
         `account ADDRESS`, `facts ADDRESS`, `node ADDRESS`, `job ID`, `payment JOB/ADDRESS`,
         `slot JOB/SLOT`, `segment` or `audit JOB/SLOT/SEGMENT`, `transaction ID`, `block HEIGHT`.
         `checkpoint` is a height that the verifier trusts; 0: none. InvalidParams names what

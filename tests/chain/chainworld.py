@@ -74,6 +74,7 @@ class ChainWorld(World):
             protocol=1,
             now_ms=START_MS + 500 * self.height,
             state_height=head.height,
+            history_root=self.chain.history_root(head.height) or b"",
             state_root=head.state_root,
         )
         key = block_hash(proposed.header)

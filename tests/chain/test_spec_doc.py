@@ -58,7 +58,9 @@ def records_of(*modules: ModuleType) -> list[type[Record]]:
 
 
 @pytest.mark.parametrize(
-    "record", records_of(blocks, transactions, records, tree, light), ids=lambda record: record.__name__
+    "record",
+    records_of(blocks, transactions, records, tree, light),
+    ids=lambda record: record.__name__,
 )
 def test_every_record_stands_there_with_its_tag_and_fields(record: type[Record]) -> None:
     tag = record.__struct_config__.tag
@@ -259,5 +261,6 @@ def test_vectors_cite_rules_of_every_part() -> None:
         for path in VECTORS
         for rule in re.findall(rf'"({RULE})"', path.read_text())
     }
-    assert cited >= {rule.partition("-")[0] for rule in RULES} - {"EXPORT", "BEACON", "HIST", "PROOF", "SNAP"}
+    elsewhere = {"EXPORT", "BEACON", "HIST", "PROOF", "SNAP"}
+    assert cited >= {rule.partition("-")[0] for rule in RULES} - elsewhere
     assert all(json.loads(path.read_text()) for path in VECTORS)
