@@ -362,6 +362,7 @@ class ChainService:
             nursery.start_soon(self._admission.run_queue)
             nursery.start_soon(self._hand_over.run)
             nursery.start_soon(self._client.run)
+            nursery.start_soon(self._snapshots.run)
             await self._subscribe(nursery)
             if self._validator is not None:
                 nursery.start_soon(self._validator.run)
@@ -374,10 +375,6 @@ class ChainService:
                 if isinstance(change, PeerConnected):
                     self._peer_connected(change.peer_id, nursery)
             nursery.cancel_scope.cancel()
-
-    def close(self) -> None:
-        """Remove what `run` made beside the store."""
-        self._snapshots.close()
 
     def _peer_connected(self, peer: str, nursery: trio.Nursery) -> None:
         if self._validator is not None:

@@ -116,8 +116,22 @@ class SnapshotServer:
         if pinned is None or pinned.headers[0].state_height != height:
             return NoSnapshot(f"the snapshot at height {height} is gone: begin with a newer one")
         self._used = time.monotonic()
-        items, more = pinned.view.state_after(after, STATE_BYTES)
+        try:
+            items, more = pinned.view.state_after(after, STATE_BYTES)
+        except StoreError as error:  # another thread has just removed the copy
+            log.info("a part of the snapshot at height %d: %s", height, error)
+            return NoSnapshot(f"the snapshot at height {height} is gone: begin with a newer one")
         return StateItems(height, tuple(items), more)
+
+    async def run(self) -> None:
+        """Remove a copy that nobody reads, for ever; when cancelled, whatever is there."""
+        try:
+            while True:
+                await trio.sleep(IDLE_SECONDS)
+                if time.monotonic() > max(self._made, self._used) + OFFER_SECONDS:
+                    self.close()
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Remove the copy."""

@@ -526,7 +526,6 @@ class ChainStore:
         """Go back to genesis."""
         batch = WriteBatch(raw_mode=True)
         self._forget_chain(batch)
-        batch.delete(b"Z")
         self._write(batch, self._synced)
         self._found()
 
@@ -710,6 +709,7 @@ class ChainStore:
         head = Head(0, 0, block_hash(header), beacon_start(self.chain_id), root, header)
         batch.put(b"V", FORMAT)
         batch.put(b"C", self.chain_id)
+        batch.delete(b"Z")
         batch.put(b"H", encode(head))
         batch.put(b"r" + _number(0), encode(Passed(root, head.mix)))
         self._write_history(batch, 0, history.leaf(head.hash, ZERO_HASH))

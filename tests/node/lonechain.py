@@ -32,7 +32,7 @@ def make_genesis(unbonding: tuple[int, int] = (10, 1)) -> Genesis:
             "time": "2026-01-01T00:00:00Z",
             "accounts": [[OWNER.address, 10**12]],
             "validators": [[OWNER.address, VALIDATOR.address, 10]],
-            "parameters": {"unbonding": list(unbonding)},
+            "parameters": {"unbonding": list(unbonding), "interval_ms": 10},
         }
     )
 
