@@ -160,17 +160,15 @@ async def test_a_good_block_is_notarized_and_finalized(tmp_path: Path) -> None:
         assert made.store.certificate(1) is not None
 
 
-async def test_the_first_vote_of_a_view_is_demand_at_once(
-    tmp_path: Path, autojump_clock: trio.testing.MockClock
-) -> None:
+async def test_the_first_vote_of_a_view_is_demand_at_once(tmp_path: Path) -> None:
     """P3: a validator at rest does not sleep until its heartbeat when another says NULLIFY."""
     slow = Times(0.01, 1.0, 1.0, 600.0)
     async with bench(tmp_path, times=slow) as made:
         await trio.testing.wait_all_tasks_blocked()
         signed = sign_vote(KEYS[1], CHAIN, Kind.NULLIFY, 1, ZERO_HASH, 1)
         await made.hear(signed)
-        await made.links.votes(1)
-        assert trio.current_time() < slow.heartbeat / 2
+        with trio.fail_after(slow.heartbeat / 10):
+            await made.links.votes(1)
 
 
 async def test_a_body_that_comes_after_its_certificate_is_taken(tmp_path: Path) -> None:
