@@ -7,6 +7,12 @@
 
 A voter is named by its index in the `Committee`, the validators sorted by node key. Domain and
 chain id (see `crypto.signing_bytes`) keep a signature from meaning anything elsewhere.
+
+Heights are cut into epochs of `epoch_blocks`; each has its validators. Views count from 1 in every
+epoch and carry its number in their upper bits, so a vote says by whom it may be cast, and votes of
+two epochs never meet. The last block of an epoch is final before the next epoch begins; until then
+the views that follow vote on that same block again, with nobody's proposal. So a finalization's
+view may be later than its block's, there and only there.
 """
 
 import enum
@@ -32,6 +38,9 @@ VOTE_DOMAIN = "vote"
 PROPOSAL_DOMAIN = "proposal"
 BEACON_DOMAIN = "beacon"
 
+EPOCH_VIEWS = 1 << 32
+"""Views of an epoch; a height's failures in a row never come near it."""
+
 _vote_bytes = struct.Struct("!BQ32s")
 
 
@@ -46,10 +55,11 @@ class Kind(enum.IntEnum):
 class Header(Record, frozen=True):
     """What a leader proposes; its hash is the block's id.
 
-    `parent_view` is the view of the parent; a height is *tainted* for draws when `view` is not
-    `parent_view + 1`. `time_ms` is for people: Unix milliseconds, strictly greater than the
+    `parent_view` is the view of the parent; a height is *tainted* for draws when a view between
+    them failed (`follows`). `time_ms` is for people: Unix milliseconds, strictly greater than the
     parent's. `proof` is the leader's VRF proof over `beacon_input`. `state_root` is the root
     after executing the finalized height `state_height`, which never decreases along the chain.
+    `validators` and `next_validators` are the ids of the validator sets of this epoch and the next.
     """
 
     protocol: Natural
@@ -63,6 +73,8 @@ class Header(Record, frozen=True):
     tx_root: Hash
     state_height: Natural
     state_root: Hash
+    validators: Hash
+    next_validators: Hash
 
 
 class Block(Record, frozen=True):
@@ -99,6 +111,7 @@ class Committee:
     chain_id: bytes
     nodes: tuple[bytes, ...]
     stakes: tuple[int, ...]
+    epoch: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < len(self.nodes) == len(self.stakes) <= MAX_VALIDATORS:
@@ -107,10 +120,13 @@ class Committee:
             raise ValueError("validators are distinct, ascending by node key, with stake > 0")
 
     @classmethod
-    def of(cls, chain_id: bytes, members: Iterable[tuple[bytes, int]]) -> "Committee":
+    def of(
+        cls, chain_id: bytes, members: Iterable[tuple[bytes, int]], epoch: int = 0
+    ) -> "Committee":
         """A committee of (node key, stake) pairs in any order."""
         rows = sorted(members)
-        return cls(chain_id, tuple(node for node, _ in rows), tuple(stake for _, stake in rows))
+        nodes, stakes = tuple(node for node, _ in rows), tuple(stake for _, stake in rows)
+        return cls(chain_id, nodes, stakes, epoch)
 
     @property
     def quorum(self) -> int:
@@ -134,6 +150,40 @@ def quorum(stakes: Sequence[int]) -> int:
     return sum(stakes) * 2 // 3 + 1
 
 
+def epoch_of(height: int, epoch_blocks: int) -> int:
+    """The epoch of a height from 1; epoch 0 begins with it."""
+    return (height - 1) // epoch_blocks
+
+
+def ends_epoch(height: int, epoch_blocks: int) -> bool:
+    """Whether `height` is the last of its epoch; genesis ends none."""
+    return height > 0 and height % epoch_blocks == 0
+
+
+def view_epoch(view: int) -> int:
+    """The epoch that a view belongs to."""
+    return view // EPOCH_VIEWS
+
+
+def turn(view: int) -> int:
+    """Which view of its epoch this is, from 1: what leaders rotate by."""
+    return view % EPOCH_VIEWS
+
+
+def start_view(height: int, view: int, epoch_blocks: int) -> int:
+    """The view after which votes are cast on a final block of `height` and `view`: its own, or 0
+    of the next epoch when it ends one."""
+    if ends_epoch(height, epoch_blocks):
+        return epoch_of(height + 1, epoch_blocks) * EPOCH_VIEWS
+    return view
+
+
+def follows(parent_view: int, view: int) -> bool:
+    """Whether no view failed between a block and its parent."""
+    first = turn(view) == 1 and view_epoch(parent_view) < view_epoch(view)
+    return first or view == parent_view + 1
+
+
 def block_hash(header: Header) -> bytes:
     """The block's id."""
     return sha256(encode(header))
@@ -141,7 +191,21 @@ def block_hash(header: Header) -> bytes:
 
 def first_header(chain_id: bytes, protocol: int, time_ms: int, state_root: bytes) -> Header:
     """Height 0: nobody proposed it; it ties the first block to genesis and its state."""
-    return Header(protocol, 0, 0, 0, chain_id, time_ms, ZERO_HASH, b"", ZERO_HASH, 0, state_root)
+    return Header(
+        protocol=protocol,
+        height=0,
+        view=0,
+        parent_view=0,
+        parent=chain_id,
+        time_ms=time_ms,
+        proposer=ZERO_HASH,
+        proof=b"",
+        tx_root=ZERO_HASH,
+        state_height=0,
+        state_root=state_root,
+        validators=ZERO_HASH,
+        next_validators=ZERO_HASH,
+    )
 
 
 def transactions_root(transactions: Sequence[bytes]) -> bytes:
@@ -176,7 +240,8 @@ def vote_bytes(kind: int, view: int, block: bytes) -> bytes:
 def verify_vote(committee: Committee, vote: Vote) -> bool:
     """Whether the voter exists, signed this, and the hash is zero exactly for NULLIFY."""
     return (
-        vote.voter < len(committee.nodes)
+        view_epoch(vote.view) == committee.epoch
+        and vote.voter < len(committee.nodes)
         and (vote.kind is Kind.NULLIFY) == (vote.hash == ZERO_HASH)
         and crypto.verify(
             committee.nodes[vote.voter],
@@ -194,6 +259,8 @@ def verify_certificate(committee: Committee, certificate: Certificate) -> bool:
     Cheap refusals (order, weight) come before the signatures (about 40 us each).
     """
     voters = [voter for voter, _ in certificate.signatures]
+    if view_epoch(certificate.view) != committee.epoch:
+        return False
     if not voters or len(voters) > len(committee.nodes) or voters[-1] >= len(committee.nodes):
         return False
     if any(left >= right for left, right in itertools.pairwise(voters)):
@@ -250,6 +317,8 @@ def check_block(committee: Committee, leader: int, block: Block, limits: "BlockL
     The leader's signature comes first: what follows costs milliseconds for a full block.
     """
     header = block.header
+    if view_epoch(header.view) != committee.epoch:
+        raise InvalidBlock(f"view {header.view} is not of epoch {committee.epoch}")
     check_proposer(committee, leader, header, block.signature)
     if header.view <= header.parent_view:
         raise InvalidBlock(f"view {header.view} does not follow its parent's {header.parent_view}")
@@ -268,8 +337,27 @@ def check_block(committee: Committee, leader: int, block: Block, limits: "BlockL
         raise InvalidBlock("the transactions are not those of the header")
 
 
-def check_child(parent: Header, parent_hash: bytes, header: Header) -> None:
+def check_finalization(
+    committee: Committee, header: Header, epoch_blocks: int, certificate: Certificate
+) -> bool:
+    """Whether `certificate` finalizes exactly the block of `header`, which is of this epoch."""
+    return (
+        certificate.kind is Kind.FINALIZE
+        and certificate.hash == block_hash(header)
+        and epoch_of(header.height, epoch_blocks) == committee.epoch
+        and view_epoch(header.view) == view_epoch(certificate.view) == committee.epoch
+        and (
+            certificate.view == header.view
+            or (certificate.view > header.view and ends_epoch(header.height, epoch_blocks))
+        )
+        and verify_certificate(committee, certificate)
+    )
+
+
+def check_child(parent: Header, parent_hash: bytes, header: Header, epoch_blocks: int) -> None:
     """The rules between a block and its parent; raises InvalidBlock."""
+    if epoch_of(header.height, epoch_blocks) != view_epoch(header.view):
+        raise InvalidBlock(f"height {header.height} is not of the epoch of view {header.view}")
     if header.parent != parent_hash or header.parent_view != parent.view:
         raise InvalidBlock(f"height {header.height}: the parent is another block")
     if header.height != parent.height + 1:

@@ -43,6 +43,12 @@ Liveness, once messages arrive: whoever is in an old view either hears a certifi
 repeats its votes (`repeat`) until S11 answers; a view whose leader is honest and heard ends in a
 notarization; when nobody nullified it, in a finalization.
 
+Epochs. A core serves one epoch, whose first view follows `final_view` (see `blocks.EPOCH_VIEWS`).
+Once the epoch's last block is notarized in view p, the shell names that block again in every view
+after p, as its own child (parent (p, hash), empty); everybody does so by itself, so no leader can
+stop it. (d) holds as before, with "is or extends" for "extends", and no honest validator votes for
+a child of the epoch's last block. The next epoch begins on the final block alone.
+
 Deviations from the paper. A certificate of a later view lets one skip the views between (as in
 commonware's Simplex): a validator casts nothing in a skipped view except FINALIZE, which S4 covers.
 Certificates are forwarded when needed, not always (S11): on the good path everybody collects the
@@ -202,6 +208,10 @@ class Simplex:
             self._heard.add(view)
             self._blocks.setdefault(view, {})[block] = proposed
         return self._vote([])
+
+    def knows(self, view: int, block: bytes) -> bool:
+        """Whether `add_block` has named this block in this view."""
+        return block in self._blocks.get(view, ())
 
     def wants_vote(self, vote: Vote) -> bool:
         """False when the vote cannot matter, so that its signature need not be checked (S8)."""

@@ -145,6 +145,15 @@ class Paid(Record, frozen=True, tag="paid"):
     amount: int
 
 
+class Slashed(Record, frozen=True, tag="slashed"):
+    """`node` voted against itself in `epoch`; its owner paid."""
+
+    node: bytes
+    owner: bytes
+    epoch: int
+    burned: int
+
+
 Event = (
     JobOffered
     | JobMatched
@@ -166,4 +175,5 @@ Event = (
     | AuditMismatch
     | Unaudited
     | Paid
+    | Slashed
 )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from tdmld.chain.blocks import follows
 from tdmld.chain.errors import InvalidTransaction, InvariantViolation
 from tdmld.chain.events import Event
 from tdmld.chain.genesis import Genesis, Parameters
@@ -23,7 +24,7 @@ class BlockContext:
     @property
     def tainted(self) -> bool:
         """A leader before this one was passed over, so somebody may have chosen the beacon."""
-        return self.view != self.parent_view + 1
+        return not follows(self.parent_view, self.view)
 
 
 @dataclass(slots=True)

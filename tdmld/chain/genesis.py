@@ -52,6 +52,15 @@ class Parameters(Record, frozen=True):
     epoch_blocks: Annotated[int, msgspec.Meta(ge=2, le=1_000_000)] = 500
     unbonding: tuple[_Count, Annotated[int, msgspec.Meta(ge=1, le=10 * 365 * 86400)]] = (1000, 3600)
     """Blocks and seconds; both must have passed."""
+    validators_max: Annotated[int, msgspec.Meta(ge=1, le=VALIDATORS_MAX)] = 100
+    """Owners with the most vote stake that validate; votes are quadratic in it."""
+    vote_stake_min: _Stake = 1
+    """Least vote stake that validates. Seats are by stake, so a network sets it higher only to keep
+    empty seats from those whose absence would cost more time than their weight is worth."""
+    slash_ppm: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 50_000
+    """Parts per million of an owner's vote stake that a proven double vote burns. A twentieth: more
+    than any one view can be worth to a single validator, and not the ruin of somebody who once
+    started two machines with one key (CometBFT's networks settled there too)."""
     match_delay: _Count = 4
     accept_window: _Count = 20
     activate_window: _Count = 120

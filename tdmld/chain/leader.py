@@ -1,4 +1,4 @@
-"""Who leads a view: a stake-weighted rotation, in integers.
+"""Who leads a view: a stake-weighted rotation, in integers, begun anew in every epoch.
 
 Smooth weighted round robin: before each turn everybody gains its weight; the highest priority
 leads (the lower index wins a tie) and pays the sum of all weights. In every period each validator
@@ -10,6 +10,7 @@ Stakes are first divided by their greatest common divisor; when the period would
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import gcd
 
 MAX_PERIOD = 4096
@@ -24,14 +25,14 @@ class Rotation:
     def __init__(self, stakes: Sequence[int]) -> None:
         if not stakes or min(stakes) <= 0:
             raise ValueError("a rotation needs validators with stake > 0")
-        self._table = _table(seats(stakes))
+        self._table = _table(tuple(seats(stakes)))
 
     @property
     def period(self) -> int:
         return len(self._table)
 
     def leader(self, view: int) -> int:
-        """The index of the validator that leads `view`."""
+        """The index of the validator that leads the view with this number in its epoch."""
         return self._table[view % len(self._table)]
 
 
@@ -54,7 +55,8 @@ def seats(stakes: Sequence[int]) -> list[int]:
     return result
 
 
-def _table(weights: Sequence[int]) -> tuple[int, ...]:
+@lru_cache(maxsize=16)
+def _table(weights: tuple[int, ...]) -> tuple[int, ...]:
     total = sum(weights)
     priority = [0] * len(weights)
     table = []

@@ -3,6 +3,7 @@
     apply_block = due entries of this height and before (at most due_per_block), by the state that
                   the parent left and this block's beacon
                 + transactions, in the block's order
+                + at the end of an epoch: the validators of the one after the next
                 + the sum of all money is what genesis made it
 
 Due entries come first, so that a leader, who knows the block's beacon when it chooses the block's
@@ -21,7 +22,18 @@ from functools import lru_cache
 import msgspec
 from msgspec.structs import replace
 
-from tdmld.chain import audits, due, jobs, limits, market, offers, segments, settlement
+from tdmld.chain import (
+    audits,
+    due,
+    epochs,
+    jobs,
+    limits,
+    market,
+    offers,
+    segments,
+    settlement,
+    slashing,
+)
 from tdmld.chain.codec import decode
 from tdmld.chain.crypto import verify
 from tdmld.chain.errors import InvalidTransaction, InvariantViolation
@@ -29,9 +41,11 @@ from tdmld.chain.events import Event
 from tdmld.chain.execution import BlockContext, Execution, known_job, require
 from tdmld.chain.genesis import Genesis, node_owners
 from tdmld.chain.genesis import supply as genesis_supply
-from tdmld.chain.records import Account, Due, Job, Node, Supply, Timer
+from tdmld.chain.records import Account, Due, Job, Node, Supply, Timer, Unbondings
 from tdmld.chain.state import SUPPLY_KEY, State
 from tdmld.chain.transactions import (
+    EVIDENCE_KINDS,
+    OWNER_KINDS,
     REGISTER_DOMAIN,
     Accept,
     Ask,
@@ -44,13 +58,19 @@ from tdmld.chain.transactions import (
     Commit,
     Decline,
     Fetched,
+    Nominate,
     Offer,
     Open,
     Payload,
+    ProposalEvidence,
     Register,
+    Revoke,
     StandbyProof,
     Transaction,
     Transfer,
+    Unbond,
+    VoteEvidence,
+    Withdraw,
     registration_bytes,
 )
 
@@ -88,7 +108,7 @@ class BlockResult:
 def genesis_changes(genesis: Genesis) -> dict[bytes, bytes]:
     """The state at height 0."""
     state = State(lambda _: None)
-    state.write(SUPPLY_KEY, Supply(genesis_supply(genesis), 0, 0, 0, 0))
+    state.write(SUPPLY_KEY, Supply(genesis_supply(genesis), 0, 0, 0, 0, 0))
     for owner, amount in genesis.accounts:
         state.put_account(owner, replace(state.account(owner), balance=amount))
     for validator in genesis.validators:
@@ -99,6 +119,7 @@ def genesis_changes(genesis: Genesis) -> dict[bytes, bytes]:
         state.put_account(owner, replace(state.account(owner), work_stake=amount))
     for node, owner in sorted(node_owners(genesis).items()):
         state.put_node(node, Node(owner, 0))
+    epochs.found(state, genesis)
     _check_supply(state.supply)
     return {key: value for key, value in state.changes.items() if value is not None}
 
@@ -117,6 +138,7 @@ def apply_block(
             break
         _DUE[entry.timer](run, entry)
     receipts = tuple(_execute(run, transaction) for transaction in transactions)
+    epochs.close(run)
     _check_supply(run.state.supply)
     return BlockResult(run.state.changes, receipts, tuple(run.events))
 
@@ -127,14 +149,15 @@ def next_due(get: Get) -> int | None:
 
 
 def check_transaction(
-    state: State, genesis: Genesis, height: int, transaction: Transaction
+    state: State, genesis: Genesis, height: int, transaction: Transaction, time_ms: int = 0
 ) -> State:
     """Try `transaction` as part of the block `height`; return the state after it.
 
-    `state` is left as it is. For pools and wallets: says before anything is sent whether it would
-    succeed now. Raises InvalidTransaction with the broken rule.
+    `state` is left as it is. `time_ms`: that of the head, for what waits for a time. For pools and
+    wallets: says before anything is sent whether it would succeed now. Raises InvalidTransaction
+    with the broken rule.
     """
-    run = Execution(state.fork(), genesis, _trial_context(height))
+    run = Execution(state.fork(), genesis, _trial_context(height, time_ms))
     if transaction.by_owner:
         _charge(run, transaction)
     _effect(run, transaction)
@@ -142,8 +165,8 @@ def check_transaction(
 
 
 @lru_cache(maxsize=4)
-def _trial_context(height: int) -> BlockContext:
-    return BlockContext(height, height, height - 1, 0, bytes(32), bytes(32))
+def _trial_context(height: int, time_ms: int) -> BlockContext:
+    return BlockContext(height, height, height - 1, time_ms, bytes(32), bytes(32))
 
 
 def _execute(run: Execution, transaction: Transaction) -> Receipt:
@@ -193,13 +216,27 @@ def _effect(run: Execution, transaction: Transaction) -> None:
             transaction.nonce == 0 and transaction.fee == 0,
             "a node's transaction has nonce 0 and fee 0: its job pays for it",
         )
-        if not isinstance(payload, Ask):
+        if not isinstance(payload, EVIDENCE_KINDS):
+            node = run.state.node(signer)
+            revoked = 0 if node is None else node.revoked
+            require(not revoked, f"this node key was revoked at height {revoked}")
+        if not isinstance(payload, (Ask, *EVIDENCE_KINDS)):
             _burn_job_fee(run, payload)
     match payload:
         case Transfer():
             _transfer(run, signer, payload)
         case Bond():
             _bond(run, signer, payload)
+        case Unbond():
+            epochs.unbond(run, signer, payload)
+        case Withdraw():
+            epochs.withdraw(run, signer)
+        case Nominate():
+            epochs.nominate(run, signer, payload)
+        case Revoke():
+            epochs.revoke(run, signer, payload)
+        case VoteEvidence() | ProposalEvidence():
+            slashing.convict(run, payload, transaction.chain_id)
         case Register():
             _register(run, signer, payload, transaction.chain_id)
         case Offer():
@@ -245,7 +282,7 @@ _DUE: dict[Timer, Callable[[Execution, Due], None]] = {
 
 
 def _burn_job_fee(run: Execution, payload: Payload) -> None:
-    if isinstance(payload, (Transfer, Bond, Register, Offer, Ask)):
+    if isinstance(payload, (*OWNER_KINDS, *EVIDENCE_KINDS, Ask)):
         raise InvariantViolation("no job pays for this kind")
     job = known_job(run, payload.job)
     require(not job.final, f"the job is over: {job.status}")
@@ -303,7 +340,13 @@ def _register(run: Execution, signer: bytes, wanted: Register, chain_id: bytes) 
 
 
 def _check_supply(supply: Supply) -> None:
-    parts = (supply.balances, supply.stakes, supply.escrows, supply.burned)
+    parts = (
+        supply.balances,
+        supply.stakes,
+        supply.unbonding,
+        supply.escrows,
+        supply.burned,
+    )
     if sum(parts) != supply.genesis or min(parts) < 0:
         raise InvariantViolation(f"money is not conserved: {supply}")
 
@@ -313,18 +356,20 @@ def recount(items: Iterable[tuple[bytes, bytes]]) -> Supply:
 
     Raises InvariantViolation where they differ. For tests and exported ledgers.
     """
-    balances = stakes = escrows = 0
-    recorded = Supply(0, 0, 0, 0, 0)
+    balances = stakes = unbonding = escrows = 0
+    recorded = Supply(0, 0, 0, 0, 0, 0)
     for key, value in items:
         if key[:1] == b"a":
             account = decode(Account, value, limits.RECORD_BYTES)
             balances += account.balance
             stakes += account.vote_stake + account.work_stake
+        elif key[:1] == b"b":
+            unbonding += decode(Unbondings, value, limits.RECORD_BYTES).total
         elif key[:1] == b"j":
             escrows += decode(Job, value, limits.RECORD_BYTES).locked
         elif key == SUPPLY_KEY:
             recorded = decode(Supply, value, limits.RECORD_BYTES)
-    counted = Supply(recorded.genesis, balances, stakes, escrows, recorded.burned)
+    counted = Supply(recorded.genesis, balances, stakes, unbonding, escrows, recorded.burned)
     if counted != recorded:
         raise InvariantViolation(f"counted {counted}, recorded {recorded}")
     _check_supply(counted)

@@ -33,6 +33,9 @@ DEADLINE_BLOCKS = 1 << 20
 DUE_BUCKET = 1024
 """Heights in one bucket of the due index."""
 
+UNBONDINGS = 16
+"""Unbonding entries of one owner; those of one epoch and bucket are one."""
+
 RATE_ONE = 1_000_000
 """Rates and reputation are parts of a million."""
 MATCH_TRIES = 4

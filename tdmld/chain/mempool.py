@@ -1,10 +1,11 @@
 """Transactions that wait for a block: bounded, and each checked as if it were next.
 
-A transaction belongs to a *group*: the owner that signed it, the job that it speaks of, or the node
-whose ask it is. It is admitted when it succeeds on the executed state with everything of its group
-that was admitted before it; so nonces are contiguous, a node's transaction is admitted once for
-what it speaks of, and a client learns the broken rule at once. Fees and amounts of all that a
-sender has waiting never exceed its executed balance.
+A transaction belongs to a *group*: the owner that signed it, the job that it speaks of, the node
+whose ask it is, or the node that it is evidence against (one at a time). It is admitted when it
+succeeds on the executed state with everything of its group that was admitted before it; so nonces
+are contiguous, a node's transaction is admitted once for what it speaks of, and a client learns the
+broken rule at once. Fees and amounts of all that a sender has waiting never exceed its executed
+balance.
 
 **Parking.** Nodes execute blocks a moment apart: a worker's answer to the block it just saw may
 reach a validator that has not executed it. A node's transaction that fails is therefore refused
@@ -21,8 +22,17 @@ from tdmld.chain.errors import InvalidTransaction
 from tdmld.chain.genesis import Genesis, Parameters
 from tdmld.chain.ledger import check_transaction
 from tdmld.chain.offers import lock_of
+from tdmld.chain.slashing import offender
 from tdmld.chain.state import State
-from tdmld.chain.transactions import OWNER_KINDS, Ask, Bond, Offer, Transaction, Transfer
+from tdmld.chain.transactions import (
+    EVIDENCE_KINDS,
+    OWNER_KINDS,
+    Ask,
+    Bond,
+    Offer,
+    Transaction,
+    Transfer,
+)
 
 PER_OWNER = 16
 """Transactions of one owner that wait at most: how far its nonces may run ahead."""
@@ -40,6 +50,8 @@ class PoolLimits:
     per_job: int = 512
     parked: int = 1024
     parked_per_node: int = 16
+    evidence: int = 32
+    """Free, so few: one for each node that it is against, and tried (two signatures) before."""
     age_blocks: int = 500
     """After so many heights without a block for it a transaction is forgotten."""
 
@@ -74,6 +86,8 @@ class Mempool:
         a block last touched its owner's account."""
         self._parked: dict[bytes, _Waiting] = {}
         self._height = -1
+        self.time_ms = 0
+        """Time of the executed head, for what waits for a time; set it after each block."""
         self._bytes = 0
 
     def __len__(self) -> int:
@@ -108,7 +122,7 @@ class Mempool:
             self._check_room(transaction, group)
             self._check_balance(transaction, state)
             before = self._state_of(group, state)
-            after = check_transaction(before, self._genesis, height + 1, transaction)
+            after = self._try(before, height, transaction)
         except InvalidTransaction:
             self._park(transaction, group, state, height)
             raise
@@ -214,11 +228,21 @@ class Mempool:
             isinstance(self._waiting[key].transaction.payload, (Transfer, Bond)) for key in waiting
         )
 
+    def _try(self, state: State, height: int, transaction: Transaction) -> State:
+        return check_transaction(state, self._genesis, height + 1, transaction, self.time_ms)
+
     def _check_room(self, transaction: Transaction, group: bytes) -> None:
         limits = self._limits
         most = limits.per_owner if transaction.by_owner else limits.per_job
-        if isinstance(transaction.payload, Ask):
+        if isinstance(transaction.payload, (Ask, *EVIDENCE_KINDS)):
             most = 1
+        if isinstance(transaction.payload, EVIDENCE_KINDS):
+            held = sum(
+                isinstance(waiting.transaction.payload, EVIDENCE_KINDS)
+                for waiting in self._waiting.values()
+            )
+            if held >= limits.evidence:
+                raise InvalidTransaction("this node's pool holds enough evidence: try later")
         if len(self._groups.get(group, ())) >= most:
             raise InvalidTransaction(f"{most} transactions of this sender wait already: try later")
         if (
@@ -249,7 +273,7 @@ class Mempool:
         for key in self._groups.get(group, ()):
             transaction = self._waiting[key].transaction
             try:
-                after = check_transaction(found, self._genesis, self._height + 1, transaction)
+                after = self._try(found, self._height, transaction)
             except InvalidTransaction:
                 failed.append(key)
             else:
@@ -262,7 +286,7 @@ class Mempool:
     def _park(self, transaction: Transaction, group: bytes, state: State, height: int) -> None:
         if (
             transaction.by_owner
-            or isinstance(transaction.payload, Ask)
+            or isinstance(transaction.payload, (Ask, *EVIDENCE_KINDS))
             or transaction.id in self._parked
             or len(self._parked) >= self._limits.parked
             or state.node(transaction.signer) is None
@@ -277,4 +301,6 @@ def _group(transaction: Transaction) -> bytes:
     payload = transaction.payload
     if isinstance(payload, (OWNER_KINDS, Ask)):
         return transaction.signer
+    if isinstance(payload, EVIDENCE_KINDS):
+        return b"evidence" + offender(payload)[0]
     return payload.job

@@ -27,12 +27,68 @@ class Account(Record, frozen=True):
 
 
 class Supply(Record, frozen=True):
-    """Where all money is. The sum of the last four is `genesis`, after every block."""
+    """Where all money is. The sum of the last five is `genesis`, after every block."""
 
     genesis: Amount
     balances: Amount
     stakes: Amount
+    unbonding: Amount
     escrows: Amount
+    burned: Amount
+
+
+class Unbonding(Record, frozen=True):
+    """Stake on its way back to the balance: both windows count from the begin of `epoch`, the first
+    in which it votes no more."""
+
+    bucket: str
+    amount: Amount
+    epoch: Natural
+
+
+class Unbondings(Record, frozen=True):
+    """All of an owner's, by bucket and epoch; at most limits.UNBONDINGS."""
+
+    entries: tuple[Unbonding, ...] = ()
+
+    @property
+    def total(self) -> int:
+        return sum(entry.amount for entry in self.entries)
+
+
+class Nominee(Record, frozen=True):
+    """The node that votes for an owner, while it is in force and the owner has vote stake."""
+
+    node: PublicKey
+
+
+class Seat(Record, frozen=True):
+    """A validator of one epoch. `weight` follows the owner's vote stake, at a bounded pace."""
+
+    node: PublicKey
+    owner: PublicKey
+    weight: Amount
+
+
+class ValidatorSet(Record, frozen=True):
+    """The validators of one epoch by ascending node key; the id in headers is its hash."""
+
+    epoch: Natural
+    seats: tuple[Seat, ...]
+
+
+class EpochStart(Record, frozen=True):
+    """When an epoch began: the last height before it, and that block's time."""
+
+    height: Natural
+    time_ms: Natural
+
+
+class Offence(Record, frozen=True):
+    """A node's double voting in one epoch that was proven, at `height`; `burned` in units."""
+
+    node: PublicKey
+    height: Natural
     burned: Amount
 
 
@@ -55,6 +111,10 @@ class Node(Record, frozen=True):
     memory_used: Natural = 0
     standby_used: Natural = 0
     audits_open: Natural = 0
+    revoked: Natural = 0
+    """Height of its revocation: from the next block on it may do nothing. 0: in force."""
+    convicted: Natural = 0
+    """Height of the first evidence against it: it is not elected again. 0: none."""
 
 
 class StandingAsk(Record, frozen=True):

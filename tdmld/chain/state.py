@@ -14,7 +14,9 @@ Keys: one letter, then fixed-width fields (integers big-endian):
     n node             Node           u job slot segment   Audit        t due entry   At
     k node             StandingAsk    p job owner          Earnings     i name byte   Keys (index)
     j job              Job            P job                Keys         S             Supply
-                                                                        L             Head
+    b owner            Unbondings     v epoch              ValidatorSet   L             Head
+    w owner            Nominee        e epoch              EpochStart
+                                      x owner node epoch   Offence
 """
 
 from bisect import bisect_left
@@ -29,15 +31,20 @@ from tdmld.chain.records import (
     Account,
     Audit,
     Earnings,
+    EpochStart,
     Facts,
     Head,
     Job,
     Keys,
     Node,
+    Nominee,
+    Offence,
     Segment,
     SlotState,
     StandingAsk,
     Supply,
+    Unbondings,
+    ValidatorSet,
 )
 
 R = TypeVar("R", bound=Record)
@@ -46,6 +53,7 @@ SUPPLY_KEY = b"S"
 _HEAD_KEY = b"L"
 _ASKS = b"k"
 _ACTIVE_JOBS = b"j"
+_NOMINEES = b"w"
 
 
 def owners_of(keys: Iterable[bytes]) -> Iterator[bytes]:
@@ -115,7 +123,7 @@ class State:
 
     @property
     def supply(self) -> Supply:
-        return self.read(Supply, SUPPLY_KEY) or Supply(0, 0, 0, 0, 0)
+        return self.read(Supply, SUPPLY_KEY) or Supply(0, 0, 0, 0, 0, 0)
 
     def account(self, owner: bytes) -> Account:
         """An owner's account; all zeros when it was never used."""
@@ -171,6 +179,55 @@ class State:
             ask = self.ask(node)
             if ask is not None:
                 yield node, ask
+
+    # -- validators
+
+    def unbondings(self, owner: bytes) -> Unbondings:
+        """An owner's stake on its way back."""
+        return self.read(Unbondings, b"b" + owner) or Unbondings()
+
+    def put_unbondings(self, owner: bytes, unbondings: Unbondings) -> None:
+        supply = self.supply
+        moved = unbondings.total - self.unbondings(owner).total
+        self.write(SUPPLY_KEY, replace(supply, unbonding=supply.unbonding + moved))
+        self.write(b"b" + owner, unbondings if unbondings.entries else None)
+
+    def nominee(self, owner: bytes) -> bytes | None:
+        """The node that votes for an owner, whether or not it is elected."""
+        record = self.read(Nominee, b"w" + owner)
+        return None if record is None else record.node
+
+    def put_nominee(self, owner: bytes, node: bytes | None) -> None:
+        self.write(b"w" + owner, None if node is None else Nominee(node))
+        self._index(_NOMINEES, owner, node is not None)
+
+    def nominees(self) -> Iterator[tuple[bytes, bytes]]:
+        """(owner, node) by ascending owner key."""
+        for owner in self._indexed(_NOMINEES):
+            node = self.nominee(owner)
+            if node is not None:
+                yield owner, node
+
+    def validator_set(self, epoch: int) -> ValidatorSet | None:
+        """The validators of an epoch, from the last block of the epoch before the last one on."""
+        return self.read(ValidatorSet, b"v" + u64(epoch))
+
+    def put_validator_set(self, chosen: ValidatorSet) -> None:
+        self.write(b"v" + u64(chosen.epoch), chosen)
+
+    def epoch_start(self, epoch: int) -> EpochStart | None:
+        """When an epoch began; None before its predecessor's last block was executed."""
+        return self.read(EpochStart, b"e" + u64(epoch))
+
+    def put_epoch_start(self, epoch: int, start: EpochStart) -> None:
+        self.write(b"e" + u64(epoch), start)
+
+    def offence(self, owner: bytes, node: bytes, epoch: int) -> Offence | None:
+        """What was proven against an owner's node in an epoch."""
+        return self.read(Offence, b"x" + owner + node + u64(epoch))
+
+    def put_offence(self, owner: bytes, epoch: int, offence: Offence) -> None:
+        self.write(b"x" + owner + offence.node + u64(epoch), offence)
 
     # -- jobs
 

@@ -1,13 +1,16 @@
 """Transactions: what people and nodes ask the ledger to do (ANNEX A4).
 
 On the wire: signature (64 bytes) ‖ canonical body; the id is the SHA-256 of all of it, and the id
-of an Offer is the id of its job. There are two families:
+of an Offer is the id of its job. There are three families:
 
-- **owner transactions** (Transfer, Bond, Register, Offer, Fetched) are signed by an owner key,
-  carry its exact next nonce, and pay a fee, which is burned also when the effect fails;
+- **owner transactions** (Transfer, Bond, Unbond, Withdraw, Register, Nominate, Revoke, Offer,
+  Fetched) are signed by an owner key, carry its exact next nonce, and pay a fee, which is burned
+  also when the effect fails;
 - **node transactions** (the others) are signed by a node key, have nonce 0 and fee 0, can succeed
   once for what they speak of, and burn `tx_fee` from their job's locked fee budget (Ask: nothing).
-  One that fails costs nobody anything; nodes do not admit those to their pools.
+  One that fails costs nobody anything; nodes do not admit those to their pools;
+- **evidence** is signed by anybody, and like them has nonce 0 and fee 0: what it proves is on the
+  chain once at most.
 
 `expiry` is the last height at which the transaction may stand in a block; 0 means none.
 """
@@ -17,6 +20,7 @@ from typing import Annotated
 import msgspec
 
 from tdmld.chain import limits
+from tdmld.chain.blocks import Header, Kind
 from tdmld.chain.codec import Amount, Hash, Natural, PublicKey, Record, Signature, decode, encode
 from tdmld.chain.crypto import KeyPair, sha256, verify
 from tdmld.chain.errors import DecodeError, InvalidTransaction
@@ -54,6 +58,32 @@ class Bond(Record, frozen=True, tag="bond"):
 
     bucket: Annotated[str, msgspec.Meta(max_length=8)]
     amount: Amount
+
+
+class Unbond(Record, frozen=True, tag="unbond"):
+    """Takes `amount` out of a stake bucket. It can be withdrawn when the unbonding period is over,
+    which begins when the stake certainly votes no more."""
+
+    bucket: Annotated[str, msgspec.Meta(max_length=8)]
+    amount: Amount
+
+
+class Withdraw(Record, frozen=True, tag="withdraw"):
+    """Moves everything whose unbonding period is over to the signer's balance."""
+
+
+class Nominate(Record, frozen=True, tag="nominate"):
+    """Names the node, bound to the signer, that votes for its vote stake. A later one replaces it
+    (from the epochs that are not fixed yet on); another key is brought in by Register first."""
+
+    node: PublicKey
+
+
+class Revoke(Record, frozen=True, tag="revoke"):
+    """The signer's node key may do nothing from the next block on, for good, and does not vote in
+    epochs that are not fixed yet."""
+
+    node: PublicKey
 
 
 class Register(Record, frozen=True, tag="register"):
@@ -229,7 +259,35 @@ class AttestResult(Record, frozen=True, tag="attest_result"):
     result: Hash
 
 
-OwnerPayload = Transfer | Bond | Register | Offer | Fetched
+class Sworn(Record, frozen=True):
+    """A vote as its signer made it; `kind` as in blocks.Kind."""
+
+    kind: Kind
+    hash: Hash
+    signature: Signature
+
+
+class VoteEvidence(Record, frozen=True, tag="vote_evidence"):
+    """Two votes of a node in one view that no honest validator casts together: of one kind for two
+    blocks, or NULLIFY and FINALIZE."""
+
+    node: PublicKey
+    view: Natural
+    first: Sworn
+    second: Sworn
+
+
+class ProposalEvidence(Record, frozen=True, tag="proposal_evidence"):
+    """Two blocks that one leader signed for one view."""
+
+    first: Header
+    first_signature: Signature
+    second: Header
+    second_signature: Signature
+
+
+OwnerPayload = Transfer | Bond | Unbond | Withdraw | Register | Nominate | Revoke | Offer | Fetched
+Evidence = VoteEvidence | ProposalEvidence
 JobPayload = (
     Accept
     | Decline
@@ -242,9 +300,10 @@ JobPayload = (
     | AuditFail
     | AttestResult
 )
-Payload = OwnerPayload | Ask | JobPayload
+Payload = OwnerPayload | Ask | JobPayload | Evidence
 
-OWNER_KINDS = (Transfer, Bond, Register, Offer, Fetched)
+OWNER_KINDS = (Transfer, Bond, Unbond, Withdraw, Register, Nominate, Revoke, Offer, Fetched)
+EVIDENCE_KINDS = (VoteEvidence, ProposalEvidence)
 
 
 class Body(Record, frozen=True, tag="tx"):

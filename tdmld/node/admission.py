@@ -73,6 +73,7 @@ class Admission:
         self._store = finality.store
         self._chain_id = finality.store.chain_id
         self.pool = pool
+        pool.time_ms = finality.store.head.header.time_ms
         self._spread = spread
         self._changed = changed
         self._lock = trio.Lock()
@@ -244,6 +245,7 @@ class Admission:
         """From finality to here the block's transactions were in limbo: in the pool, so that those
         behind them are judged rightly, but never selected."""
         self.pool.remove([receipt.id for receipt in applied.receipts])
+        self.pool.time_ms = applied.block.header.time_ms
         revived = self.pool.refresh(State(self._store.get), applied.height, applied.touched)
         if revived:
             self._send([transaction.raw for transaction in revived])

@@ -20,7 +20,7 @@ from tdmld.chain.crypto import KeyPair, address, public_key
 from tdmld.chain.errors import ChainError, DecodeError, InvalidTransaction
 from tdmld.chain.genesis import Genesis, chain_id, protocol_at
 from tdmld.chain.offers import lock_of
-from tdmld.chain.records import Job
+from tdmld.chain.records import Job, Seat
 from tdmld.chain.reputation import reputation
 from tdmld.chain.state import State
 from tdmld.chain.transactions import Offer, decode_transaction
@@ -164,7 +164,7 @@ class Api:
             view=self.chain.view,
             syncing=self.chain.syncing,
             peers=len(self.host.connected()),
-            validator=any(v.node == self.key.public for v in self.genesis.validators),
+            validator=self.chain.validating,
             balance=str(account.balance),
             work_stake=str(account.work_stake),
             vote_stake=str(account.vote_stake),
@@ -187,7 +187,7 @@ class Api:
         )
 
     def _why_not_earning(self, state: State, jobs: list[Job]) -> str:
-        if not self.host.connected() and len(self.genesis.validators) > 1:
+        if not self.host.connected() and len(self.chain.committee.nodes) > 1:
             return "no peer is connected: check `peers` in tdmld.toml and this node's network"
         if self.chain.syncing:
             return "still fetching the chain; work starts when it has caught up"
@@ -281,7 +281,7 @@ class Api:
         status = {peer.peer_id: peer for peer in self.host.peers()}
         known = {address(r.node): r.addresses for r in self.peers.book.records()}
         known |= {p: status[p].addresses for p in status if p not in known}
-        validators = {address(v.node) for v in self.genesis.validators}
+        validators = set(map(address, self.chain.committee.nodes))
         rows = []
         for node, addresses in known.items():
             if node == self.key.address:
@@ -407,10 +407,16 @@ class Api:
             protocol=protocol_at(self.genesis, self.chain.height),
             parameters=values,
             validators=tuple(
-                ValidatorInfo(owner=address(v.owner), node=address(v.node), stake=str(v.stake))
-                for v in self.genesis.validators
+                ValidatorInfo(
+                    owner=address(seat.owner), node=address(seat.node), stake=str(seat.weight)
+                )
+                for seat in self._seats()
             ),
         )
+
+    def _seats(self) -> tuple[Seat, ...]:
+        chosen = self.chain.state().validator_set(self.chain.committee.epoch)
+        return () if chosen is None else chosen.seats
 
     # jobs ------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from tdmld.chain.blocks import (
     check_block,
     check_child,
     check_proposer,
+    turn,
 )
 from tdmld.chain.crypto import sha256
 from tdmld.chain.errors import InvalidBlock
@@ -34,7 +35,8 @@ MAX_TRIES = 4
 
 
 class Bodies:
-    """The bodies of one validator. `latest_ms`: the greatest header time that is no future now."""
+    """The bodies of one validator in one epoch. `latest_ms`: the greatest header time that is no
+    future now."""
 
     def __init__(
         self,
@@ -46,6 +48,8 @@ class Bodies:
         self._finality, self._store = finality, finality.store
         self._committee, self._rotation = committee, rotation
         self._latest_ms = latest_ms
+        self._epoch_blocks = self._store.genesis.parameters.epoch_blocks
+        self._sets = self._store.set_ids(committee.epoch)
         head = self._store.head
         self.tree = BlockTree(head.height, head.hash, head.view)
         self._mixes: dict[bytes, bytes] = {head.hash: head.mix}
@@ -67,7 +71,7 @@ class Bodies:
         they are `wanted`: each costs as much as a full block.
         """
         genesis, header = self._store.genesis, block.header
-        leader = self._rotation.leader(header.view)
+        leader = self._rotation.leader(turn(header.view))
         check_proposer(self._committee, leader, header, block.signature)
         tries = self._tries.get(header.view, 0)
         if not wanted and tries >= MAX_TRIES:
@@ -147,7 +151,9 @@ class Bodies:
         parent, mix = self.header(header.parent), self._mixes.get(header.parent)
         if parent is None or mix is None:
             return None
-        check_child(parent, header.parent, header)
+        check_child(parent, header.parent, header, self._epoch_blocks)
+        if (header.validators, header.next_validators) != self._sets:
+            raise InvalidBlock("the validator sets are others here")
         root = self._store.root_at(header.state_height)
         if root is None or header.time_ms > self._latest_ms():
             return None

@@ -1,5 +1,6 @@
-"""Streams between validators: one each pair, opened by the smaller node key, re-opened while the
-peers are connected. A link begins with a hello both ways; then messages in order, or the link ends.
+"""Streams between validators of this epoch and the next: one each pair, opened by the smaller node
+key, re-opened while the peers are connected; they outlive epochs. A link begins with a hello both
+ways; then messages in order, or the link ends.
 """
 
 import logging
@@ -28,10 +29,12 @@ Receive = Callable[["Link", ConsensusMessage], Awaitable[None]]
 
 
 class Link:
-    """One validator at the other end."""
+    """One validator at the other end. `index`: its place in the present committee, None when it
+    validates from the next epoch on."""
 
-    def __init__(self, index: int, stream: Stream) -> None:
+    def __init__(self, index: int | None, stream: Stream) -> None:
         self.index = index
+        self.peer_id = stream.peer_id
         self.stream = stream
         self.answered = -1.0
         """When the peer was last helped out of an old view (monotonic seconds)."""
@@ -46,7 +49,7 @@ class Link:
         self._bytes += len(raw)
         self._news.set()
         if self._bytes > QUEUE_BYTES:
-            log.warning("validator %d does not read: link closed", self.index)
+            log.warning("validator %s does not read: link closed", self.peer_id)
             self.scope.cancel()
 
     @property
@@ -65,14 +68,13 @@ class Link:
 
 
 class Links:
-    """All links of one validator. `greet` gives what a new link is told first."""
+    """All links of one node. `greet` gives what a new link is told first. None before `seat`."""
 
     def __init__(
         self,
         host: Host,
         protocol: str,
-        committee: Committee,
-        me: int,
+        me: bytes,
         limit: int,
         *,
         greet: Callable[[], Iterable[object]],
@@ -86,52 +88,72 @@ class Links:
         self._greet = greet
         self._receive = receive
         self._changed = changed
-        self._indices = {
-            address(node): index for index, node in enumerate(committee.nodes) if index != me
-        }
-        self._links: dict[int, Link] = {}
+        self._nodes: dict[str, bytes] = {}
+        """Who may be linked."""
+        self._indices: dict[str, int] = {}
+        self._links: dict[str, Link] = {}
         self._dialling: set[str] = set()
+
+    def seat(self, committee: Committee, following: Committee | None) -> None:
+        """These validate now, those next. A node that is in neither links with nobody."""
+        nodes = {*committee.nodes, *(following.nodes if following is not None else ())}
+        mine = self._me in nodes
+        self._nodes = {address(node): node for node in nodes if mine and node != self._me}
+        self._indices = {address(node): index for index, node in enumerate(committee.nodes)}
+        for peer, link in list(self._links.items()):
+            link.index = self._indices.get(peer)
+            if peer not in self._nodes:
+                link.scope.cancel()
+
+    def greet_all(self) -> None:
+        """Tell every link what a new one is told: our epoch has begun."""
+        for message in self._greet():
+            self.broadcast(message)
 
     # ---- sending -----------------------------------------------------------------------------
 
     @property
     def indices(self) -> set[int]:
-        """Validators linked now, without oneself."""
-        return set(self._links)
+        """Validators of the present committee linked now, without oneself."""
+        return {link.index for link in self._links.values() if link.index is not None}
 
-    def broadcast(self, message: object, *, but: int | None = None) -> None:
+    def broadcast(self, message: object) -> None:
         """Send to every linked validator."""
         raw = encode(message)
         spare = isinstance(message, Transactions)
-        for index, link in list(self._links.items()):
-            if index != but and not (spare and link.congested):
+        for link in list(self._links.values()):
+            if not (spare and link.congested):
                 link.send(raw)
 
+    def holds(self, link: Link) -> bool:
+        """Whether this link is in use, so that its `index` is up to date."""
+        return self._links.get(link.peer_id) is link
+
     def get(self, index: int) -> Link | None:
-        return self._links.get(index)
+        return next((link for link in self._links.values() if link.index == index), None)
 
     # ---- life --------------------------------------------------------------------------------
 
     def connected(self, peer_id: str, nursery: trio.Nursery) -> None:
         """A peer is connected: open a link when that is our part."""
-        index = self._indices.get(peer_id)
-        if index is not None and self._me < index and peer_id not in self._dialling:
+        node = self._nodes.get(peer_id)
+        if node is not None and self._me < node and peer_id not in self._dialling:
             self._dialling.add(peer_id)
-            nursery.start_soon(self._keep, peer_id, index)
+            nursery.start_soon(self._keep, peer_id)
 
-    async def _keep(self, peer_id: str, index: int) -> None:
-        """Keep a link while the peer is connected."""
+    async def _keep(self, peer_id: str) -> None:
+        """Keep a link while the peer is connected and validates."""
         delay = RETRY_FIRST
         try:
-            while peer_id in self._host.connected():
+            while peer_id in self._host.connected() and peer_id in self._nodes:
                 try:
                     stream = await self._host.open_stream(peer_id, self._protocol)
                     began = trio.current_time()
-                    await self._serve(stream, index)
+                    await self._serve(stream)
                     if trio.current_time() - began > RETRY_LAST:
                         delay = RETRY_FIRST
                 except P2PError as error:
-                    log.debug("link to validator %d: %s", index, error)
+                    log.debug("link to validator %s: %s", peer_id, error)
                 await trio.sleep(delay)
                 delay = min(2 * delay, RETRY_LAST)
         finally:
@@ -139,29 +161,33 @@ class Links:
 
     async def accept(self, stream: Stream) -> None:
         """Handler of inbound links: only from validators whose part it is to open."""
-        index = self._indices.get(stream.peer_id)
-        if index is None or index > self._me:
+        node = self._nodes.get(stream.peer_id)
+        if node is None or node > self._me:
             log.debug("%s may not open a consensus stream here", stream.peer_id)
             await stream.reset()
             return
-        await self._serve(stream, index)
+        await self._serve(stream)
 
-    async def _serve(self, stream: Stream, index: int) -> None:
-        link = Link(index, stream)
-        old = self._links.get(index)
+    async def _serve(self, stream: Stream) -> None:
+        peer = stream.peer_id
+        if peer not in self._nodes:  # its epochs ended while the stream was opened
+            await stream.reset()
+            return
+        link = Link(self._indices.get(peer), stream)
+        old = self._links.get(peer)
         if old is not None:
             old.scope.cancel()
-        self._links[index] = link
+        self._links[peer] = link
         for message in self._greet():
             link.send(encode(message))
         self._changed()
-        log.info("linked with validator %d", index)
+        log.info("linked with validator %s", peer)
         try:
             with link.scope:
                 await self._talk(link)
         finally:
-            if self._links.get(index) is link:
-                del self._links[index]
+            if self._links.get(peer) is link:
+                del self._links[peer]
             self._changed()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 await stream.reset()
@@ -175,10 +201,10 @@ class Links:
                     raw = await link.stream.receive(self._limit)
                     message: ConsensusMessage = decode(ConsensusMessage, raw, self._limit)  # type: ignore[arg-type]
                 except StreamError as error:
-                    log.debug("link to validator %d ended: %s", link.index, error)
+                    log.debug("link to validator %s ended: %s", link.peer_id, error)
                     break
                 except DecodeError as error:
-                    log.warning("validator %d sent a malformed message: %s", link.index, error)
+                    log.warning("validator %s sent a malformed message: %s", link.peer_id, error)
                     break
                 await self._receive(link, message)
             nursery.cancel_scope.cancel()
@@ -187,5 +213,5 @@ class Links:
         try:
             await link.drain()
         except StreamError as error:
-            log.debug("link to validator %d broke: %s", link.index, error)
+            log.debug("link to validator %s broke: %s", link.peer_id, error)
             link.scope.cancel()

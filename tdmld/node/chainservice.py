@@ -1,10 +1,14 @@
 """The chain side of a node: it follows the chain and, with a validator's key, makes it.
 
-    Validator   consensus among validators, over their own streams       (validators only)
+    Validator   consensus among an epoch's validators, over their own streams (validators only)
     SyncClient  catch-up from anybody; SyncServer answers everybody
     gossip      final blocks, transactions and offers to everybody else
     Finality    the one queue through which final blocks reach the store
     Admission   the pool and the spreading of transactions
+
+When the last block of an epoch is executed, the validators of the next are seated: a node that is
+among them then votes, one that is not any more follows. Links are kept, and begun an epoch early;
+messages that come from the next epoch too soon wait in a small store.
 
 The caller keeps the host connected (`host.add_peer`); this service reacts to who is connected.
 """
@@ -12,19 +16,26 @@ The caller keeps the host connected (`host.add_peer`); this service reacts to wh
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Protocol
 
 import trio
 
 from tdmld.chain.blocks import (
+    MAX_VALIDATORS,
     Block,
     Certificate,
     Committee,
+    Vote,
+    ends_epoch,
+    epoch_of,
+    turn,
+    view_epoch,
 )
 from tdmld.chain.codec import decode, encode
 from tdmld.chain.crypto import KeyPair, address
-from tdmld.chain.genesis import Genesis, validators
+from tdmld.chain.errors import InvariantViolation
+from tdmld.chain.genesis import Genesis
 from tdmld.chain.leader import Rotation
 from tdmld.chain.ledger import Receipt
 from tdmld.chain.mempool import Mempool
@@ -32,14 +43,17 @@ from tdmld.chain.pacing import Times
 from tdmld.chain.state import State
 from tdmld.node.admission import Admission
 from tdmld.node.chainerrors import SpecUnavailable
-from tdmld.node.chainlinks import Links
+from tdmld.node.chainlinks import Link, Links
 from tdmld.node.chainwire import (
     GOSSIP_BLOCK_BYTES,
     GOSSIP_BODY_BYTES,
     GOSSIP_OFFER_BYTES,
     GOSSIP_TX_BYTES,
     Announcement,
+    ConsensusMessage,
+    Hello,
     OfferNotice,
+    Proposal,
     Protocols,
     Transactions,
     consensus_bytes,
@@ -50,7 +64,7 @@ from tdmld.node.handover import HandOver
 from tdmld.node.specs import Specs
 from tdmld.node.store import AppliedBlock, ChainStore
 from tdmld.node.sync import SyncClient, SyncServer
-from tdmld.node.validator import Validator
+from tdmld.node.validator import ANSWER_PAUSE, Validator
 from tdmld.p2p import GossipMessage, Host, PeerConnected
 from tdmld.p2p.errors import P2PError
 
@@ -68,6 +82,8 @@ log = logging.getLogger(__name__)
 MAX_ANNOUNCEMENTS = 64
 EVERYBODY = "*"
 """The destination of transactions that are gossiped."""
+MAX_EARLY, MAX_EARLY_PROPOSALS = 256, 2
+"""Messages of the next epoch that are kept for one link until it begins here."""
 QUIET_SECONDS = 5.0
 """A follower that hears nothing for a heartbeat and this much asks."""
 
@@ -78,7 +94,7 @@ def wall_clock_ms() -> int:
 
 
 class ChainService:
-    """Follow the chain of `store`; validate when `node_key` is one of genesis' validators.
+    """Follow the chain of `store`; validate in the epochs whose set has `node_key`.
 
     Run it once: `await nursery.start(service.run)`. Everything else may be used before and after.
     """
@@ -100,10 +116,8 @@ class ChainService:
             parameters.leader_away_ms / 1000,
             parameters.heartbeat_ms / 1000,
         )
-        members = [(v.node, v.stake) for v in validators(genesis)]
-        self.committee = committee = Committee.of(store.chain_id, members)
-        self._rotation = Rotation(committee.stakes)
-        self._validators = {address(node): node for node in committee.nodes}
+        self._epoch_blocks = parameters.epoch_blocks
+        self._key, self._now_ms = node_key, now_ms
         self._protocols = Protocols(store.chain_id)
         self._finality = Finality(store)
         self._admission = Admission(self._finality, Mempool(genesis), self._spread, self._grown)
@@ -113,7 +127,6 @@ class ChainService:
         self._client = SyncClient(
             host,
             self._protocols.sync,
-            committee,
             self._finality,
             self._adopt,
             self._connected_validators,
@@ -123,33 +136,130 @@ class ChainService:
         self._heard_block = trio.Event()
         self._gossiping = False
         self._validator: Validator | None = None
-        if node_key is not None and committee.index(node_key.public) is not None:
-            self._validator = self._make_validator(node_key, now_ms)
+        self._links: Links | None = None
+        self._early: dict[str, list[tuple[Link, ConsensusMessage]]] = {}
+        self._nursery: trio.Nursery | None = None
+        self._scope = trio.CancelScope()
+        if node_key is not None:
+            self._links = Links(
+                host,
+                self._protocols.consensus,
+                node_key.public,
+                consensus_bytes(parameters.block_bytes, MAX_VALIDATORS),
+                greet=self._greet,
+                receive=self._received,
+                changed=self._grown,
+            )
+        self._committee, self._rotation = self._seat()
         self._finality.on_executed.append(self._executed)
 
-    def _make_validator(self, key: KeyPair, now_ms: Callable[[], int]) -> Validator:
-        validator = Validator(
-            key,
-            self.committee,
-            self._finality,
-            self._admission,
-            self._times,
-            now_ms=now_ms,
-            hint_sync=self._hint_validator,
-        )
-        index = self.committee.index(key.public)
-        assert index is not None
-        validator.links = Links(
-            self._host,
-            self._protocols.consensus,
-            self.committee,
-            index,
-            consensus_bytes(self.genesis.parameters.block_bytes, len(self.committee.nodes)),
-            greet=validator.greet,
-            receive=validator.receive,
-            changed=validator.wake,
-        )
-        return validator
+    # ---- epochs ------------------------------------------------------------------------------
+
+    @property
+    def committee(self) -> Committee:
+        """Who validates the block after the head."""
+        return self._committee
+
+    def _seat(self) -> tuple[Committee, Rotation]:
+        """The validators of the epoch that begins after the head, and our own part among them."""
+        epoch = self.store.epoch
+        committee = self.store.committee(epoch)
+        if committee is None:
+            raise InvariantViolation(f"nobody is known to validate in epoch {epoch}")
+        if self._validator is not None:
+            self._validator.close()
+            self._validator = None
+        if self._links is not None and self._key is not None:
+            self._links.seat(committee, self.store.committee(epoch + 1))
+            if committee.index(self._key.public) is not None:
+                self._validator = Validator(
+                    self._key,
+                    committee,
+                    self._finality,
+                    self._admission,
+                    self._times,
+                    now_ms=self._now_ms,
+                    hint_sync=self._hint_validator,
+                )
+                self._validator.links = self._links
+        return committee, Rotation(committee.stakes)
+
+    def _turn(self) -> None:
+        """The last block of an epoch is executed."""
+        before = self._validator is not None
+        self._committee, self._rotation = self._seat()
+        log.info("epoch %d begins: %d validators", self._committee.epoch, len(self.committee.nodes))
+        if before != self.validating:
+            log.warning(
+                "this node %s in epoch %d",
+                "validates" if self.validating else "validates no more",
+                self._committee.epoch,
+            )
+        if self._validator is not None:
+            self._validator.start()
+        self._scope.cancel()
+        if self._nursery is not None and self._links is not None:
+            for peer in self._host.connected():
+                self._links.connected(peer, self._nursery)
+
+    async def _validate(self) -> None:
+        """One epoch's validator after the other; none where we are not elected."""
+        while True:
+            early, self._early = self._early, {}
+            validator = self._validator
+            with trio.CancelScope() as self._scope:
+                async with trio.open_nursery() as nursery:
+                    if validator is not None:
+                        nursery.start_soon(validator.run)
+                    if self._links is not None:
+                        self._links.greet_all()
+                    for rows in early.values():
+                        for link, message in rows:
+                            if self._links is not None and self._links.holds(link):
+                                await self._received(link, message)
+                    await trio.sleep_forever()
+
+    def _greet(self) -> Iterator[object]:
+        if self._validator is not None:
+            yield from self._validator.greet()
+        else:
+            yield Hello(self._finality.height, ())
+
+    async def _received(self, link: Link, message: ConsensusMessage) -> None:
+        """A validator's message, for this epoch, the next, or one that is over."""
+        now, validator = self._committee.epoch, self._validator
+        epoch = now
+        match message:
+            case Transactions(raws):
+                await self._admission.receive(raws, spread=False)
+                return
+            case Vote() | Certificate():
+                epoch = view_epoch(message.view)
+            case Proposal(block):
+                epoch = view_epoch(block.header.view)
+            case Hello(height):
+                epoch = epoch_of(height + 1, self._epoch_blocks)
+            case _:
+                pass
+        if epoch > now:
+            self._keep_early(link, message)
+            self._client.hint(link.peer_id)
+        elif epoch < now and not isinstance(message, Hello):
+            if trio.current_time() >= link.answered + ANSWER_PAUSE:
+                link.answered = trio.current_time()
+                link.send(encode(Hello(self._finality.height, ())))
+        elif validator is not None and link.index is not None:
+            await validator.receive(link, message)
+        elif isinstance(message, Hello) and message.height > self._finality.height:
+            self._client.hint(link.peer_id)
+
+    def _keep_early(self, link: Link, message: ConsensusMessage) -> None:
+        kept = self._early.setdefault(link.peer_id, [])
+        proposals = sum(isinstance(known, Proposal) for _, known in kept)
+        if len(kept) < MAX_EARLY and (
+            not isinstance(message, Proposal) or proposals < MAX_EARLY_PROPOSALS
+        ):
+            kept.append((link, message))
 
     # ---- questions ---------------------------------------------------------------------------
 
@@ -189,9 +299,9 @@ class ChainService:
     @property
     def linked_validators(self) -> int:
         """Other validators with a consensus stream to this one; a follower: connected ones."""
-        if self._validator is None:
+        if self._validator is None or self._links is None:
             return len(self._connected_validators())
-        return len(self._validator.links.indices)
+        return len(self._links.indices - {self.committee.index(self._validator.key.public)})
 
     def state(self) -> State:
         """The executed state, as of now and later: reads go to the store."""
@@ -218,8 +328,8 @@ class ChainService:
 
     async def _spread(self, raws: Sequence[bytes]) -> None:
         """Tell all who could propose them. Returns at once."""
-        if self._validator is not None:
-            self._validator.links.broadcast(Transactions(tuple(raws)))
+        if self._validator is not None and self._links is not None:
+            self._links.broadcast(Transactions(tuple(raws)))
             return
         for to in self._connected_validators():
             self._hand_over.send(to, raws)
@@ -269,6 +379,7 @@ class ChainService:
     # ---- final blocks --------------------------------------------------------------------------
 
     def _adopt(self, blocks: Sequence[Block], certificate: Certificate) -> None:
+        """Final blocks that follow the final head, of one epoch: the present one."""
         if self._validator is not None:
             self._validator.adopt(blocks, certificate)
         else:
@@ -278,7 +389,7 @@ class ChainService:
         self._heard_block.set()
         self._specs.executed(applied)
         header = applied.block.header
-        leads = self.committee.nodes[self._rotation.leader(header.view + 1)]
+        leads = self.committee.nodes[self._rotation.leader(turn(header.view) + 1)]
         mine = self._validator is not None and self._validator.key.public in (
             header.proposer,
             leads,
@@ -286,6 +397,8 @@ class ChainService:
         if mine and applied.certificate is not None and not self.syncing:
             self._announcements.append(applied)
             self._announce_news.set()
+        if ends_epoch(applied.height, self._epoch_blocks):
+            self._turn()
 
     async def _announce(self) -> None:
         """Gossip final blocks: the proposer and the next leader do, so that one may be lost."""
@@ -311,6 +424,9 @@ class ChainService:
         header, finality = notice.header, self._finality
         if header.height <= finality.height:
             return
+        if epoch_of(header.height, self._epoch_blocks) != self.committee.epoch:
+            self._client.hint(source)
+            return
         if self._validator is not None:
             self._validator.certificate(notice.certificate)
             return
@@ -329,7 +445,7 @@ class ChainService:
         self._client.hint(None if index is None else address(self.committee.nodes[index]))
 
     def _connected_validators(self) -> list[str]:
-        return sorted(self._host.connected() & self._validators.keys())
+        return sorted(self._host.connected() & set(map(address, self.committee.nodes)))
 
     # ---- running -------------------------------------------------------------------------------
 
@@ -342,7 +458,8 @@ class ChainService:
         self._host.set_handler(self._protocols.sync, self._server.accept)
         if self._validator is not None:
             self._validator.start()
-            self._host.set_handler(self._protocols.consensus, self._validator.links.accept)
+        if self._links is not None:
+            self._host.set_handler(self._protocols.consensus, self._links.accept)
         changes = self._host.changes()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._finality.run)
@@ -351,10 +468,9 @@ class ChainService:
             nursery.start_soon(self._hand_over.run)
             nursery.start_soon(self._client.run)
             await self._subscribe(nursery)
-            if self._validator is not None:
-                nursery.start_soon(self._validator.run)
-            else:
-                nursery.start_soon(self._listen_for_silence)
+            self._nursery = nursery
+            nursery.start_soon(self._validate)
+            nursery.start_soon(self._listen_for_silence)
             for peer in self._host.connected():
                 self._peer_connected(peer, nursery)
             task_status.started()
@@ -364,9 +480,9 @@ class ChainService:
             nursery.cancel_scope.cancel()
 
     def _peer_connected(self, peer: str, nursery: trio.Nursery) -> None:
-        if self._validator is not None:
-            self._validator.links.connected(peer, nursery)
-        else:
+        if self._links is not None:
+            self._links.connected(peer, nursery)
+        if self._validator is None:
             self._client.hint(peer)
 
     async def _listen_for_silence(self) -> None:
@@ -375,16 +491,14 @@ class ChainService:
             self._heard_block = trio.Event()
             with trio.move_on_after(self._times.heartbeat + QUIET_SECONDS) as quiet:
                 await self._heard_block.wait()
-            if quiet.cancelled_caught:
+            if quiet.cancelled_caught and self._validator is None:
                 self._client.hint()
 
     # ---- gossip --------------------------------------------------------------------------------
 
     async def _subscribe(self, nursery: trio.Nursery) -> None:
         """Take part in gossip, when the host does."""
-        door = GossipDoor(
-            self.committee, self._rotation, self._finality, self._admission, self._specs
-        )
+        door = GossipDoor(self._finality, self._admission, self._specs)
         topics: tuple[tuple[str, int, Callable[[str, bytes], bool], Deliver], ...] = (
             (
                 self._protocols.block,

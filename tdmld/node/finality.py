@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import trio
 
-from tdmld.chain.blocks import Block, Certificate, Header, block_hash
+from tdmld.chain.blocks import Block, Certificate, Header, block_hash, ends_epoch
 from tdmld.chain.crypto import sha256
 from tdmld.chain.ledger import Receipt
 from tdmld.node.store import AppliedBlock, ChainStore
@@ -113,6 +113,12 @@ class Finality:
         while len(self._queue) > MAX_BACKLOG:
             await self._executed.wait()
 
+    async def settled(self) -> None:
+        """At the end of an epoch, wait until all that is final is executed: only then is it known
+        who validates, and a later block can be checked. Cancellation changes nothing."""
+        while ends_epoch(self.height, self.store.genesis.parameters.epoch_blocks) and self.backlog:
+            await self._executed.wait()
+
     async def run(self) -> None:
         """Execute for ever. An InvariantViolation or StoreError ends the node: see `apply`."""
         while True:
@@ -130,7 +136,7 @@ class Finality:
 
     def _publish(self, applied: AppliedBlock) -> None:
         self.limbo.difference_update([receipt.id for receipt in applied.receipts])
-        for tell in self.on_executed:
+        for tell in list(self.on_executed):
             tell(applied)
         for receipt in applied.receipts:
             for event in self._waiting.pop(receipt.id, ()):

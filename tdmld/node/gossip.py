@@ -8,11 +8,12 @@ from collections import OrderedDict
 from tdmld.chain.blocks import (
     Committee,
     Header,
-    Kind,
     block_hash,
+    check_finalization,
     check_proposer,
+    epoch_of,
     transactions_root,
-    verify_certificate,
+    turn,
 )
 from tdmld.chain.codec import decode
 from tdmld.chain.errors import ChainError, DecodeError, InvalidBlock
@@ -45,13 +46,10 @@ class GossipDoor:
 
     def __init__(
         self,
-        committee: Committee,
-        rotation: Rotation,
         finality: Finality,
         admission: Admission,
         specs: Specs,
     ) -> None:
-        self._committee, self._rotation = committee, rotation
         self._finality, self._store = finality, finality.store
         self._admission, self._specs = admission, specs
         self._announced: OrderedDict[bytes, int] = OrderedDict()
@@ -62,18 +60,20 @@ class GossipDoor:
             notice = decode(Announcement, raw, GOSSIP_BLOCK_BYTES)
         except DecodeError:
             return False
-        certificate, header, body = notice.certificate, notice.header, notice.transactions
+        header, body = notice.header, notice.transactions
+        blocks = self._store.genesis.parameters.epoch_blocks
+        committee = (
+            self._store.committee(epoch_of(header.height, blocks)) if header.height else None
+        )
         key = block_hash(header)
         times = self._announced.get(key, 0)
         fine = (
             times < COPIES
             and header.height > self._finality.height - OLD_HEIGHTS
-            and certificate.kind is Kind.FINALIZE
-            and certificate.view == header.view
-            and certificate.hash == key
-            and self._is_by_leader(header, notice.signature)
+            and committee is not None
+            and self._is_by_leader(committee, header, notice.signature)
             and (body is None or transactions_root(body) == header.tx_root)
-            and verify_certificate(self._committee, certificate)
+            and check_finalization(committee, header, blocks, notice.certificate)
         )
         if fine:
             self._announced[key] = times + 1
@@ -81,10 +81,11 @@ class GossipDoor:
                 self._announced.popitem(last=False)
         return fine
 
-    def _is_by_leader(self, header: Header, signature: bytes) -> bool:
+    def _is_by_leader(self, committee: Committee, header: Header, signature: bytes) -> bool:
         """One signature that no stranger can make, before those of a whole committee."""
         try:
-            check_proposer(self._committee, self._rotation.leader(header.view), header, signature)
+            leader = Rotation(committee.stakes).leader(turn(header.view))
+            check_proposer(committee, leader, header, signature)
         except InvalidBlock:
             return False
         return True

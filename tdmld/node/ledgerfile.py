@@ -38,7 +38,7 @@ def read_ledger(data_dir: Path) -> LedgerSums:
         counted = recount(store.state_items())
         return LedgerSums(
             height=store.height,
-            accounted=counted.balances + counted.stakes + counted.escrows,
+            accounted=counted.balances + counted.stakes + counted.unbonding + counted.escrows,
             burned=counted.burned,
             supply=counted.genesis,
         )

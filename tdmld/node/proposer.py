@@ -28,6 +28,7 @@ def build_block(
     now_ms: int,
     state_height: int,
     state_root: bytes,
+    sets: tuple[bytes, bytes],
 ) -> Block:
     """The signed block. Proving the beacon takes 0.4 ms. Time grows though the clock may not."""
     parent = position.parent
@@ -44,5 +45,7 @@ def build_block(
         tx_root=transactions_root(body),
         state_height=state_height,
         state_root=state_root,
+        validators=sets[0],
+        next_validators=sets[1],
     )
     return sign_block(key, chain_id, header, body)

@@ -20,16 +20,20 @@ from typing import TypeVar
 
 from rocksdict import WriteBatch, WriteOptions
 
+from tdmld.chain import epochs
 from tdmld.chain.blocks import (
     Block,
     Certificate,
+    Committee,
     Header,
     Kind,
     Vote,
     beacon_mix,
     beacon_start,
     block_hash,
+    epoch_of,
     first_header,
+    view_epoch,
 )
 from tdmld.chain.codec import Hash, Record, decode, encode
 from tdmld.chain.crypto import address, sha256
@@ -38,7 +42,7 @@ from tdmld.chain.events import Event
 from tdmld.chain.genesis import Genesis, chain_id, protocol_at
 from tdmld.chain.ledger import BlockContext, Receipt, apply_block, genesis_changes
 from tdmld.chain.limits import SPEC_BYTES
-from tdmld.chain.state import owners_of
+from tdmld.chain.state import State, owners_of
 from tdmld.chain.transactions import decode_transaction
 from tdmld.chain.tree import Tree
 from tdmld.node.chainerrors import (
@@ -52,7 +56,7 @@ from tdmld.node.rocks import open_database, translated
 
 T = TypeVar("T")
 
-FORMAT = b"tdmld-chain-1"
+FORMAT = b"tdmld-chain-2"
 PROTOCOLS = frozenset({1})
 """Protocol versions that this program implements."""
 MAX_RECORD_BYTES = 64 << 20
@@ -124,6 +128,8 @@ class ChainStore:
         self._guard_lock = threading.Lock()
         self._guard: dict[tuple[int, int], bytes] = {}
         """(kind, view) -> what was signed: a block id, or the zero hash."""
+        self._committees: dict[int, Committee] = {}
+        self._set_ids: dict[int, tuple[bytes, bytes]] = {}
         self._head: Head
         self._db = open_database(path)
         try:
@@ -176,6 +182,34 @@ class ChainStore:
                 yield key[1:], bytes(value)
         except Exception as error:  # rocksdict raises bare Exception for every cause
             raise translated(self.path, "read", error) from error
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the block after the head."""
+        return epoch_of(self._head.height + 1, self.genesis.parameters.epoch_blocks)
+
+    def committee(self, epoch: int) -> Committee | None:
+        """Who validates in an epoch; None before it is fixed by what is executed here."""
+        known = self._committees.get(epoch)
+        if known is None:
+            chosen = State(self.get).validator_set(epoch)
+            if chosen is None:
+                return None
+            known = self._committees[epoch] = epochs.committee(self.chain_id, chosen)
+        return known
+
+    def set_ids(self, epoch: int) -> tuple[bytes, bytes]:
+        """What headers of an epoch name: its validators and the next ones. Both are fixed once the
+        block before the epoch is executed; raises InvariantViolation before that."""
+        known = self._set_ids.get(epoch)
+        if known is not None:
+            return known
+        state = State(self.get)
+        now, after = state.validator_set(epoch), state.validator_set(epoch + 1)
+        if now is None or after is None:
+            raise InvariantViolation(f"the validators of epoch {epoch} are not known here yet")
+        found = self._set_ids[epoch] = epochs.set_id(now), epochs.set_id(after)
+        return found
 
     def root_at(self, height: int) -> bytes | None:
         """The state root after executing `height`; None when it has not been executed."""
@@ -255,6 +289,13 @@ class ChainStore:
         if header.height != head.height + 1 or header.parent != head.hash:
             raise InvariantViolation(
                 f"block {header.height} does not follow the head {head.height}"
+            )
+        if view_epoch(header.view) != self.epoch:
+            raise InvariantViolation(f"block {header.height} has a view of another epoch")
+        if (header.validators, header.next_validators) != self.set_ids(self.epoch):
+            raise InvariantViolation(
+                f"block {header.height} names other validators than this node computed: stop, keep "
+                f"{self.path} for a report, start again from an empty directory"
             )
         version = protocol_at(self.genesis, header.height)
         if version not in PROTOCOLS or header.protocol != version:

@@ -13,10 +13,11 @@ from tdmld.chain.blocks import (
     Block,
     Certificate,
     Committee,
-    Kind,
     block_hash,
+    check_finalization,
+    ends_epoch,
+    epoch_of,
     transactions_root,
-    verify_certificate,
     verify_proposal,
 )
 from tdmld.chain.codec import decode, encode
@@ -67,9 +68,10 @@ class BadAnswer(Exception):
 
 
 def check_blocks(
-    committee: Committee, height: int, head: bytes, answer: Blocks
+    committee: Committee, epoch_blocks: int, height: int, head: bytes, answer: Blocks
 ) -> tuple[list[Block], Certificate] | None:
     """The new final blocks of an answer that extends (height, head); None when there are none.
+    They are of one epoch, whose validators are `committee`.
 
     Raises BadAnswer. Transactions' signatures are not checked again: the quorum did.
     """
@@ -87,12 +89,7 @@ def check_blocks(
             raise BadAnswer(f"block {height} does not carry its proposer's signature")
         head = block_hash(header)
     certificate = answer.certificate
-    if (
-        certificate.kind is not Kind.FINALIZE
-        or certificate.hash != head
-        or certificate.view != fresh[-1].header.view
-        or not verify_certificate(committee, certificate)
-    ):
+    if not check_finalization(committee, fresh[-1].header, epoch_blocks, certificate):
         raise BadAnswer(f"block {height} is not finalized by its certificate")
     return fresh, certificate
 
@@ -158,7 +155,8 @@ class SyncServer:
         return True
 
     def blocks(self, start: int, count: int) -> Blocks:
-        """Blocks from `start`, ending with one that has its own finalization."""
+        """Blocks from `start`, of one epoch, ending with one that has its own finalization."""
+        epoch_blocks = self._store.genesis.parameters.epoch_blocks
         top = self._store.height
         found: list[Block] = []
         whole, certificate, size = 0, None, 0
@@ -176,6 +174,8 @@ class SyncServer:
             own = self._store.certificate(height)
             if own is not None:
                 whole, certificate = len(found), own
+            if ends_epoch(height, epoch_blocks):
+                break
             height += 1
         return Blocks(top, tuple(found[:whole]), certificate)
 
@@ -187,17 +187,16 @@ class SyncClient:
         self,
         host: Host,
         protocol: str,
-        committee: Committee,
         finality: Finality,
         adopt: Adopt,
         preferred: Callable[[], Sequence[str]],
     ) -> None:
         self._host = host
         self._protocol = protocol
-        self._committee = committee
         self._finality = finality
         self._adopt = adopt
         self._preferred = preferred
+        self._epoch_blocks = finality.store.genesis.parameters.epoch_blocks
         self._limit = blocks_bytes(finality.store.genesis.parameters.block_bytes)
         self._hints: dict[str, None] = {}
         self._news = trio.Event()
@@ -247,14 +246,18 @@ class SyncClient:
         async with stream:
             while True:
                 await self._finality.room()
+                await self._finality.settled()
                 with trio.fail_after(ANSWER_SECONDS):
                     request = BlocksRequest(self._finality.height + 1, SYNC_BLOCKS)
                     await stream.send(encode(request))
                     answer = await self._answer(stream)
                 if not isinstance(answer, Blocks):
                     raise BadAnswer("an answer to another question")
-                finality = self._finality
-                found = check_blocks(self._committee, finality.height, finality.hash, answer)
+                await self._finality.settled()  # consensus may have moved on meanwhile
+                finality, blocks = self._finality, self._epoch_blocks
+                committee = finality.store.committee(epoch_of(finality.height + 1, blocks))
+                assert committee is not None
+                found = check_blocks(committee, blocks, finality.height, finality.hash, answer)
                 if found is None:
                     return progress
                 self.active = len(found[0]) > 1 or answer.height > found[0][-1].header.height

@@ -1,4 +1,4 @@
-"""A validator: the shell that gives the consensus core its signatures, disk, clock and streams.
+"""A validator of one epoch: the shell that gives the core its signatures, disk, clock and streams.
 
     stream -> checks -> core -> effects -> writer: sign, guard, one synced batch -> send -> core
 
@@ -15,6 +15,10 @@ Rules of the shell
       voted beyond them: whoever voted in view v had seen v - 1 end, and one of those who ended it
       is honest and among the greeters, so they know of the end of v - 2. Unless it is needed: when
       a view has lasted SILENT_SECONDS longer than it should, the chain is stuck without it.
+  N7  Nothing is proposed on the last block of an epoch. In views after its notarization everybody
+      votes on that same block again, until it is final and executed here; then this object is over
+      and the next epoch has one of its own (`chainservice`).
+  N8  Whoever is seen to contradict itself is accused on the chain, by everybody who saw it.
 """
 
 import logging
@@ -23,13 +27,18 @@ from collections.abc import Callable, Iterator, Sequence
 import trio
 
 from tdmld.chain.blocks import (
+    EPOCH_VIEWS,
     Block,
     Certificate,
     Committee,
+    Header,
     Kind,
     Vote,
     block_hash,
+    ends_epoch,
     sign_vote,
+    start_view,
+    turn,
     verify_certificate,
     verify_vote,
 )
@@ -54,8 +63,15 @@ from tdmld.chain.leader import Rotation
 from tdmld.chain.ledger import next_due
 from tdmld.chain.pacing import Pacing, Propose, Repeat, Situation, TimeOut, Times
 from tdmld.chain.pending import MAX_BLOCKS
+from tdmld.chain.slashing import from_votes, offender
+from tdmld.chain.transactions import (
+    Evidence,
+    ProposalEvidence,
+    sign_transaction,
+)
 from tdmld.node.admission import Admission
 from tdmld.node.bodies import Bodies
+from tdmld.node.chainerrors import ServiceBusy
 from tdmld.node.chainlinks import Link, Links
 from tdmld.node.chainwire import (
     BlockRequest,
@@ -87,7 +103,8 @@ EVER = 2**63
 
 
 class Validator:
-    """One validator's part. `hint_sync` asks for catch-up; `now_ms` is the wall clock."""
+    """One validator's part in one epoch; the head is the block before it or of it. `hint_sync` asks
+    for catch-up; `now_ms` is the wall clock."""
 
     links: Links
     """Set by the service before `run`."""
@@ -119,7 +136,10 @@ class Validator:
         self._late_since = 0.0
         self._seen_view = 0
         self._rotation = Rotation(committee.stakes)
-        self.core = Simplex(committee.stakes, me, store.head.view, store.head.hash, store.votes())
+        head, blocks = store.head, self._genesis.parameters.epoch_blocks
+        self._epoch_blocks, self._sets = blocks, store.set_ids(committee.epoch)
+        view = start_view(head.height, head.view, blocks)
+        self.core = Simplex(committee.stakes, me, view, head.hash, store.votes())
         if self._newborn:
             self.core.silence(EVER)
         self._pacing = Pacing(times, trio.current_time())
@@ -127,6 +147,11 @@ class Validator:
         self._proposed: set[int] = set()
         self._want: Finalized | None = None
         self._asked = -ASK_AGAIN
+        self._leaders: dict[int, tuple[Header, bytes]] = {}
+        """View -> the first signed header that was seen in it (N8)."""
+        self._accused: set[bytes] = set()
+        self._accusations: list[Evidence] = []
+        self._accusation = trio.Event()
         self._outbox: list[Vote | Block] = []
         self._outbox_news = trio.Event()
         self._unstored: list[Certificate] = []
@@ -147,6 +172,14 @@ class Validator:
         """Something changed: look again at what is due."""
         self._wake.set()
 
+    @property
+    def epoch(self) -> int:
+        return self._committee.epoch
+
+    def close(self) -> None:
+        """The epoch is over: follow nothing any more. Cancel `run` too."""
+        self._finality.on_executed.remove(self._executed)
+
     def start(self) -> None:
         """Draw the conclusions of what is stored. Call once, before the first message comes."""
         self._act(self.core.start(self._store.view_certificates()))
@@ -158,6 +191,7 @@ class Validator:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._write)
             nursery.start_soon(self._clock)
+            nursery.start_soon(self._accuse_all)
 
     # ---- effects -----------------------------------------------------------------------------
 
@@ -181,9 +215,43 @@ class Validator:
                     self._help(voter)
                 case Conflict(first, second):
                     log.error("validator %d signed twice: %s and %s", first.voter, first, second)
+                    self._accuse(from_votes(self._committee.nodes[first.voter], first, second))
         if effects:
+            self._again()
             self._finish()
             self.wake()
+
+    def _again(self) -> None:
+        """N7: the block of this view is the last of the epoch, once that is notarized."""
+        core = self.core
+        tip = core.parent()
+        if tip is None or tip.hash == self._finality.hash or tip.view <= core.final_view:
+            return
+        header = self._bodies.header(tip.hash)
+        if header is not None and ends_epoch(header.height, self._epoch_blocks):
+            again = Proposed(tip.view, tip.hash, True)
+            if not core.knows(core.view, tip.hash):
+                self._act(core.add_block(core.view, tip.hash, again))
+
+    def _accuse(self, evidence: Evidence) -> None:
+        """N8: once an epoch for each node, as the chain counts."""
+        node = offender(evidence)[0]
+        if node != self.key.public and node not in self._accused:
+            self._accused.add(node)
+            self._accusations.append(evidence)
+            self._accusation.set()
+
+    async def _accuse_all(self) -> None:
+        while True:
+            while not self._accusations:
+                self._accusation = trio.Event()
+                await self._accusation.wait()
+            evidence = self._accusations.pop()
+            raw = sign_transaction(self.key, self._store.chain_id, evidence)
+            try:
+                await self._admission.submit(raw)
+            except (ChainError, ServiceBusy) as error:
+                log.info("an accusation is not needed: %s", error)
 
     def _post(self, item: Vote | Block) -> None:
         self._outbox.append(item)
@@ -225,6 +293,7 @@ class Validator:
         view = blocks[-1].header.view
         self._unstored = [known for known in self._unstored if known.view > view]
         self._proposed = {proposed for proposed in self._proposed if proposed > view}
+        self._leaders = {seen: row for seen, row in self._leaders.items() if seen > view}
 
     def _executed(self, applied: AppliedBlock) -> None:
         self._bodies.executed(applied)
@@ -281,7 +350,7 @@ class Validator:
                 block.header.proposer == self.key.public
             ):
                 yield self._proposal(block)
-        yield from self._store.votes()
+        yield from (vote for vote in self._store.votes() if vote.view > self.core.final_view)
         waiting = [transaction.raw for transaction in self._admission.select(())]
         for start in range(0, len(waiting), 16):
             yield Transactions(tuple(waiting[start : start + 16]))
@@ -306,7 +375,8 @@ class Validator:
                     self.certificate(certificate)
                 if height > self._finality.height:
                     self._hint_sync(link.index)
-                self._greeted.add(link.index)
+                if link.index is not None:
+                    self._greeted.add(link.index)
                 self._speak_when_greeted()
             case BlockRequest(wanted):
                 body = self._bodies.tree.get(wanted)
@@ -359,6 +429,7 @@ class Validator:
         except ChainError as error:
             log.warning("a bad block of view %d: %s", header.view, error)
             return
+        self._watch(header, block.signature)
         if not all(await self._admission.verified(unknown)):
             log.warning("view %d: a transaction in the block is not signed", header.view)
             return
@@ -369,6 +440,13 @@ class Validator:
             self._judge()
             self.wake()
 
+    def _watch(self, header: Header, signature: bytes) -> None:
+        """N8, of leaders; the signature is good."""
+        first, first_signature = self._leaders.setdefault(header.view, (header, signature))
+        if first != header:
+            log.error("two blocks of one leader for view %d", header.view)
+            self._accuse(ProposalEvidence(first, first_signature, header, signature))
+
     # ---- judging (N3, N4) --------------------------------------------------------------------
 
     def _judge(self) -> None:
@@ -378,8 +456,10 @@ class Validator:
             header = block.header
             if header.view == self.core.view:
                 self._block_seen(header.view)
-            proposed = Proposed(header.parent_view, header.parent, not block.transactions)
+            parent_view = max(header.parent_view, self.epoch * EPOCH_VIEWS)
+            proposed = Proposed(parent_view, header.parent, not block.transactions)
             self._act(self.core.add_block(header.view, key, proposed))
+        self._again()
 
     def _block_seen(self, view: int) -> None:
         """The block of a view puts the next one off by an interval (P2): once, whatever else its
@@ -404,7 +484,7 @@ class Validator:
 
     def _tick(self) -> float:
         now, core = trio.current_time(), self.core
-        leader = self._rotation.leader(core.view)
+        leader = self._rotation.leader(turn(core.view))
         connected = self.links.indices | {self._me}
         quorum = self._committee.weight(connected) >= self._committee.quorum
         actions, deadline = self._pacing.tick(
@@ -475,6 +555,8 @@ class Validator:
         parent, mix = self._bodies.header(found.hash), self._bodies.mix(found.hash)
         if parent is None or mix is None or parent.state_height > head.height:
             return
+        if ends_epoch(parent.height, self._epoch_blocks) and found.view > self.epoch * EPOCH_VIEWS:
+            return
         full = self.core.depth >= MAX_DEPTH
         held = self._bodies.held(found.hash)
         body = [] if full else [item.raw for item in self._admission.select(held)]
@@ -487,6 +569,7 @@ class Validator:
             now_ms=self._now_ms(),
             state_height=head.height,
             state_root=head.state_root,
+            sets=self._sets,
         )
         self._proposed.add(view)
         self._bodies.tree.add(block, wanted=True)

@@ -38,6 +38,8 @@ def header(**changes: object) -> Header:
         tx_root=blocks.transactions_root([b"a", b"b"]),
         state_height=0,
         state_root=ZERO_HASH,
+        validators=ZERO_HASH,
+        next_validators=ZERO_HASH,
     )
     return msgspec.structs.replace(plain, **changes)
 
@@ -109,9 +111,9 @@ def test_a_child_fits_its_parent(changes: dict[str, object], text: str) -> None:
         "time_ms": 1001,
         "state_height": 2,
     }
-    blocks.check_child(parent, block_hash(parent), header(**right))
+    blocks.check_child(parent, block_hash(parent), header(**right), 500)
     with pytest.raises(InvalidBlock, match=text):
-        blocks.check_child(parent, block_hash(parent), header(**(right | changes)))
+        blocks.check_child(parent, block_hash(parent), header(**(right | changes)), 500)
 
 
 def test_the_beacon_mixes_the_leaders_proof_and_refuses_another() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import trio
 
-from tdmld.chain.crypto import KeyPair, public_key
+from tdmld.chain.blocks import view_epoch
+from tdmld.chain.crypto import KeyPair, address, public_key
 from tdmld.chain.errors import ChainError
 from tdmld.chain.genesis import Genesis, load_genesis
 from tdmld.node.chainerrors import ChainSideError
@@ -56,6 +57,23 @@ class Control:
     async def root_at(self, height: int) -> str:
         return (self._service.store.root_at(height) or b"").hex()
 
+    async def voters(self, height: int) -> list[str]:
+        """Who signed the finalization of a height, if it has one of its own."""
+        block, certificate = self._service.store.block(height), None
+        if block is not None:
+            certificate = self._service.store.certificate(height)
+        if certificate is None:
+            return []
+        committee = self._service.store.committee(view_epoch(certificate.view))
+        assert committee is not None
+        return [address(committee.nodes[voter]) for voter, _ in certificate.signatures]
+
+    async def offences(self, pair: list[str]) -> int:
+        """Stake of an owner that was burned for what its node did in epoch 0."""
+        owner, node = map(public_key, pair)
+        found = self._service.state().offence(owner, node, 0)
+        return 0 if found is None else found.burned
+
     async def status(self, _: None) -> dict[str, Any]:
         service = self._service
         return {
@@ -67,6 +85,9 @@ class Control:
             "links": service.linked_validators,
             "connected": len(self._host.connected()),
             "pool": service.pool_size,
+            "validating": service.validating,
+            "epoch": service.committee.epoch,
+            "validators": [address(node) for node in service.committee.nodes],
         }
 
 

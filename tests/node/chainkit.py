@@ -71,6 +71,8 @@ def next_block(
         "tx_root": transactions_root(body),
         "state_height": head.height,
         "state_root": head.state_root,
+        "validators": store.set_ids(store.epoch)[0],
+        "next_validators": store.set_ids(store.epoch)[1],
     }
     return sign_block(leader, CHAIN, Header(**(fields | changes)), body)  # type: ignore[arg-type]
 

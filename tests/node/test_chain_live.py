@@ -14,7 +14,17 @@ import trio
 
 from tdmld.chain.crypto import KeyPair
 from tdmld.chain.genesis import Genesis, chain_id, genesis_bytes, genesis_from_document
-from tdmld.chain.transactions import Transfer, sign_transaction
+from tdmld.chain.transactions import (
+    Bond,
+    Nominate,
+    Payload,
+    Register,
+    Transfer,
+    Unbond,
+    Withdraw,
+    sign_registration,
+    sign_transaction,
+)
 
 pytestmark = pytest.mark.e2e
 
@@ -24,7 +34,7 @@ NODES = [KeyPair(bytes([50 + i]) * 32) for i in range(6)]
 START = 1_000_000
 
 
-def make_genesis(validators: int = 5, interval_ms: int = 100) -> Genesis:
+def make_genesis(validators: int = 5, interval_ms: int = 100, **parameters: object) -> Genesis:
     return genesis_from_document(
         {
             "chain": "chain-live-test",
@@ -33,7 +43,7 @@ def make_genesis(validators: int = 5, interval_ms: int = 100) -> Genesis:
             "validators": [
                 [OWNERS[i].address, NODES[i].address, 100 + i] for i in range(validators)
             ],
-            "parameters": {"interval_ms": interval_ms},
+            "parameters": {"interval_ms": interval_ms, **parameters},
         }
     )
 
@@ -105,8 +115,8 @@ class NodeProcess:
 
 
 class Network:
-    def __init__(self, path: Path, nursery: trio.Nursery) -> None:
-        self.genesis = make_genesis()
+    def __init__(self, path: Path, nursery: trio.Nursery, genesis: Genesis) -> None:
+        self.genesis = genesis
         self.chain_id = chain_id(self.genesis)
         self._path, self._nursery = path, nursery
         self._file = path / "genesis.json"
@@ -138,15 +148,18 @@ class Network:
                 await other.ask("peers", [[node.key.address, node.addresses]])
 
     def transfer(self, sender: int, to: int, amount: int = 7) -> str:
-        raw = sign_transaction(
-            OWNERS[sender],
-            self.chain_id,
-            Transfer(OWNERS[to].public, amount),
-            nonce=self.nonces[sender],
-            fee=10,
-        )
+        return self.sign(sender, Transfer(OWNERS[to].public, amount))
+
+    def sign(self, sender: int, payload: Payload) -> str:
+        nonce = self.nonces[sender]
+        raw = sign_transaction(OWNERS[sender], self.chain_id, payload, nonce=nonce, fee=10)
         self.nonces[sender] += 1
         return raw.hex()
+
+    async def do(self, node: NodeProcess, sender: int, payload: Payload) -> None:
+        """A transaction that must succeed."""
+        transaction = await node.ask("submit", self.sign(sender, payload))
+        assert await node.ask("wait", transaction) == [True, ""]
 
     async def until(self, name: str, what: Any, nodes: list[NodeProcess]) -> list[Any]:
         """Poll status until `what(statuses)` holds."""
@@ -166,10 +179,12 @@ class Network:
 
 
 @asynccontextmanager
-async def network(path: Path, seconds: float = 60) -> AsyncIterator[Network]:
+async def network(
+    path: Path, seconds: float = 60, genesis: Genesis | None = None
+) -> AsyncIterator[Network]:
     with trio.fail_after(seconds):
         async with trio.open_nursery() as nursery:
-            net = Network(path, nursery)
+            net = Network(path, nursery, genesis or make_genesis())
             try:
                 await net.start(5)
                 await net.until(
@@ -241,3 +256,47 @@ async def test_a_sixth_node_follows_and_its_transactions_count(tmp_path: Path) -
         assert len({row["root"] for row in rows}) == 1
         spec = await follower.ask("publish_spec", "{}")
         assert await net.nodes[1].ask("fetch_spec", spec) == "{}"
+
+
+async def test_validators_change_while_the_chain_runs(tmp_path: Path) -> None:
+    """One unbonds and leaves, a sixth bonds and joins; nobody is started again."""
+    genesis = make_genesis(interval_ms=20, epoch_blocks=5, unbonding=[3, 1])
+    leaver, joiner = 4, 5
+    async with network(tmp_path, 90, genesis) as net:
+        await net.start(1)
+        nodes, new = net.nodes, net.nodes[joiner]
+        stop = trio.Event()
+
+        async def load() -> None:
+            """Blocks are made on demand: epochs need some."""
+            while not stop.is_set():
+                await net.do(nodes[1], 1, Transfer(OWNERS[0].public, 1))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(load)
+            height = (await nodes[0].ask("status"))["height"] + 30
+            key, owner = NODES[joiner], OWNERS[joiner]
+            proof = sign_registration(key, net.chain_id, owner.public, height)
+            await net.do(new, joiner, Register(key.public, height, proof))
+            await net.do(new, joiner, Bond("vote", 105))
+            await net.do(new, joiner, Nominate(key.public))
+            await net.do(nodes[leaver], leaver, Unbond("vote", 104))
+            await net.until("joined", lambda rows: rows[0]["validating"], [new])
+            await net.until("left", lambda rows: not rows[0]["validating"], [nodes[leaver]])
+            found: list[str] = []
+            while key.address not in found:
+                found = await new.ask("voters", (await new.ask("status"))["height"])
+                await trio.sleep(0.02)
+            nodes[0].kill()  # now the new validator's vote is needed
+            others = nodes[1:]
+            after = (await nodes[1].ask("status"))["height"] + 12
+            await net.until("goes on", lambda rows: min(r["height"] for r in rows) > after, others)
+            stop.set()
+        before = await nodes[1].ask("balance", OWNERS[leaver].address)
+        await net.do(nodes[leaver], leaver, Withdraw())
+        assert await nodes[leaver].ask("balance", OWNERS[leaver].address) == before + 104 - 10
+        rows = await net.agree(others)
+        assert len({row["root"] for row in rows}) == 1
+        expected = sorted(NODES[i].address for i in (0, 1, 2, 3, joiner))
+        assert all(sorted(row["validators"]) == expected for row in rows)
+        assert all("Error" not in node.complaints() for node in others)

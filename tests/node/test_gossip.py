@@ -26,11 +26,9 @@ from tdmld.node.specs import Specs
 from tdmld.node.store import ChainStore
 from tests.node.chainkit import (
     CHAIN,
-    COMMITTEE,
     GENESIS,
     KEYS,
     OWNERS,
-    ROTATION,
     certificate,
     next_block,
     transfer,
@@ -49,7 +47,7 @@ class Gate:
         self.pool = Mempool(GENESIS)
         self.specs = Specs(store)
         admission = Admission(self.finality, self.pool, self._nowhere, lambda: None)
-        self.door = GossipDoor(COMMITTEE, ROTATION, self.finality, admission, self.specs)
+        self.door = GossipDoor(self.finality, admission, self.specs)
 
     async def _nowhere(self, _: Sequence[bytes]) -> None: ...
 

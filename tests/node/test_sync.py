@@ -35,6 +35,8 @@ from tdmld.node.sync import (
 from tests.node.chainkit import COMMITTEE, GENESIS, certificate, next_block, transfer
 from tests.node.fake_stream import FakeStream, stream_pair
 
+EPOCH = GENESIS.parameters.epoch_blocks
+
 
 async def _nobody(_peer: object, _raws: object) -> None: ...
 
@@ -64,7 +66,7 @@ def test_batches_end_with_a_finalized_block(served: tuple[ChainStore, list[Block
     height, head = start(store)
     heights = []
     while (
-        found := check_blocks(COMMITTEE, height, head, server.blocks(height + 1, 500))
+        found := check_blocks(COMMITTEE, EPOCH, height, head, server.blocks(height + 1, 500))
     ) is not None:
         blocks, _ = found
         height, head = height + len(blocks), block_hash(blocks[-1].header)
@@ -79,7 +81,7 @@ def test_a_far_or_empty_request_gets_an_empty_answer(
     server = SyncServer(served[0], _nobody, lambda _: None)
     assert server.blocks(10_000, 64) == Blocks(80, (), None)
     assert server.blocks(80, 64) == Blocks(80, (), None)
-    assert check_blocks(COMMITTEE, 80, bytes(32), server.blocks(1, 64)) is None
+    assert check_blocks(COMMITTEE, EPOCH, 80, bytes(32), server.blocks(1, 64)) is None
 
 
 def test_what_is_wrong_is_refused(served: tuple[ChainStore, list[Block]]) -> None:
@@ -101,8 +103,8 @@ def test_what_is_wrong_is_refused(served: tuple[ChainStore, list[Block]]) -> Non
         ((b1, b2, b3, b4), certificate(Kind.FINALIZE, made[6])),
     ):
         with pytest.raises(BadAnswer):
-            check_blocks(COMMITTEE, height, head, Blocks(80, tuple(blocks), proof))
-    assert check_blocks(COMMITTEE, height, head, Blocks(80, good.blocks, None)) is None
+            check_blocks(COMMITTEE, EPOCH, height, head, Blocks(80, tuple(blocks), proof))
+    assert check_blocks(COMMITTEE, EPOCH, height, head, Blocks(80, good.blocks, None)) is None
 
 
 # ---- the server, and peers that mean no good -----------------------------------------------------
@@ -159,7 +161,6 @@ class Client(SyncClient):
         super().__init__(
             cast(Any, host),
             "sync",
-            COMMITTEE,
             Finality(store),
             lambda *_: None,
             lambda: validators,
