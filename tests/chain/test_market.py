@@ -249,7 +249,10 @@ def test_owners_differ_within_a_lane_and_the_standby_is_somebody_else() -> None:
 
 def test_a_standby_must_have_room_for_every_slot() -> None:
     world = World()
-    world.block(*(world.ask(i, standby_slots=1 if i < 6 else 2) for i in range(7)))
+    world.block(
+        *(world.ask(i, standby_slots=1) for i in range(6)),
+        world.ask(6, standby_slots=2, price=1100),  # too dear to be drawn as a worker
+    )
     assert cast(world, matched(world))[2] == 6
 
 

@@ -91,7 +91,7 @@ def node_key(index: int) -> KeyPair:
     return KeyPair(sha256(b"node", bytes([index])))
 
 
-def make_genesis(nodes: int = 7, validators: int = 4, **parameters: int) -> Genesis:
+def make_genesis(nodes: int = 7, validators: int = 4, **parameters: object) -> Genesis:
     """`nodes` owners with a node, a balance and work stake each; the first few validate."""
     owners = [owner_key(i) for i in range(nodes)]
     keys = [node_key(i) for i in range(nodes)]

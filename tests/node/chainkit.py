@@ -14,7 +14,9 @@ from tdmld.chain.blocks import (
     block_hash,
     sign_block,
     sign_vote,
+    start_view,
     transactions_root,
+    turn,
 )
 from tdmld.chain.crypto import KeyPair
 from tdmld.chain.genesis import Genesis, chain_id, genesis_from_document, validators
@@ -26,7 +28,7 @@ OWNERS = [KeyPair(bytes([10 + i]) * 32) for i in range(4)]
 KEYS = sorted((KeyPair(bytes([50 + i]) * 32) for i in range(4)), key=lambda key: key.public)
 
 
-def make_genesis(name: str = "chainkit") -> Genesis:
+def make_genesis(name: str = "chainkit", **parameters: int) -> Genesis:
     return genesis_from_document(
         {
             "chain": name,
@@ -35,7 +37,7 @@ def make_genesis(name: str = "chainkit") -> Genesis:
             "validators": [
                 [owner.address, key.address, 10] for owner, key in zip(OWNERS, KEYS, strict=True)
             ],
-            "parameters": {"interval_ms": 10, "offer_deposit": 100},
+            "parameters": {"interval_ms": 10, "offer_deposit": 100, **parameters},
         }
     )
 
@@ -56,9 +58,10 @@ def next_block(
     store: ChainStore, body: Sequence[bytes] = (), view: int = 0, **changes: object
 ) -> Block:
     """A valid block on the store's head, by the view's leader."""
-    head = store.head
-    view = view or head.view + 1
-    leader = KEYS[ROTATION.leader(view)]
+    head, chain = store.head, store.chain_id
+    epoch_blocks = store.genesis.parameters.epoch_blocks
+    view = view or start_view(head.height, head.view, epoch_blocks) + 1
+    leader = KEYS[ROTATION.leader(turn(view))]
     fields: dict[str, object] = {
         "protocol": 1,
         "height": head.height + 1,
@@ -67,21 +70,29 @@ def next_block(
         "parent": head.hash,
         "time_ms": head.header.time_ms + 1,
         "proposer": leader.public,
-        "proof": vrf.prove(leader.seed, beacon_input(CHAIN, head.mix, head.height + 1)),
+        "proof": vrf.prove(leader.seed, beacon_input(chain, head.mix, head.height + 1)),
         "tx_root": transactions_root(body),
         "state_height": head.height,
         "state_root": head.state_root,
         "validators": store.set_ids(store.epoch)[0],
         "next_validators": store.set_ids(store.epoch)[1],
     }
-    return sign_block(leader, CHAIN, Header(**(fields | changes)), body)  # type: ignore[arg-type]
+    return sign_block(leader, chain, Header(**(fields | changes)), body)  # type: ignore[arg-type]
 
 
-def vote(kind: Kind, block: Block, voter: int) -> Vote:
+def vote(kind: Kind, block: Block, voter: int, view: int = 0, chain: bytes = CHAIN) -> Vote:
+    """In the block's own view, or in another one."""
     key = block_hash(block.header)
-    return sign_vote(KEYS[voter], CHAIN, kind, block.header.view, key, voter)
+    return sign_vote(KEYS[voter], chain, kind, view or block.header.view, key, voter)
 
 
-def certificate(kind: Kind, block: Block, voters: Sequence[int] = (0, 1, 2)) -> Certificate:
-    rows = tuple((voter, vote(kind, block, voter).signature) for voter in voters)
-    return Certificate(kind, block.header.view, block_hash(block.header), rows)
+def certificate(
+    kind: Kind,
+    block: Block,
+    voters: Sequence[int] = (0, 1, 2),
+    view: int = 0,
+    chain: bytes = CHAIN,
+) -> Certificate:
+    view = view or block.header.view
+    rows = tuple((voter, vote(kind, block, voter, view, chain).signature) for voter in voters)
+    return Certificate(kind, view, block_hash(block.header), rows)

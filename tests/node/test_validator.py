@@ -15,6 +15,7 @@ import trio.testing
 from tdmld.chain.blocks import Block, Certificate, Kind, Vote, block_hash, sign_vote
 from tdmld.chain.codec import ZERO_HASH
 from tdmld.chain.consensus import MAX_CERTIFICATES
+from tdmld.chain.genesis import Genesis
 from tdmld.chain.mempool import Mempool
 from tdmld.chain.pacing import Times
 from tdmld.chain.transactions import Transaction
@@ -26,7 +27,6 @@ from tdmld.node.store import ChainStore
 from tdmld.node.validator import ABSTAIN_VIEWS, LOOK_AGAIN, SILENT_SECONDS, Validator
 from tests.node.chainkit import (
     CHAIN,
-    COMMITTEE,
     GENESIS,
     KEYS,
     ROTATION,
@@ -82,11 +82,15 @@ class Bench:
         self.store = store
         self.clock_ms = CLOCK_MS
         self.finality = Finality(store)
-        self.admission = Admission(self.finality, Mempool(GENESIS), self._spread, lambda: None)
+        self.admission = Admission(
+            self.finality, Mempool(store.genesis), self._spread, lambda: None
+        )
         self.hints: list[int | None] = []
+        committee = store.committee(store.epoch)
+        assert committee is not None
         self.validator = Validator(
             KEYS[ME],
-            COMMITTEE,
+            committee,
             self.finality,
             self.admission,
             times,
@@ -123,10 +127,12 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench(path: Path, *, times: Times = NEVER, greet: bool = True) -> AsyncIterator[Bench]:
+async def bench(
+    path: Path, genesis: Genesis = GENESIS, *, times: Times = NEVER, greet: bool = True
+) -> AsyncIterator[Bench]:
     # A clock that jumps would jump to the limit while a thread writes votes.
     seconds = 10 if times is NEVER else math.inf
-    with trio.fail_after(seconds), ChainStore(path / "chain", GENESIS) as store:
+    with trio.fail_after(seconds), ChainStore(path / "chain", genesis) as store:
         made = Bench(store, times)
         made.validator.start()
         async with trio.open_nursery() as nursery:

@@ -706,6 +706,8 @@ class Node:
             body_root(body),
             self.executed,
             self.roots[-1],
+            ZERO_HASH,
+            ZERO_HASH,
         )
         return Block(header, signature(self.index), body)
 
