@@ -44,6 +44,7 @@ from tdmld.chain.blocks import (
     beacon_input,
     block_hash,
     sign_block,
+    start_view,
     transactions_root,
 )
 from tdmld.chain.codec import decode, encode
@@ -298,7 +299,7 @@ def chain_of(
         header = Header(
             protocol=1,
             height=head.height + 1,
-            view=head.view + 1,
+            view=start_view(head.height, head.view, store.genesis.parameters.epoch_blocks) + 1,
             parent_view=head.view,
             parent=head.hash,
             time_ms=head.header.time_ms + 1,
@@ -307,6 +308,8 @@ def chain_of(
             tx_root=transactions_root(body),
             state_height=head.height,
             state_root=head.state_root,
+            validators=store.set_ids(store.epoch)[0],
+            next_validators=store.set_ids(store.epoch)[1],
         )
         yield sign_block(leader, chain, header, body)
 

@@ -78,7 +78,7 @@ def encoding() -> dict[str, Any]:
     records: list[Record] = [
         *(Body(chain, alice.public, 0, 10, 0, payload) for payload in bodies),
         Account(1, 2, 3, 4),
-        Supply(5, 1, 1, 1, 2),
+        Supply(6, 1, 1, 1, 1, 2),
         Due(Timer.SETTLE, mark("job"), 3, 70_000),
         Keys(tuple(sorted(mark(n) for n in range(17)))),
         Vote(Kind.NULLIFY, 9, ZERO_HASH, 1, bytes(64)),
@@ -249,6 +249,8 @@ def blocks() -> dict[str, Any]:
         tx_root=transactions_root(body),
         state_height=0,
         state_root=first.state_root,
+        validators=mark("validators"),
+        next_validators=mark("next validators"),
     )
     block = sign_block(leader, chain, header, body)
     return {

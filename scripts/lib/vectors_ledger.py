@@ -2,18 +2,28 @@
 
 from typing import Any
 
-from scripts.lib.vectors_case import Scene, ledger_file
+from msgspec.structs import replace
+
+from scripts.lib.vectors_case import START_MS, Scene, ledger_file
 from tdmld.chain import limits
+from tdmld.chain.blocks import Kind, first_header, sign_block, sign_vote
 from tdmld.chain.crypto import KeyPair
+from tdmld.chain.slashing import from_votes
 from tdmld.chain.transactions import (
     Accept,
     Ask,
     Bond,
     Fetched,
+    Nominate,
     Offer,
+    ProposalEvidence,
     Register,
+    Revoke,
     Stage,
     Transfer,
+    Unbond,
+    VoteEvidence,
+    Withdraw,
     sign_registration,
 )
 from tests.chain.world import BALANCE, FEE, GIB, World, make_genesis, mark, node_key, owner_key
@@ -24,7 +34,7 @@ ALICE, BOB = owner_key(0), owner_key(1)
 def ledger_money() -> dict[str, Any]:
     """Owner transactions, asks and offers over the state of genesis."""
     world = World(make_genesis(nodes=3, validators=1))
-    return ledger_file([_money(world), _nodes(world), _offers(world)])
+    return ledger_file([_money(world), _nodes(world), _offers(world), *_stakes()])
 
 
 def _money(world: World) -> Scene:
@@ -62,6 +72,82 @@ def _money(world: World) -> Scene:
     scene.case("a stake of nothing", "TX-7 FEE-2", world.sign(ALICE, Bond("work", 0)))
     scene.case("more stake than money", "TX-7 FEE-2", world.sign(ALICE, Bond("work", BALANCE)))
     return scene
+
+
+def _stakes() -> list[Scene]:
+    """Validators: stake that comes back, nodes that vote, evidence, the end of an epoch."""
+    world = World(make_genesis(nodes=3, validators=1, epoch_blocks=4, unbonding=[2, 1]))
+    scene = Scene(world, "validators at genesis")
+    for name, rules, payload in (
+        ("stake that votes comes back", "STAKE-1", Unbond("vote", 400)),
+        ("stake that works comes back", "STAKE-1", Unbond("work", 400)),
+        ("more than is bound", "STAKE-1 FEE-2", Unbond("vote", 1001)),
+        ("nothing comes back", "STAKE-1 FEE-2", Unbond("vote", 0)),
+        ("another bucket comes back", "STAKE-1 FEE-2", Unbond("rest", 1)),
+        ("nothing is unbound", "STAKE-2 FEE-2", Withdraw()),
+        ("a node votes", "STAKE-4", Nominate(node_key(0).public)),
+        ("another owner's node votes", "STAKE-4 FEE-2", Nominate(node_key(1).public)),
+        ("a node is revoked", "STAKE-5", Revoke(node_key(0).public)),
+        ("another owner's node is revoked", "STAKE-5 FEE-2", Revoke(node_key(1).public)),
+    ):
+        scene.case(name, rules, world.sign(ALICE, payload))
+    unstaked = world.sign(BOB, Nominate(node_key(1).public))
+    scene.case("a node without vote stake votes", "STAKE-4 FEE-2", unstaked)
+    ask = Ask(mark("session"), "cpu", GIB, 1000, 1, 4, 8)
+    scene.case(
+        "a revoked node asks",
+        "STAKE-5",
+        world.sign(BOB, Revoke(node_key(1).public)),
+        world.sign(node_key(1), ask),
+    )
+    node, chain = node_key(0), world.chain_id
+
+    def votes(view: int, *kinds: Kind) -> VoteEvidence:
+        first, second = (
+            sign_vote(node, chain, kind, view, bytes(32) if kind is Kind.NULLIFY else mark(n), 0)
+            for n, kind in enumerate(kinds)
+        )
+        return from_votes(node.public, first, second)
+
+    base = first_header(chain, 1, START_MS, mark("root"))
+    rows = [
+        sign_block(node, chain, replace(base, view=5, proposer=node.public, time_ms=n), ())
+        for n in (1, 2)
+    ]
+    one, two = rows
+    proposals = ProposalEvidence(one.header, one.signature, two.header, two.signature)
+    twice = votes(5, Kind.NOTARIZE, Kind.NOTARIZE)
+    stranger = owner_key(9)
+    for name, rules, found in (
+        ("two votes of a kind", "SLASH-1 SLASH-3", [twice]),
+        ("nullify and finalize", "SLASH-1", [votes(5, Kind.NULLIFY, Kind.FINALIZE)]),
+        ("notarize and finalize", "SLASH-1", [votes(5, Kind.NOTARIZE, Kind.FINALIZE)]),
+        ("two blocks", "SLASH-1", [proposals]),
+        ("a block and itself", "SLASH-1", [replace(proposals, second=proposals.first)]),
+        ("of another view", "SLASH-1", [replace(twice, view=6)]),
+        ("of an epoch to come", "SLASH-2", [votes(9 << 32, Kind.NOTARIZE, Kind.NOTARIZE)]),
+        ("twice in an epoch", "SLASH-2", [twice, proposals]),
+    ):
+        raws = [world.sign(stranger, evidence) for evidence in found]
+        scene.case(f"evidence: {name}", rules, *raws)
+    world.do(ALICE, Unbond("vote", 200))
+    world.wait(2)
+    edge = Scene(world, "the last block of an epoch")
+    edge.case("the set after the next is fixed", "EPOCH-2 EPOCH-3")
+    edge.case(
+        "a newcomer",
+        "EPOCH-3 EPOCH-4",
+        world.sign(BOB, Bond("vote", 5000)),
+        world.sign(BOB, Nominate(node_key(1).public), nonce=1),
+    )
+    slashed = world.sign(stranger, twice)
+    edge.case("evidence reaches what unbinds", "SLASH-3", slashed)
+    world.wait(6)
+    over = Scene(world, "an unbonding period is over")
+    withdrawal = world.sign(ALICE, Withdraw())
+    over.case("one block too early", "STAKE-2", withdrawal, height=10)
+    over.case("what is over comes back", "STAKE-2", withdrawal, height=11)
+    return [scene, edge, over]
 
 
 def _nodes(world: World) -> Scene:

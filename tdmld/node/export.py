@@ -19,7 +19,7 @@ from tdmld.chain.blocks import Block, block_hash, first_header
 from tdmld.chain.codec import decode
 from tdmld.chain.genesis import genesis_document, load_genesis, protocol_at
 from tdmld.chain.limits import RECORD_BYTES
-from tdmld.chain.records import Account, Job, Supply
+from tdmld.chain.records import Account, Job, Supply, Unbondings
 from tdmld.chain.state import SUPPLY_KEY
 from tdmld.chain.transactions import decode_transaction
 from tdmld.files import sync_directory
@@ -47,7 +47,7 @@ class Exported:
     @property
     def conserved(self) -> bool:
         """Whether every unit of genesis is found, and the chain's own sums are the counted ones."""
-        places = ("balances", "stakes", "escrows", "burned")
+        places = ("balances", "stakes", "unbonding", "escrows", "burned")
         total = sum(self.counted[place] for place in places)
         return self.counted == self.recorded and total == self.counted["genesis"]
 
@@ -136,6 +136,8 @@ class _Sums:
             account = decode(Account, value, RECORD_BYTES)
             self.counted["balances"] += account.balance
             self.counted["stakes"] += account.vote_stake + account.work_stake
+        elif key[:1] == b"b":
+            self.counted["unbonding"] += decode(Unbondings, value, RECORD_BYTES).total
         elif key[:1] == b"j":
             self.counted["escrows"] += decode(Job, value, RECORD_BYTES).locked
         elif key == SUPPLY_KEY:

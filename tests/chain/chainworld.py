@@ -3,7 +3,16 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tdmld.chain.blocks import Certificate, Committee, Kind, block_hash, sign_vote
+from tdmld.chain.blocks import (
+    Certificate,
+    Committee,
+    Kind,
+    block_hash,
+    ends_epoch,
+    sign_vote,
+    start_view,
+    turn,
+)
 from tdmld.chain.crypto import KeyPair
 from tdmld.chain.genesis import Genesis, validators
 from tdmld.chain.leader import Rotation
@@ -63,9 +72,13 @@ class ChainWorld(World):
         self.rotation = Rotation(self.committee.stakes)
 
     def block(self, *raws: bytes, tainted: bool = False) -> BlockResult:
-        head = self.chain.head
-        self.height, self.view = head.height + 1, head.view + (2 if tainted else 1)
-        leader = self._key(self.rotation.leader(self.view))
+        head, epoch_blocks = self.chain.head, self.parameters.epoch_blocks
+        committee = self.chain.committee(self.chain.epoch)
+        assert committee is not None
+        self.committee, self.rotation = committee, Rotation(committee.stakes)
+        start = start_view(head.height, head.view, epoch_blocks)
+        self.height, self.view = head.height + 1, start + (2 if tainted else 1)
+        leader = self._key(self.rotation.leader(turn(self.view)))
         proposed = build_block(
             leader,
             self.chain_id,
@@ -75,6 +88,7 @@ class ChainWorld(World):
             now_ms=START_MS + 500 * self.height,
             state_height=head.height,
             state_root=head.state_root,
+            sets=self.chain.set_ids(self.chain.epoch),
         )
         key = block_hash(proposed.header)
         voters = [index for index in range(len(self.committee.nodes)) if index != self.height % 4]
@@ -84,7 +98,7 @@ class ChainWorld(World):
         ]
         rows = tuple((vote.voter, vote.signature) for vote in votes)
         final = None
-        if self.height % self.gap:
+        if self.height % self.gap or ends_epoch(self.height, epoch_blocks):
             final = Certificate(Kind.FINALIZE, self.view, key, rows)
         applied = self.chain.apply(proposed, final)
         self.beacon = self.chain.head.mix

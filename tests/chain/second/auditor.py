@@ -37,11 +37,19 @@ HEADER = [
     "tx_root",
     "state_height",
     "state_root",
+    "validators",
+    "next_validators",
 ]
 ROLES = "epoch slot segment"
 PAYLOADS = {
     "transfer": "to amount",
     "bond": "bucket amount",
+    "unbond": "bucket amount",
+    "withdraw": "",
+    "nominate": "node",
+    "revoke": "node",
+    "vote_evidence": "node view first second",
+    "proposal_evidence": "first first_signature second second_signature",
     "register": "node from_height proof",
     "offer": "spec_id spec_bytes stages lanes rounds segment_steps unsettled state_every tokens "
     "class_id privacy slot_price_max standby_price audit_rate audit_price audit_budget deadline "
@@ -61,7 +69,10 @@ PAYLOADS = {
     "attest_result": "job result",
 }
 NESTED = {"stages": ("parameters", "memory"), "links": ("link", "sent", "received")}
-OWNERS = {"transfer", "bond", "register", "offer", "fetched"}
+OWNERS = set(
+    ["transfer", "bond", "unbond", "withdraw", "register", "nominate", "revoke", "offer", "fetched"]
+)
+VIEWS = 1 << 32
 FINAL = {"closed", "refunded", "expired"}
 TRANSACTION_BYTES = 8192
 
@@ -202,8 +213,18 @@ def signed(key: bytes, domain: str, chain: bytes, message: bytes, signature: byt
 class Genesis:
     chain: bytes
     document: dict[str, Any]
-    validators: list[tuple[bytes, int]]
-    """(node, stake) in the committee's order (BLK-9)."""
+    sets: dict[int, bytes]
+    """Epoch -> its encoded `ValidatorSet`: of genesis, and of the state that follows (EPOCH-1)."""
+
+    @property
+    def epoch_blocks(self) -> int:
+        return int(self.document["parameters"]["epoch_blocks"])
+
+    def validators(self, epoch: int) -> list[tuple[bytes, int]]:
+        """(node, stake) in the committee's order (BLK-9)."""
+        number, seats = unpack(self.sets[epoch])
+        check(number == epoch, "a validator set of another epoch")
+        return [(node, weight) for node, _, weight in seats]
 
     def protocol(self, height: int) -> int:
         return max((at, version) for at, version in self.document["protocol"] if at <= height)[1]
@@ -228,10 +249,19 @@ def first_state(document: dict[str, Any]) -> dict[bytes, bytes]:
         b"a" + key: pack([balances.get(key, 0), 0, votes.get(key, 0), works.get(key, 0)])
         for key in {*balances, *votes, *works}
     }
-    state |= {b"n" + node: pack([owner, 0, 0, 0, 0]) for node, owner in nodes.items()}
+    state |= {b"n" + node: pack([owner, 0, 0, 0, 0, 0, 0]) for node, owner in nodes.items()}
     stakes = supply - sum(balances.values())
-    state[b"S"] = pack([supply, supply - stakes, stakes, 0, 0])
-    return state
+    state[b"S"] = pack([supply, supply - stakes, stakes, 0, 0, 0])
+    moment = datetime.fromisoformat(document["time"])
+    seats = sorted([key_of(n), key_of(o), stake] for o, n, stake in document["validators"])
+    sets = {epoch: pack([epoch, seats]) for epoch in (0, 1)}
+    state |= {b"v" + u64(epoch): raw for epoch, raw in sets.items()}
+    state |= {b"w" + owner: pack([node]) for node, owner, _ in seats}
+    for first in {owner[:1] for _, owner, _ in seats}:
+        bucket = sorted(owner for _, owner, _ in seats if owner[:1] == first)
+        state[b"iw" + first] = pack([bucket])
+    state[b"e" + u64(0)] = pack([0, round(moment.timestamp() * 1000)])
+    return state, sets
 
 
 def read_genesis(line: dict[str, Any], known: str | None) -> tuple[Genesis, bytes]:
@@ -241,16 +271,16 @@ def read_genesis(line: dict[str, Any], known: str | None) -> tuple[Genesis, byte
     check(line["format"] == "tdmld-export-1", "another format")
     check(line["chain_id"] == chain.hex(), "genesis: the document has another chain id")
     check(known in (None, chain.hex()), f"this is the chain {chain.hex()}, not {known}")
-    root = state_root(first_state(document))
+    state, sets = first_state(document)
+    root = state_root(state)
     check(line["state_root"] == root.hex(), "genesis: GEN-6 gives another state root")
     moment = datetime.fromisoformat(document["time"])
     time_ms = round(moment.timestamp() * 1000)
     version = max(row for row in document["protocol"] if row[0] == 0)[1]
-    header = [version, 0, 0, 0, chain, time_ms, ZERO, b"", ZERO, 0, root]
+    header = [version, 0, 0, 0, chain, time_ms, ZERO, b"", ZERO, 0, root, ZERO, ZERO]
     check(header_of(line["header"]) == header, "genesis: GEN-7 gives another header")
     check(line["hash"] == H(pack(header)).hex(), "genesis: the header has another id")
-    members = sorted((key_of(node), stake) for _, node, stake in document["validators"])
-    return Genesis(chain, document, members), H(pack(header))
+    return Genesis(chain, document, sets), H(pack(header))
 
 
 # -- 5: state
@@ -281,16 +311,19 @@ def below(leaves: list[tuple[bytes, bytes]], depth: int) -> bytes:
 def money(state: dict[bytes, bytes]) -> dict[str, int]:
     """STATE-4, STATE-5: summed record by record."""
     recorded = unpack(state[b"S"])
-    balances = stakes = escrows = 0
+    balances = stakes = unbonding = escrows = 0
     for key, value in state.items():
         if key[:1] == b"a":
             balance, _, vote, work = unpack(value)
             balances, stakes = balances + balance, stakes + vote + work
+        elif key[:1] == b"b":
+            unbonding += sum(amount for _, amount, _ in unpack(value)[0])
         elif key[:1] == b"j":
             escrows += sum(unpack(value)[20:24])
-    check(recorded[1:4] == [balances, stakes, escrows], "the chain recorded other sums")
-    check(balances + stakes + escrows + recorded[4] == recorded[0], "money is not conserved")
-    places = ("genesis", "balances", "stakes", "escrows", "burned")
+    counted = [balances, stakes, unbonding, escrows]
+    check(recorded[1:5] == counted, "the chain recorded other sums")
+    check(sum(counted) + recorded[5] == recorded[0], "money is not conserved")
+    places = ("genesis", "balances", "stakes", "unbonding", "escrows", "burned")
     return dict(zip(places, recorded, strict=True))
 
 
@@ -298,6 +331,7 @@ def check_indexes(state: dict[bytes, bytes]) -> None:
     """STATE-2, STATE-3."""
     for name, wanted in (
         (b"k", {key[1:] for key in state if key[:1] == b"k"}),
+        (b"w", {key[1:] for key in state if key[:1] == b"w"}),
         (b"j", {k[1:] for k, v in state.items() if k[:1] == b"j" and unpack(v)[25] not in FINAL}),
     ):
         found = set[bytes]()
@@ -333,14 +367,17 @@ def check_certificate(
     """BLK-10 to BLK-12."""
     where = f"certificate of block {header[1]}"
     check(sorted(row) == ["hash", "kind", "signatures", "view"], where)
-    check((row["kind"], row["view"], row["hash"]) == (FINALIZE, header[2], block.hex()), where)
+    check((row["kind"], row["hash"]) == (FINALIZE, block.hex()), where)
+    view, last = row["view"], header[1] % genesis.epoch_blocks == 0
+    check(view == header[2] or (last and view > header[2]), where)
+    check(view // VIEWS == header[2] // VIEWS, where)
     voters = [voter for voter, _ in row["signatures"]]
     check(voters == sorted(set(voters)), f"{where}: voters must ascend")
-    members = genesis.validators
+    members = genesis.validators(header[2] // VIEWS)
     check(all(0 <= voter < len(members) for voter in voters), where)
     total = sum(stake for _, stake in members)
     check(sum(members[v][1] for v in voters) >= total * 2 // 3 + 1, f"{where}: no quorum")
-    message = bytes((FINALIZE,)) + u64(header[2]) + block
+    message = bytes((FINALIZE,)) + u64(view) + block
     for voter, signature in row["signatures"]:
         good = signed(members[voter][0], "vote", genesis.chain, message, bytes.fromhex(signature))
         check(good, f"{where}: signature of voter {voter}")
@@ -429,8 +466,11 @@ def check_transaction(genesis: Genesis, row: dict[str, Any]) -> bytes:
     check(signed(signer, "transaction", chain, raw[64:], raw[:64]), f"{where}: signature")
     names = PAYLOADS[payload[0]].split()
     check(len(names) == len(payload) - 1, f"{where}: fields")
+    inner = ["kind", "hash", "signature"] if payload[0] == "vote_evidence" else HEADER
     shown = {
-        name: [dict(zip(NESTED[name], map(spelt, row), strict=True)) for row in value]
+        name: dict(zip(inner, map(spelt, value), strict=True))
+        if name in ("first", "second")
+        else [dict(zip(NESTED[name], map(spelt, row), strict=True)) for row in value]
         if name in NESTED
         else spelt(value)
         for name, value in zip(names, payload[1:], strict=True)
@@ -463,7 +503,9 @@ class Auditor:
         self.header = header_of(first["header"])
         self.roots = [first["state_root"]]
         self.mix = H(b"tdmld\0beacon\0", self.genesis.chain)
-        self.leaders = rotation([stake for _, stake in self.genesis.validators])
+        self.epoch = -1
+        self.members: list[tuple[bytes, int]] = []
+        self.leaders: list[int] = []
         self.final = self.transactions = 0
         self.state: dict[bytes, bytes] = {}
         self.last = b""
@@ -479,8 +521,15 @@ class Auditor:
         check(header[3] == before[2] < view, f"{where}: its view")
         check(header[5] > before[5], f"{where}: its time")
         check(header[0] == self.genesis.protocol(height), f"{where}: its protocol")
-        leader = self.leaders[view % len(self.leaders)]
-        check(self.genesis.validators[leader][0] == proposer, f"{where}: out of turn")
+        epoch = (height - 1) // self.genesis.epoch_blocks
+        check(view // VIEWS == epoch, f"{where}: a view of another epoch")
+        named = [H(self.genesis.sets[number]) for number in (epoch, epoch + 1)]
+        check(header[11:] == named, f"{where}: its validators")
+        if epoch != self.epoch:
+            self.epoch, self.members = epoch, self.genesis.validators(epoch)
+            self.leaders = rotation([weight for _, weight in self.members])
+        leader = self.leaders[view % VIEWS % len(self.leaders)]
+        check(self.members[leader][0] == proposer, f"{where}: out of turn")
         signature = bytes.fromhex(row["signature"])
         check(signed(proposer, "proposal", chain, block, signature), f"{where}: signature")
         ids = [check_transaction(self.genesis, one) for one in row["transactions"]]
@@ -489,9 +538,9 @@ class Auditor:
         size = sum(len(one["raw"]) // 2 for one in row["transactions"])
         check(size <= rules["block_bytes"], f"{where}: its size")
         check(len(ids) <= rules["block_transactions"], f"{where}: too many transactions")
-        named = header[9]
-        check(before[9] <= named < height, f"{where}: its state height")
-        check(header[10].hex() == self.roots[named], f"{where}: the state of {named}")
+        at = header[9]
+        check(before[9] <= at < height, f"{where}: its state height")
+        check(header[10].hex() == self.roots[at], f"{where}: the state of {at}")
         alpha = b"tdmld\0beacon\0" + chain + self.mix + u64(height)
         self.mix = H(self.mix, vrf_output(proposer, alpha, header[7]))
         if row["certificate"] is not None:
@@ -538,6 +587,10 @@ def audit(lines: Sequence[bytes], known: str | None = None) -> Report:
         digest = hashlib.sha256(b"".join(lines[:-1])).hexdigest()
         check(rows[-1]["sha256"] == digest, "the bytes are not those that were written")
         auditor = Auditor(rows[0], known)
+        for row in rows[1:-1]:
+            if row["line"] == "state" and row["key"][:2] == b"v".hex():
+                epoch = int.from_bytes(bytes.fromhex(row["key"])[1:], "big")
+                auditor.genesis.sets.setdefault(epoch, bytes.fromhex(row["value"]))
         kinds = " ".join(row["line"] for row in rows)
         order = "genesis( block)*( state)+ end"
         check(re.fullmatch(order, kinds) is not None, "lines are missing or out of order")
