@@ -24,6 +24,7 @@ from tdmld.chain import (
     pacing,
     records,
     segments,
+    slashing,
     transactions,
     tree,
 )
@@ -39,7 +40,7 @@ from tdmld.chain.records import (
 )
 from tdmld.node import export, validator
 from tests.chain.test_vectors import VECTORS
-from tests.chain.world import World
+from tests.chain.world import World, node_key, owner_key
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = (ROOT / "docs" / "spec" / "chain.md").read_text()
@@ -133,6 +134,12 @@ def test_every_key_of_the_state_stands_there() -> None:
     world.all_ask()
     world.play_until(world.submit(audit_rate=1_000_000))
     world.play_until(world.submit(audit_rate=1_000_000), JobStatus.ACTIVE)
+    world.do(owner_key(1), transactions.Unbond("work", 1))
+    node, chain = node_key(0), world.chain_id
+    votes = [
+        blocks.sign_vote(node, chain, blocks.Kind.NOTARIZE, 1, bytes([n]) * 32, 0) for n in (1, 2)
+    ]
+    world.do(owner_key(1), slashing.from_votes(node.public, *votes))
     assert {chr(key[0]) for key in world.store} == listed
 
 
@@ -170,7 +177,7 @@ def test_rules_that_are_cited_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "letter", "last"), [(consensus, "S", 11), (pacing, "P", 8), (validator, "N", 6)]
+    ("module", "letter", "last"), [(consensus, "S", 11), (pacing, "P", 8), (validator, "N", 8)]
 )
 def test_rules_with_names_from_the_code_are_still_there(
     module: ModuleType, letter: str, last: int
