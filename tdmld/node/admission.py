@@ -78,8 +78,8 @@ class Admission:
         self._changed = changed
         self._lock = trio.Lock()
         self._waiting: Counter[str] = Counter()
-        self._queue: deque[tuple[int, Sequence[bytes]]] = deque()
-        self._queued_bytes: Counter[int] = Counter()
+        self._queue: deque[tuple[int | str, Sequence[bytes]]] = deque()
+        self._queued_bytes: Counter[int | str] = Counter()
         self._queue_news = trio.Event()
         self._good: dict[bytes, None] = {}
         self._own: dict[bytes, bytes] = {}
@@ -114,7 +114,7 @@ class Admission:
         account = State(self._store.get).account(transaction.signer)
         return transaction.by_owner and transaction.nonce < account.nonce
 
-    def enqueue(self, raws: Sequence[bytes], source: int) -> None:
+    def enqueue(self, raws: Sequence[bytes], source: int | str) -> None:
         """Admit what the validator `source` sent, soon and in order: the votes behind it on the
         same stream do not wait for that."""
         size = _weight(raws)

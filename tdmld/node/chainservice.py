@@ -231,7 +231,7 @@ class ChainService:
         epoch = now
         match message:
             case Transactions(raws):
-                await self._admission.receive(raws, spread=False)
+                self._admission.enqueue(raws, link.peer_id)
                 return
             case Vote() | Certificate():
                 epoch = view_epoch(message.view)

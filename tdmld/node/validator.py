@@ -383,7 +383,8 @@ class Validator:
                 if body is not None:
                     link.send(encode(Proposal(body, ())))
             case Transactions(raws):
-                self._admission.enqueue(raws, link.index)
+                if link.index is not None:
+                    self._admission.enqueue(raws, link.index)
 
     def certificate(self, certificate: Certificate) -> None:
         """A certificate from anybody; checked here."""
