@@ -48,7 +48,7 @@ SYNC_ROUNDS = 6
 SYNC_PAUSE = 0.5
 MAX_SPIN = 200
 """Ticks in a row without time passing, above which the shell is said to spin."""
-GENESIS_HEADER = Header(0, 0, 0, 0, GENESIS, 0, ZERO_HASH, b"", ZERO_HASH, 0, ZERO_HASH)
+GENESIS_HEADER = Header(0, 0, 0, 0, GENESIS, 0, ZERO_HASH, b"", ZERO_HASH, 0, *[ZERO_HASH] * 3)
 
 
 class Ignored(InvalidBlock):
@@ -563,7 +563,7 @@ class Node:
         parent = self.header_of(header.parent)
         if parent is None or header.parent not in self.valid:
             return False
-        check_child(parent, header.parent, header)
+        check_child(parent, header.parent, header, 1_000_000)
         root = self.root_at(header.state_height)
         if root is None or header.time_ms > self.now_ms() + MAX_FUTURE_MS:
             return False
