@@ -78,7 +78,7 @@ def test_what_kills_mutants_spares_the_product() -> None:
 
 
 def test_every_numbered_rule_has_a_mutant() -> None:
-    """The rules as the heads of the modules number them. The simulated chain is one epoch and has no
+    """As the heads of the modules number them. The simulated chain is one epoch and has no
     ledger: N7 and N8 are held by tests/node/test_epoch_edge.py, without mutants."""
     named: set[str] = set()
     for module in (tdmld.chain.consensus, tdmld.chain.pacing, tdmld.node.validator):
