@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from tdmld.chain import limits
+from tdmld.chain.checkpoint import Checkpoint, parse_checkpoint
 from tdmld.chain.crypto import public_key
 from tdmld.chain.errors import DecodeError
 from tdmld.errors import UserError
@@ -80,8 +81,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Daemons to dial first: multiaddr/p2p/<address>."""
     launcher: tuple[_Text, ...] = ()
     """Words put before the command line of every worker, such as ["nice", "-n", "5"]."""
+    sync: Literal["blocks", "snapshot"] = "blocks"
+    """How an empty node begins: by executing every block, or with a recent state from a peer."""
+    checkpoint: str = ""
+    """HEIGHT:HASH of a block that you trust; a chain that has another one there is refused."""
+    keep_blocks: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
+    """Blocks to keep, at least those of the unbonding period; 0: all."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     ask: AskConfig = AskConfig()
+
+    @property
+    def trusted(self) -> Checkpoint | None:
+        """`checkpoint` as a value."""
+        return parse_checkpoint(self.checkpoint) if self.checkpoint else None
 
     @property
     def rpc_host(self) -> str:
@@ -274,6 +286,14 @@ def _check(config: Config, origin: Mapping[str, str]) -> None:
             raise ConfigError(
                 f"{origin['peers']}: {text!r} is not a peer", why=str(error)
             ) from error
+    try:
+        _ = config.trusted
+    except DecodeError as error:
+        raise ConfigError(
+            f"{origin['checkpoint']}: {config.checkpoint!r} is no checkpoint",
+            why=str(error),
+            next="write it as HEIGHT:HASH, such as tdmld rpc chain_head prints them",
+        ) from error
     host, colon, port = config.rpc_listen.rpartition(":")
     if not (colon and host and port.isascii() and port.isdigit() and int(port) <= 65535):
         raise ConfigError(

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from scripts.lib.vectors_case import hexed, state_root
-from tdmld.chain import vrf
+from tdmld.chain import history, merkle, vrf
 from tdmld.chain.blocks import (
     Block,
     Certificate,
@@ -248,6 +248,7 @@ def blocks() -> dict[str, Any]:
         proof=vrf.prove(leader.seed, beacon_input(chain, beacon_start(chain), 1)),
         tx_root=transactions_root(body),
         state_height=0,
+        history_root=merkle.root([history.leaf(block_hash(first), ZERO_HASH)]),
         state_root=first.state_root,
         validators=mark("validators"),
         next_validators=mark("next validators"),

@@ -58,7 +58,8 @@ class Header(Record, frozen=True):
     `parent_view` is the view of the parent; a height is *tainted* for draws when a view between
     them failed (`follows`). `time_ms` is for people: Unix milliseconds, strictly greater than the
     parent's. `proof` is the leader's VRF proof over `beacon_input`. `state_root` is the root
-    after executing the finalized height `state_height`, which never decreases along the chain.
+    after executing the finalized height `state_height`, which never decreases along the chain;
+    `history_root` covers the heights up to and with it (see `history`), and is zero in height 0.
     `validators` and `next_validators` are the ids of the validator sets of this epoch and the next.
     """
 
@@ -72,6 +73,7 @@ class Header(Record, frozen=True):
     proof: Annotated[bytes, msgspec.Meta(max_length=vrf.PROOF_BYTES)]
     tx_root: Hash
     state_height: Natural
+    history_root: Hash
     state_root: Hash
     validators: Hash
     next_validators: Hash
@@ -191,20 +193,9 @@ def block_hash(header: Header) -> bytes:
 
 def first_header(chain_id: bytes, protocol: int, time_ms: int, state_root: bytes) -> Header:
     """Height 0: nobody proposed it; it ties the first block to genesis and its state."""
+    none = ZERO_HASH
     return Header(
-        protocol=protocol,
-        height=0,
-        view=0,
-        parent_view=0,
-        parent=chain_id,
-        time_ms=time_ms,
-        proposer=ZERO_HASH,
-        proof=b"",
-        tx_root=ZERO_HASH,
-        state_height=0,
-        state_root=state_root,
-        validators=ZERO_HASH,
-        next_validators=ZERO_HASH,
+        protocol, 0, 0, 0, chain_id, time_ms, none, b"", none, 0, none, state_root, none, none
     )
 
 

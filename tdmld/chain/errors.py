@@ -5,6 +5,7 @@ ChainError
 ├── GenesisError         the genesis document cannot found a chain; names the field
 ├── InvalidTransaction   expected in normal operation: refused, or a recorded failure
 ├── InvalidBlock         expected from a faulty leader: do not notarize, do not apply
+├── ProofRefused         a proof from a stranger does not hold; names what is wrong with it
 └── InvariantViolation   never expected: our own bug or a corrupt database; stop the node
 """
 
@@ -27,6 +28,10 @@ class InvalidTransaction(ChainError):
 
 class InvalidBlock(ChainError):
     """A proposed or received block breaks a rule of form. Catch where blocks enter."""
+
+
+class ProofRefused(ChainError):
+    """A proof bundle or a snapshot does not hold. Nothing in it may be believed."""
 
 
 class InvariantViolation(ChainError):

@@ -10,16 +10,18 @@ from tdmld.chain.codec import ZERO_HASH
 from tdmld.chain.crypto import sha256
 
 
-def _leaf(data: bytes) -> bytes:
+def leaf_hash(data: bytes) -> bytes:
+    """The hash of a leaf."""
     return sha256(b"\0", data)
 
 
-def _node(left: bytes, right: bytes) -> bytes:
+def node_hash(left: bytes, right: bytes) -> bytes:
+    """The hash of an inner node."""
     return sha256(b"\1", left, right)
 
 
 def _next_row(row: list[bytes]) -> list[bytes]:
-    above = [_node(row[i], row[i + 1]) for i in range(0, len(row) - 1, 2)]
+    above = [node_hash(row[i], row[i + 1]) for i in range(0, len(row) - 1, 2)]
     if len(row) % 2:
         above.append(row[-1])
     return above
@@ -27,7 +29,7 @@ def _next_row(row: list[bytes]) -> list[bytes]:
 
 def root(leaves: Sequence[bytes]) -> bytes:
     """The root of the list; ZERO_HASH of the empty one."""
-    row = [_leaf(data) for data in leaves]
+    row = [leaf_hash(data) for data in leaves]
     if not row:
         return ZERO_HASH
     while len(row) > 1:
@@ -39,7 +41,7 @@ def proof(leaves: Sequence[bytes], index: int) -> tuple[bytes, ...]:
     """The siblings from leaf `index` up to the root; IndexError when there is no such leaf."""
     if not 0 <= index < len(leaves):
         raise IndexError(f"leaf {index} of {len(leaves)}")
-    row = [_leaf(data) for data in leaves]
+    row = [leaf_hash(data) for data in leaves]
     siblings = []
     while len(row) > 1:
         if index ^ 1 < len(row):
@@ -55,13 +57,13 @@ def verify_proof(
     """Whether `leaf` is number `index` of the `count` leaves under `root`."""
     if not 0 <= index < count:
         return False
-    node, width, rest = _leaf(leaf), count, iter(siblings)
+    node, width, rest = leaf_hash(leaf), count, iter(siblings)
     while width > 1:
         if index ^ 1 < width:
             sibling = next(rest, None)
             if sibling is None or len(sibling) != 32:
                 return False
-            node = _node(sibling, node) if index & 1 else _node(node, sibling)
+            node = node_hash(sibling, node) if index & 1 else node_hash(node, sibling)
         index >>= 1
         width = (width + 1) // 2
     return next(rest, None) is None and node == root

@@ -30,6 +30,7 @@ app.command("tdmld.cli.job:app", name="job", help="Submit, follow and fetch trai
 app.command("tdmld.cli.wallet:app", name="wallet", help="The owner's money.")
 app.command("tdmld.cli.chain:app", name="chain", help="The chain as this node has it.")
 app.command("tdmld.cli.peers:app", name="peers", help="Whom the node is connected to.")
+app.command("tdmld.cli.light:app", name="light", help="Prove and check without the chain.")
 app.command("tdmld.cli.rpc:rpc", name="rpc", help="Call any method of the node.")
 app.command("tdmld.cli.devnet:app", name="devnet", help="A network of real nodes on this machine.")
 app.command(

@@ -15,6 +15,9 @@ def run(
     rpc_insecure: bool | None = None,
     peers: tuple[str, ...] | None = None,
     launcher: str | None = None,
+    sync: str | None = None,
+    checkpoint: str | None = None,
+    keep_blocks: int | None = None,
     log_level: str | None = None,
     ask_enabled: bool | None = None,
     ask_price: int | None = None,
@@ -34,6 +37,9 @@ def run(
     rpc_insecure: Allow an rpc_listen that other machines reach, without TLS.
     peers: Daemons to dial first: /ip4/.../tcp/.../p2p/<peer id>.
     launcher: Words put before every worker's command line, such as "nice -n 5".
+    sync: How an empty node begins: blocks or snapshot.
+    checkpoint: HEIGHT:HASH of a block that you trust.
+    keep_blocks: Blocks to keep, 0 for all.
     log_level: debug, info, warning or error.
     ask_enabled: Whether the node asks for work.
     ask_price: Smallest price: units for 10^6 parameters times 10^3 tokens.
@@ -55,6 +61,9 @@ def run(
         "rpc_insecure": rpc_insecure,
         "peers": peers,
         "launcher": launcher,
+        "sync": sync,
+        "checkpoint": checkpoint,
+        "keep_blocks": keep_blocks,
         "log_level": log_level,
         "ask.enabled": ask_enabled,
         "ask.price": ask_price,

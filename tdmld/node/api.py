@@ -19,6 +19,7 @@ from tdmld.chain.blocks import block_hash
 from tdmld.chain.crypto import KeyPair, address, public_key
 from tdmld.chain.errors import ChainError, DecodeError, InvalidTransaction
 from tdmld.chain.genesis import Genesis, chain_id, protocol_at
+from tdmld.chain.light import bundle_bytes
 from tdmld.chain.offers import lock_of
 from tdmld.chain.records import Job, Seat
 from tdmld.chain.reputation import reputation
@@ -27,7 +28,7 @@ from tdmld.chain.transactions import Offer, decode_transaction
 from tdmld.errors import UserError
 from tdmld.node import provenance, views
 from tdmld.node.agent import Agent
-from tdmld.node.chainerrors import ServiceBusy, SpecUnavailable, StoreError
+from tdmld.node.chainerrors import NotProvable, ServiceBusy, SpecUnavailable, StoreError
 from tdmld.node.chainservice import ChainService
 from tdmld.node.duties import assigned
 from tdmld.node.errors import CarrierUnavailable, ContentRefused, MachineError
@@ -51,6 +52,7 @@ from tdmld.rpc.types import (
     JobSummary,
     NodeStatus,
     PeerInfo,
+    Proof,
     Published,
     ResultFile,
     Role,
@@ -336,9 +338,11 @@ class Api:
     async def chain_block(self, height: int) -> BlockInfo:
         block = self.store.block(height)
         if block is None:
+            gone = 0 < height < self.store.lowest
             raise NotFound(
                 f"no block {height}: the head is {self.store.height}"
                 + (" (genesis has no block)" if height == 0 else "")
+                + (f", and this node has those from {self.store.lowest} on" if gone else "")
             )
         lines = []
         for raw in block.transactions:
@@ -392,6 +396,18 @@ class Api:
         except ServiceBusy as error:
             raise NotReady(str(error)) from error
         return Submitted(id=tx_id.hex(), height=self.chain.height)
+
+    async def chain_prove(self, kind: str, key: str, checkpoint: int = 0) -> Proof:
+        try:
+            bundle = await self.chain.prove(kind, key, max(checkpoint, 0))
+        except DecodeError as error:
+            raise InvalidParams(str(error)) from error
+        except NotProvable as error:
+            raise NotFound(str(error)) from error
+        last = bundle.headers[-1]
+        return Proof(
+            height=last.height, hash=block_hash(last).hex(), raw=bundle_bytes(bundle).hex()
+        )
 
     async def chain_parameters(self) -> ChainParameters:
         parameters = self.genesis.parameters

@@ -159,6 +159,8 @@ class Bodies:
             return None
         if root != header.state_root:
             raise InvalidBlock(f"the state root of {header.state_height} is another one here")
+        if self._store.history_root(header.state_height) != header.history_root:
+            raise InvalidBlock(f"the history up to {header.state_height} is another one here")
         return beacon_mix(self._committee.chain_id, mix, header)
 
     # ---- the head moves ----------------------------------------------------------------------

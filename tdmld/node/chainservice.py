@@ -35,9 +35,10 @@ from tdmld.chain.blocks import (
 from tdmld.chain.codec import decode, encode
 from tdmld.chain.crypto import KeyPair, address
 from tdmld.chain.errors import InvariantViolation
-from tdmld.chain.genesis import Genesis
+from tdmld.chain.genesis import Genesis, chain_id, validators
 from tdmld.chain.leader import Rotation
 from tdmld.chain.ledger import Receipt
+from tdmld.chain.light import Bundle
 from tdmld.chain.mempool import Mempool
 from tdmld.chain.pacing import Times
 from tdmld.chain.state import State
@@ -61,6 +62,8 @@ from tdmld.node.chainwire import (
 from tdmld.node.finality import Finality, HeadFeed
 from tdmld.node.gossip import GossipDoor
 from tdmld.node.handover import HandOver
+from tdmld.node.prover import prove
+from tdmld.node.snapshot import SnapshotServer
 from tdmld.node.specs import Specs
 from tdmld.node.store import AppliedBlock, ChainStore
 from tdmld.node.sync import SyncClient, SyncServer
@@ -93,6 +96,11 @@ def wall_clock_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+def genesis_committee(genesis: Genesis) -> Committee:
+    """The first validators, and so far the only ones."""
+    return Committee.of(chain_id(genesis), [(v.node, v.stake) for v in validators(genesis)])
+
+
 class ChainService:
     """Follow the chain of `store`; validate in the epochs whose set has `node_key`.
 
@@ -123,7 +131,8 @@ class ChainService:
         self._admission = Admission(self._finality, Mempool(genesis), self._spread, self._grown)
         self._hand_over = HandOver(self._deliver_to)
         self._specs = Specs(store)
-        self._server = SyncServer(store, self._submitted, self._specs.get)
+        self._snapshots = SnapshotServer(self._finality)
+        self._server = SyncServer(store, self._submitted, self._specs.get, self._snapshots)
         self._client = SyncClient(
             host,
             self._protocols.sync,
@@ -311,6 +320,10 @@ class ChainService:
         """Applied blocks from the next one on; see HeadFeed. Several may subscribe."""
         return self._finality.heads()
 
+    async def prove(self, kind: str, name: str, checkpoint: int = 0) -> Bundle:
+        """A proof for somebody who holds no chain; see `prover.prove`."""
+        return await prove(self._finality, kind, name, checkpoint)
+
     # ---- transactions --------------------------------------------------------------------------
 
     async def submit(self, raw: bytes) -> bytes:
@@ -467,6 +480,7 @@ class ChainService:
             nursery.start_soon(self._admission.run_queue)
             nursery.start_soon(self._hand_over.run)
             nursery.start_soon(self._client.run)
+            nursery.start_soon(self._snapshots.run)
             await self._subscribe(nursery)
             self._nursery = nursery
             nursery.start_soon(self._validate)

@@ -10,6 +10,7 @@ import msgspec
 from tdmld.chain.blocks import MAX_VALIDATORS, Block, Certificate, Header, Vote
 from tdmld.chain.codec import Hash, Natural, Record, Signature
 from tdmld.chain.consensus import MAX_CERTIFICATES
+from tdmld.chain.light import MAX_HEADERS, Ancestor
 from tdmld.chain.limits import SPEC_BYTES, TRANSACTION_BYTES
 
 SYNC_BLOCKS = 64
@@ -17,6 +18,8 @@ SYNC_BLOCKS = 64
 SYNC_BLOCKS_MAX = 256
 SYNC_BYTES = 8 << 20
 """An answer stops after the block that passes this."""
+STATE_BYTES = 1 << 20
+"""The same for a part of a state."""
 TX_BATCH = 64
 TX_BATCH_BYTES = 128 << 10
 """ANNEX A5: a gossiped batch of transactions."""
@@ -75,6 +78,45 @@ class BlockRequest(Record, tag="block_request", frozen=True):
 ConsensusMessage = Hello | Transactions | Proposal | Vote | Certificate | BlockRequest
 
 
+class SnapshotRequest(Record, tag="snapshot_request", frozen=True):
+    """What state can you give? Answered by Snapshot, which shows `checkpoint` in its history."""
+
+    checkpoint: Natural
+
+
+class Snapshot(Record, tag="snapshot", frozen=True):
+    """A state and who vouches for it: the header of its height, the headers that follow it up to
+    one that is finalized by the certificate, and what a chain goes on from."""
+
+    header: Header
+    mix: Hash
+    peaks: Annotated[tuple[Hash, ...], msgspec.Meta(max_length=64)]
+    headers: Annotated[tuple[Header, ...], msgspec.Meta(max_length=MAX_HEADERS)]
+    certificate: Certificate
+    checkpoint: tuple[Hash, Ancestor] | None
+
+
+class NoSnapshot(Record, tag="no_snapshot", frozen=True):
+    """None can be given now; `why` is for the log."""
+
+    why: Annotated[str, msgspec.Meta(max_length=200)]
+
+
+class StateRequest(Record, tag="state_request", frozen=True):
+    """The state of the snapshot at `height`, above the key `after`; answered by StateItems."""
+
+    height: Natural
+    after: Annotated[bytes, msgspec.Meta(max_length=256)]
+
+
+class StateItems(Record, tag="state_items", frozen=True):
+    """State items in ascending order of keys, about STATE_BYTES of them. `more`: not the last."""
+
+    height: Natural
+    items: Annotated[tuple[tuple[bytes, bytes], ...], msgspec.Meta(max_length=STATE_BYTES)]
+    more: bool
+
+
 class BlocksRequest(Record, tag="blocks_request", frozen=True):
     """Final blocks from height `start` on; answered by Blocks."""
 
@@ -83,9 +125,11 @@ class BlocksRequest(Record, tag="blocks_request", frozen=True):
 
 
 class Blocks(Record, tag="blocks", frozen=True):
-    """Blocks in order, the finalization of the last, and the sender's height."""
+    """Blocks in order, the finalization of the last, the sender's height, and the lowest height
+    that it still has."""
 
     height: Natural
+    lowest: Natural
     blocks: Annotated[tuple[Block, ...], msgspec.Meta(max_length=SYNC_BLOCKS_MAX)]
     certificate: Certificate | None
 
@@ -102,9 +146,9 @@ class Spec(Record, tag="spec", frozen=True):
     raw: Annotated[bytes, msgspec.Meta(max_length=SPEC_BYTES)]
 
 
-SyncRequest = BlocksRequest | SpecRequest | Transactions
+SyncRequest = BlocksRequest | SpecRequest | Transactions | SnapshotRequest | StateRequest
 """Transactions on a sync stream are a follower's submission; they are not answered."""
-SyncAnswer = Blocks | Spec
+SyncAnswer = Blocks | Spec | Snapshot | NoSnapshot | StateItems
 SYNC_REQUEST_BYTES = TX_BATCH * (TRANSACTION_BYTES + 8) + 64
 
 

@@ -23,19 +23,22 @@ from tdmld import keys, logs
 from tdmld.chain.crypto import KeyPair, public_key
 from tdmld.chain.errors import ChainError
 from tdmld.chain.genesis import GENESIS_BYTES_MAX, Genesis, chain_id, load_genesis
+from tdmld.chain.state import State
 from tdmld.config import Config
 from tdmld.errors import UserError
 from tdmld.files import FileTooLarge, read_file
 from tdmld.node.agent import Agent, AskPolicy
 from tdmld.node.api import Api
 from tdmld.node.chainerrors import ChainSideError
-from tdmld.node.chainservice import ChainService
+from tdmld.node.chainservice import ChainService, genesis_committee
+from tdmld.node.chainwire import Protocols
 from tdmld.node.errors import MachineError
 from tdmld.node.machine import Machine, open_machine
 from tdmld.node.machineclass import machine_class
 from tdmld.node.peers import PeerService
+from tdmld.node.snapshot import SnapshotClient
 from tdmld.node.store import ChainStore
-from tdmld.p2p import PeerInfo, open_host
+from tdmld.p2p import Host, PeerInfo, open_host
 from tdmld.p2p.errors import P2PError
 from tdmld.rpc.access import Scope, clear_access, write_access
 from tdmld.rpc.server import ListenFailed, Server
@@ -115,7 +118,12 @@ class _Node:
 
     async def main(self) -> None:
         config, key, server = self._config, self._key, self._server
-        store = ChainStore(config.data_dir / "chain", self._genesis)
+        store = ChainStore(
+            config.data_dir / "chain",
+            self._genesis,
+            keep=config.keep_blocks,
+            checkpoint=config.trusted,
+        )
         try:
             async with (
                 # First, for it takes a second: who connects to the host expects to be served.
@@ -129,16 +137,19 @@ class _Node:
                 trio.open_nursery() as nursery,
             ):
                 nursery.start_soon(self._signals, nursery)
-                chain = ChainService(host, store, self._genesis, key)
                 peers = PeerService(
                     host,
                     key,
                     self._chain_id,
                     config.data_dir / "peers.json",
                     [PeerInfo(peer_id, addresses) for peer_id, addresses in config.bootstrap()],
-                    registered=lambda node: chain.state().owner_of(node) is not None,
+                    registered=lambda node: State(store.get).owner_of(node) is not None,
                     validators=frozenset(v.node for v in self._genesis.validators),
                 )
+                nursery.start_soon(peers.run)
+                if config.sync == "snapshot" and store.height == 0:
+                    await self._join(host, store)
+                chain = ChainService(host, store, self._genesis, key)
                 agent = Agent(
                     key=key,
                     chain_id=self._chain_id,
@@ -162,7 +173,6 @@ class _Node:
                     stop=self._stop,
                 )
                 await nursery.start(chain.run)  # type: ignore[arg-type]  # third-party stubs of trio
-                nursery.start_soon(peers.run)
                 nursery.start_soon(self._announce, peers, machine)
                 nursery.start_soon(agent.run)
                 nursery.start_soon(api.run)
@@ -180,6 +190,15 @@ class _Node:
             clear_access(config.data_dir)
             store.close()
         log.info("stopped")
+
+    async def _join(self, host: Host, store: ChainStore) -> None:
+        """Begin with another node's state; the RPC server starts after it."""
+        alone = [v.node for v in self._genesis.validators] == [self._key.public]
+        if alone:
+            return
+        committee = genesis_committee(self._genesis)
+        protocol = Protocols(self._chain_id).sync
+        await SnapshotClient(host, protocol, store, lambda _: committee).join()
 
     def _ask(self) -> AskPolicy | None:
         ask = self._config.ask

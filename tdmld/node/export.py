@@ -163,6 +163,11 @@ def _genesis_line(store: ChainStore) -> dict[str, object]:
 
 def _block_line(store: ChainStore, height: int) -> tuple[dict[str, object], int]:
     block = store.block(height)
+    if block is None and height < store.lowest:
+        raise StoreError(
+            f"{store.path} has blocks from {store.lowest} on only: it began with a snapshot, or "
+            "keep_blocks is set. Export the chain of a node that keeps all"
+        )
     if block is None:
         raise StoreCorrupt(f"{store.path}: block {height} is missing: export another node's chain")
     return {

@@ -27,6 +27,7 @@ def build_block(
     protocol: int,
     now_ms: int,
     state_height: int,
+    history_root: bytes,
     state_root: bytes,
     sets: tuple[bytes, bytes],
 ) -> Block:
@@ -44,6 +45,7 @@ def build_block(
         proof=vrf.prove(key.seed, beacon_input(chain_id, position.parent_mix, height)),
         tx_root=transactions_root(body),
         state_height=state_height,
+        history_root=history_root,
         state_root=state_root,
         validators=sets[0],
         next_validators=sets[1],

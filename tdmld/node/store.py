@@ -8,19 +8,26 @@ a crash takes away is fetched again. A batch is atomic, so head, state, tree and
     C        chain id                t path   tree page            f height  its finalization, if
     K        node key that signs     x id     receipt                        it has one of its own
     H        head                    r height state root    e height  outcomes of its transactions
+    B        base                             and beacon    q height  leaf of the history
     v view kind   own vote           p view   own proposal  n view hash   notarized body
-    o id          spec               c view kind   certificate stored with own votes
+    o id          spec               L        lowest block  m level index  node of the history
+    c view kind   certificate stored with own votes         Z  a snapshot is being taken over
+
+A store that began with a snapshot has the base above 0: no block up to it, and of the history its
+peaks there. Blocks go, oldest first, when `keep` says so; the state, receipts and history stay.
 """
 
+import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from rocksdict import WriteBatch, WriteOptions
+from rocksdict import AccessType, Options, Rdict, WriteBatch, WriteOptions
+from rocksdict import Checkpoint as RocksCheckpoint
 
-from tdmld.chain import epochs
+from tdmld.chain import epochs, history
 from tdmld.chain.blocks import (
     Block,
     Certificate,
@@ -35,7 +42,8 @@ from tdmld.chain.blocks import (
     first_header,
     view_epoch,
 )
-from tdmld.chain.codec import Hash, Record, decode, encode
+from tdmld.chain.checkpoint import Checkpoint
+from tdmld.chain.codec import ZERO_HASH, Hash, Record, decode, encode
 from tdmld.chain.crypto import address, sha256
 from tdmld.chain.errors import ChainError, DecodeError, InvariantViolation
 from tdmld.chain.events import Event
@@ -44,8 +52,9 @@ from tdmld.chain.ledger import BlockContext, Receipt, apply_block, genesis_chang
 from tdmld.chain.limits import SPEC_BYTES
 from tdmld.chain.state import State, owners_of
 from tdmld.chain.transactions import decode_transaction
-from tdmld.chain.tree import Tree
+from tdmld.chain.tree import Item, Tree, TreeProof
 from tdmld.node.chainerrors import (
+    CheckpointMismatch,
     ProtocolUnknown,
     SignGuardError,
     StoreCorrupt,
@@ -63,6 +72,8 @@ MAX_RECORD_BYTES = 64 << 20
 """Bound for decoding what we wrote ourselves; larger than any block that genesis may allow."""
 PROPOSAL = 3
 """The guard's fourth kind, beside the votes: a second proposal in a view is a fault too."""
+PRUNE_AT_ONCE = 16
+"""Blocks deleted beside one that is applied, so that turning pruning on stalls nothing."""
 
 _OPPOSITE = {int(Kind.NULLIFY): int(Kind.FINALIZE), int(Kind.FINALIZE): int(Kind.NULLIFY)}
 
@@ -76,6 +87,13 @@ class Head(Record, frozen=True):
     mix: Hash
     state_root: Hash
     header: Header
+
+
+class Passed(Record, frozen=True):
+    """What executing a height left: the state root and the beacon mix."""
+
+    state_root: Hash
+    mix: Hash
 
 
 class StoredReceipt(Record, frozen=True):
@@ -111,6 +129,74 @@ def _number(value: int) -> bytes:
     return value.to_bytes(8, "big")
 
 
+def _node_key(level: int, index: int) -> bytes:
+    return b"m" + bytes([level]) + _number(index)
+
+
+def check_checkpoint(checkpoint: Checkpoint | None, height: int, found: bytes) -> None:
+    """Raise CheckpointMismatch when `found`, final at `height`, is not the operator's block."""
+    if checkpoint is not None and height == checkpoint.height and found != checkpoint.hash:
+        raise CheckpointMismatch(
+            f"the network's final block {height} is {found.hex()}, and the checkpoint in "
+            f"tdmld.toml says {checkpoint.hash.hex()}: either the checkpoint is wrong, or these "
+            "peers follow a false chain. Compare it with a source that you trust before going on"
+        )
+
+
+class StoreView:
+    """The ledger's state as it was at one moment, while the chain goes on."""
+
+    def __init__(self, path: Path, read: Callable[[bytes], bytes | None]) -> None:
+        self._path = path
+        self._read = read
+        self.head = decode(Head, read(b"H") or b"", MAX_RECORD_BYTES)
+
+    def close(self) -> None:
+        """Give up what the view holds."""
+
+    def get(self, key: bytes) -> bytes | None:
+        """The ledger's state then."""
+        return self._read(b"s" + key)
+
+    def prove(self, key: bytes) -> TreeProof:
+        """A proof of the state key's value, or of its absence, under the view's state root."""
+        return Tree(lambda path: self._read(b"t" + path)).prove(sha256(key))
+
+
+class StoreCopy(StoreView):
+    """A view that can also be walked: a directory of hard links to the database's files, which
+    `close` removes. rocksdict's own snapshots are no snapshots under an iterator."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._db = Rdict(str(path), Options(raw_mode=True), access_type=AccessType.read_only())
+        except Exception as error:  # rocksdict raises bare Exception for every cause
+            raise translated(path, "open", error) from error
+        super().__init__(path, self._db.get)
+
+    def close(self) -> None:
+        self._db.close()
+        shutil.rmtree(self._path, ignore_errors=True)
+
+    def state_after(self, after: bytes, limit: int) -> tuple[list[Item], bool]:
+        """State items above the key `after` in order, up to the one that passes `limit` bytes;
+        whether there are more."""
+        found, size = list[Item](), 0
+        try:
+            for key, value in self._db.items(from_key=b"s" + after):
+                if not isinstance(key, bytes) or key >= b"t":
+                    break
+                if key[1:] == after:
+                    continue
+                if size > limit:
+                    return found, True
+                found.append((key[1:], bytes(value)))
+                size += len(key) + len(value)
+        except Exception as error:  # rocksdict raises bare Exception for every cause
+            raise translated(self._path, "read", error) from error
+        return found, False
+
+
 class ChainStore:
     """An open chain database. Reads and `apply` may run in any thread, one `apply` and one
     `record` at a time; a context manager closes it.
@@ -118,8 +204,21 @@ class ChainStore:
     Raises StoreLocked, StoreCorrupt, StoreMismatch or StoreError at opening.
     """
 
-    def __init__(self, path: Path, genesis: Genesis) -> None:
+    def __init__(
+        self,
+        path: Path,
+        genesis: Genesis,
+        *,
+        keep: int = 0,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        """`keep` blocks stay, at least those of the unbonding period; 0 keeps all. A chain that
+        contradicts `checkpoint` raises CheckpointMismatch, here or in `apply`."""
         self.path = path
+        self.checkpoint = checkpoint
+        self._keep = max(keep, genesis.parameters.unbonding[0]) if keep else 0
+        self._base = 0
+        self._lowest = 1
         self.genesis = genesis
         self.chain_id = chain_id(genesis)
         self._synced = WriteOptions()
@@ -169,6 +268,16 @@ class ChainStore:
         """Whether a final header commits the present state root."""
         return self._head.header.state_root == self._head.state_root
 
+    @property
+    def base(self) -> int:
+        """The height whose state this store began with; 0: genesis."""
+        return self._base
+
+    @property
+    def lowest(self) -> int:
+        """The lowest height whose block is held, when there is one."""
+        return self._lowest
+
     def get(self, key: bytes) -> bytes | None:
         """The ledger's state at the head."""
         return self._read(b"s" + key)
@@ -213,7 +322,59 @@ class ChainStore:
 
     def root_at(self, height: int) -> bytes | None:
         """The state root after executing `height`; None when it has not been executed."""
-        return self._read(b"r" + _number(height))
+        passed = self.passed(height)
+        return None if passed is None else passed.state_root
+
+    def passed(self, height: int) -> Passed | None:
+        """What executing `height` left; None when it has not been executed here, or long ago."""
+        raw = self._read(b"r" + _number(height))
+        return None if raw is None else self._decode(Passed, raw, f"root of height {height}")
+
+    def history_root(self, height: int) -> bytes | None:
+        """The root of the history up to and with `height`; None when that is not known here."""
+        if not self._base <= height <= self.height:
+            return None
+        return history.root(self._node, height + 1)
+
+    def history_proof(self, height: int, top: int) -> tuple[bytes, ...]:
+        """The path of `height`'s leaf under `history_root(top)`. Raises IndexError when it is
+        not up to `top`, history.NotHeld when this store began above it."""
+        return history.proof(self._node, top + 1, height)
+
+    def history_peaks(self, height: int) -> tuple[bytes, ...]:
+        """The peaks of the history up to and with `height`, left to right."""
+        found = [self._node(level, index) for level, index in history.peaks(height + 1)]
+        return tuple(node for node in found if node is not None)
+
+    def history_leaf(self, height: int) -> tuple[bytes, bytes] | None:
+        """A height's block id and outcomes root, also when the block was pruned."""
+        raw = self._read(b"q" + _number(height))
+        return None if raw is None else (raw[:32], raw[32:])
+
+    def view(self) -> StoreView:
+        """The state as it is now."""
+        frozen, path = self._db.snapshot(), self.path
+
+        def read(key: bytes) -> bytes | None:
+            try:
+                value: bytes = frozen[key]
+            except Exception as error:  # rocksdict raises bare Exception for every cause
+                if str(error) == "key not found":
+                    return None
+                raise translated(path, "read", error) from error
+            return value
+
+        return StoreView(self.path, read)
+
+    def copy(self, directory: Path) -> StoreCopy:
+        """The state as it is now, in `directory`, which is removed first. Takes a few
+        milliseconds and holds disk space until it is closed."""
+        shutil.rmtree(directory, ignore_errors=True)
+        try:
+            RocksCheckpoint(self._db).create_checkpoint(str(directory))
+        except Exception as error:  # rocksdict raises bare Exception for every cause
+            raise translated(directory, "make", error) from error
+        return StoreCopy(directory)
 
     def block(self, height: int) -> Block | None:
         """The final block of a height from 1."""
@@ -268,13 +429,16 @@ class ChainStore:
         new = Head(header.height, header.view, key, mix, root, header)
         number = _number(header.height)
         batch.put(b"b" + number, encode(block))
-        batch.put(b"r" + number, root)
+        batch.put(b"r" + number, encode(Passed(root, mix)))
         batch.put(b"H", encode(new))
+        outcomes = history.outcomes_root([(receipt.id, receipt.ok) for receipt in result.receipts])
+        self._write_history(batch, header.height, history.leaf(key, outcomes))
+        lowest = self._prune(batch, header)
         if certificate is not None:
             batch.put(b"f" + number, encode(certificate))
         self._forget_votes(batch, header.view)
         self._write(batch, self._unsynced)
-        self._head = new
+        self._head, self._lowest = new, lowest
         return AppliedBlock(
             header.height,
             key,
@@ -303,7 +467,13 @@ class ChainStore:
                 f"height {header.height} follows protocol {header.protocol}, and this program "
                 f"knows {sorted(PROTOCOLS)}: install a newer version and start again"
             )
-        if self.root_at(header.state_height) != header.state_root:
+        check_checkpoint(self.checkpoint, header.height, block_hash(header))
+        if header.state_height < self._base:
+            return  # committed before this store began, and certified
+        if (
+            self.root_at(header.state_height) != header.state_root
+            or self.history_root(header.state_height) != header.history_root
+        ):
             raise InvariantViolation(
                 f"the network executed height {header.state_height} to another state than this "
                 f"node: stop, keep {self.path} for a report, start again from an empty directory"
@@ -325,6 +495,83 @@ class ChainStore:
             else:
                 batch.put(b"t" + path, page)
         return root
+
+    def _node(self, level: int, index: int) -> bytes | None:
+        return self._read(_node_key(level, index))
+
+    def _write_history(self, batch: WriteBatch, height: int, leaf: bytes) -> None:
+        for level, index, node in history.append(self._node, height, leaf):
+            batch.put(_node_key(level, index), node)
+        batch.put(b"q" + _number(height), leaf)
+
+    def _prune(self, batch: WriteBatch, header: Header) -> int:
+        """Delete blocks that are older than `keep` and than the unbonding period, within which an
+        offence can be punished and a stranger can be shown what happened; the new lowest."""
+        lowest, seconds = self._lowest, self.genesis.parameters.unbonding[1]
+        if not self._keep:
+            return lowest
+        for _ in range(PRUNE_AT_ONCE):
+            block = self.block(lowest) if lowest <= header.height - self._keep else None
+            if block is None or block.header.time_ms + 1000 * seconds > header.time_ms:
+                break
+            for prefix in (b"b", b"f", b"e", b"r"):
+                batch.delete(prefix + _number(lowest))
+            lowest += 1
+        if lowest != self._lowest:
+            batch.put(b"L", _number(lowest))
+        return lowest
+
+    # ---- beginning with a snapshot ------------------------------------------------------------
+
+    def begin_snapshot(self) -> None:
+        """Make room for another's state. Only at height 0. Until `finish_snapshot` the store holds
+        no state; a crash in between, or `drop_snapshot`, goes back to genesis."""
+        if self.height != 0:
+            raise StoreError(
+                f"{self.path} holds a chain already: a snapshot begins with an empty one"
+            )
+        batch = WriteBatch(raw_mode=True)
+        batch.put(b"Z", b"")
+        self._forget_chain(batch)
+        self._write(batch, self._synced)
+
+    def take_state(self, items: Sequence[Item]) -> None:
+        """Add state items (key, value)."""
+        batch = WriteBatch(raw_mode=True)
+        self._write_state(batch, dict(items))
+        self._write(batch, self._unsynced)
+
+    def taken_root(self) -> bytes:
+        """The root over everything taken so far."""
+        return Tree(lambda path: self._read(b"t" + path)).root
+
+    def finish_snapshot(self, head: Head, peaks: Sequence[bytes]) -> None:
+        """Begin the chain at `head`, whose state was taken. The caller vouches for finality and
+        has checked the history's `peaks`; InvariantViolation when the root is another one."""
+        if self.taken_root() != head.state_root:
+            raise InvariantViolation("the state that was taken is not that of the head")
+        batch = WriteBatch(raw_mode=True)
+        for (level, index), node in zip(history.peaks(head.height + 1), peaks, strict=True):
+            batch.put(_node_key(level, index), node)
+        number = _number(head.height)
+        batch.put(b"r" + number, encode(Passed(head.state_root, head.mix)))
+        batch.put(b"H", encode(head))
+        batch.put(b"B", number)
+        batch.put(b"L", _number(head.height + 1))
+        batch.delete(b"Z")
+        self._write(batch, self._synced)
+        self._head, self._base, self._lowest = head, head.height, head.height + 1
+
+    def drop_snapshot(self) -> None:
+        """Go back to genesis."""
+        batch = WriteBatch(raw_mode=True)
+        self._forget_chain(batch)
+        self._write(batch, self._synced)
+        self._found()
+
+    def _forget_chain(self, batch: WriteBatch) -> None:
+        for prefix in (b"m", b"q", b"r", b"s", b"t"):
+            batch.delete_range(prefix, bytes([prefix[0] + 1]))
 
     def _write_receipts(self, batch: WriteBatch, height: int, receipts: Sequence[Receipt]) -> None:
         """Nothing succeeds twice, but a leader may put it into a block again: it then fails
@@ -478,10 +725,16 @@ class ChainStore:
                 f"{self.path} belongs to another chain than {self.chain_id.hex()[:16]}: check "
                 "genesis.json, or choose another data directory"
             )
+        if self._read(b"Z") is not None:
+            self.drop_snapshot()
         raw = self._read(b"H")
         if raw is None:
             raise StoreCorrupt(f"{self.path} has no head: it is damaged")
         self._head = self._decode(Head, raw, "head")
+        self._base = int.from_bytes(self._read(b"B") or b"", "big")
+        self._lowest = int.from_bytes(self._read(b"L") or b"\1", "big")
+        if self.checkpoint is not None and self.checkpoint.height <= self.height:
+            self._check_held(self.checkpoint)
         for vote in self.votes():
             self._guard[int(vote.kind), vote.view] = vote.hash
         for raw in self._scan(b"p"):
@@ -496,9 +749,20 @@ class ChainStore:
         head = Head(0, 0, block_hash(header), beacon_start(self.chain_id), root, header)
         batch.put(b"V", FORMAT)
         batch.put(b"C", self.chain_id)
+        batch.delete(b"Z")
         batch.put(b"H", encode(head))
-        batch.put(b"r" + _number(0), root)
+        batch.put(b"r" + _number(0), encode(Passed(root, head.mix)))
+        self._write_history(batch, 0, history.leaf(head.hash, ZERO_HASH))
         self._write(batch, self._synced)
+        self._head = head
+
+    def _check_held(self, checkpoint: Checkpoint) -> None:
+        """Compare with what this store has; a block before its base was checked when it began."""
+        if checkpoint.height == self.height:
+            check_checkpoint(checkpoint, self.height, self._head.hash)
+        block = self.block(checkpoint.height + 1)
+        if block is not None:
+            check_checkpoint(checkpoint, checkpoint.height, block.header.parent)
 
     # ---- rocksdict, behind four functions ------------------------------------------------------
 

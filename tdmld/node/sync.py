@@ -6,6 +6,7 @@ for all, by their hash chain. Anything that is wrong costs that peer its turn, n
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import trio
 
@@ -30,14 +31,17 @@ from tdmld.node.chainwire import (
     SYNC_REQUEST_BYTES,
     Blocks,
     BlocksRequest,
+    SnapshotRequest,
     Spec,
     SpecRequest,
+    StateRequest,
     SyncAnswer,
     SyncRequest,
     Transactions,
     blocks_bytes,
 )
 from tdmld.node.finality import Finality
+from tdmld.node.snapshot import SnapshotServer
 from tdmld.node.store import ChainStore
 from tdmld.p2p import Host, Stream
 from tdmld.p2p.errors import P2PError
@@ -46,7 +50,7 @@ log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 10.0
 ANSWERS = 32
-"""Answers with blocks on their way at the same time, one for each peer: up to SYNC_BYTES each."""
+"""Answers with blocks or state on their way at once, one for each peer: up to SYNC_BYTES each."""
 SEND_SECONDS = 30.0
 """For so long an answer may take a place, with a peer that reads slowly."""
 HEAD_START = 0.2
@@ -102,8 +106,10 @@ class SyncServer:
         store: ChainStore,
         submitted: Submitted,
         spec: Callable[[bytes], bytes | None],
+        snapshots: SnapshotServer | None = None,
     ) -> None:
         self._store = store
+        self._snapshots = snapshots
         self._submitted = submitted
         self._spec = spec
         self._answering: set[str] = set()
@@ -120,42 +126,51 @@ class SyncServer:
                 await stream.reset()
                 return
             match request:
-                case BlocksRequest():
-                    if not await self._send_blocks(stream, request):
+                case BlocksRequest(start, count):
+                    if not await self._send(stream, partial(self.blocks, start, count)):
                         await stream.reset()
                         return
                 case SpecRequest(spec):
                     await stream.send(encode(Spec(self._spec(spec) or b"")))
                 case Transactions(raws):
                     await self._submitted(stream.peer_id, raws)
+                case SnapshotRequest(checkpoint) if self._snapshots is not None:
+                    await stream.send(encode(await self._snapshots.offer(checkpoint)))
+                case StateRequest(height, after) if self._snapshots is not None:
+                    items = partial(self._snapshots.items, height, after)
+                    if not await self._send(stream, items):
+                        await stream.reset()
+                        return
+                case _:
+                    await stream.reset()
+                    return
 
-    async def _send_blocks(self, stream: Stream, request: BlocksRequest) -> bool:
-        """Answer; False when the peer asks for more at a time than one answer, or does not read.
+    async def _send(self, stream: Stream, answer: Callable[[], SyncAnswer]) -> bool:
+        """A large answer; False when the peer asks for two at a time, or does not read.
 
         Reading and encoding megabytes takes a tenth of a second: not in the event loop, for a
         request of a few bytes.
         """
         peer = stream.peer_id
         if peer in self._answering:
-            log.info("%s asks for blocks again before it has its answer", peer)
+            log.info("%s asks again before it has its answer", peer)
             return False
         self._answering.add(peer)
         try:
             async with self._places:
-                raw = await trio.to_thread.run_sync(
-                    lambda: encode(self.blocks(request.start, request.count))
-                )
+                raw = await trio.to_thread.run_sync(lambda: encode(answer()))
                 with trio.fail_after(SEND_SECONDS):
                     await stream.send(raw)
         except trio.TooSlowError:
-            log.info("%s does not read the blocks that it asked for", peer)
+            log.info("%s does not read what it asked for", peer)
             return False
         finally:
             self._answering.discard(peer)
         return True
 
     def blocks(self, start: int, count: int) -> Blocks:
-        """Blocks from `start`, of one epoch, ending with one that has its own finalization."""
+        """Blocks from `start`, of one epoch, ending with one that has its own finalization; none
+        when `start` was pruned, or lies before the snapshot that this node began with."""
         epoch_blocks = self._store.genesis.parameters.epoch_blocks
         top = self._store.height
         found: list[Block] = []
@@ -177,7 +192,7 @@ class SyncServer:
             if ends_epoch(height, epoch_blocks):
                 break
             height += 1
-        return Blocks(top, tuple(found[:whole]), certificate)
+        return Blocks(top, self._store.lowest, tuple(found[:whole]), certificate)
 
 
 class SyncClient:
@@ -259,6 +274,12 @@ class SyncClient:
                 assert committee is not None
                 found = check_blocks(committee, blocks, finality.height, finality.hash, answer)
                 if found is None:
+                    if finality.height + 1 < answer.lowest <= answer.height:
+                        raise BadAnswer(
+                            f"it has blocks from {answer.lowest} on, and {finality.height + 1} is "
+                            "needed: looking elsewhere. When no peer keeps all blocks, start from "
+                            'an empty directory with sync = "snapshot"'
+                        )
                     return progress
                 self.active = len(found[0]) > 1 or answer.height > found[0][-1].header.height
                 self._adopt(*found)

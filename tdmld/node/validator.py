@@ -554,7 +554,8 @@ class Validator:
         if found is None or self._bodies.tree.path(found.hash) is None:
             return
         parent, mix = self._bodies.header(found.hash), self._bodies.mix(found.hash)
-        if parent is None or mix is None or parent.state_height > head.height:
+        history = self._store.history_root(head.height)
+        if parent is None or mix is None or history is None or parent.state_height > head.height:
             return
         if ends_epoch(parent.height, self._epoch_blocks) and found.view > self.epoch * EPOCH_VIEWS:
             return
@@ -569,6 +570,7 @@ class Validator:
             protocol=protocol_at(self._genesis, parent.height + 1),
             now_ms=self._now_ms(),
             state_height=head.height,
+            history_root=history,
             state_root=head.state_root,
             sets=self._sets,
         )

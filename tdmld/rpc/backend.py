@@ -32,6 +32,7 @@ from tdmld.rpc.types import (
     NodeStatus,
     PathText,
     PeerInfo,
+    Proof,
     Published,
     RawHex,
     SpecText,
@@ -66,6 +67,16 @@ class Backend(Protocol):
 
     async def chain_submit(self, raw: RawHex) -> Submitted:
         """Admit a signed transaction (hex); Refused names the rule. Does not wait for a block."""
+
+    async def chain_prove(self, kind: NameText, key: NameText, checkpoint: int = 0) -> Proof:
+        """A proof for somebody who has no chain and need not trust this node.
+
+        Waits for a block that commits the present state; on an idle chain it is there.
+        `account ADDRESS`, `facts ADDRESS`, `node ADDRESS`, `job ID`, `payment JOB/ADDRESS`,
+        `slot JOB/SLOT`, `segment` or `audit JOB/SLOT/SEGMENT`, `transaction ID`, `block HEIGHT`.
+        `checkpoint` is a height that the verifier trusts; 0: none. InvalidParams names what
+        cannot be read, NotFound what this node cannot prove.
+        """
 
     async def chain_parameters(self) -> ChainParameters:
         """The genesis rules and validators."""

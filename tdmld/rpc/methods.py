@@ -17,6 +17,7 @@ _METHODS = (
     ("chain_account", Backend.chain_account, Scope.READ),
     ("chain_transaction", Backend.chain_transaction, Scope.READ),
     ("chain_submit", Backend.chain_submit, Scope.WRITE),
+    ("chain_prove", Backend.chain_prove, Scope.READ),
     ("chain_parameters", Backend.chain_parameters, Scope.READ),
     ("chain_subscribeHeads", Backend.chain_subscribe_heads, Scope.READ),
     ("job_publish", Backend.job_publish, Scope.WRITE),

@@ -197,6 +197,16 @@ class TransactionStatus(Wire, frozen=True):
     reason: str = ""
 
 
+class Proof(Wire, frozen=True):
+    """A proof bundle, for `tdmld light verify`."""
+
+    height: HeightNumber
+    """Of the final block that vouches for it."""
+    hash: HexId
+    raw: str
+    """The bundle in hex: docs/spec/chain.md."""
+
+
 class ValidatorInfo(Wire, frozen=True):
     owner: AddressText
     node: AddressText

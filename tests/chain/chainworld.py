@@ -87,6 +87,7 @@ class ChainWorld(World):
             protocol=1,
             now_ms=START_MS + 500 * self.height,
             state_height=head.height,
+            history_root=self.chain.history_root(head.height) or b"",
             state_root=head.state_root,
             sets=self.chain.set_ids(self.chain.epoch),
         )

@@ -37,6 +37,7 @@ def header(**changes: object) -> Header:
         proof=vrf.prove(KEYS[2].seed, blocks.beacon_input(CHAIN, mix, 1)),
         tx_root=blocks.transactions_root([b"a", b"b"]),
         state_height=0,
+        history_root=ZERO_HASH,
         state_root=ZERO_HASH,
         validators=ZERO_HASH,
         next_validators=ZERO_HASH,

@@ -9,7 +9,7 @@ HEAD = b"\x01" * 32
 
 def block(height: int, view: int, parent: bytes = HEAD, variant: int = 0) -> Block:
     header = Header(
-        1, height, view, view - 1, parent, variant, bytes(32), b"", ZERO_HASH, 0, *[ZERO_HASH] * 3
+        1, height, view, view - 1, parent, variant, bytes(32), b"", ZERO_HASH, 0, *[ZERO_HASH] * 4
     )
     return Block(header, bytes(64), ())
 

@@ -82,7 +82,7 @@ def test_nullify_and_finalize_in_one_view_convict() -> None:
 
 def header(made: World, time_ms: int, by: int = 1) -> Header:
     names = dict.fromkeys(Header.__struct_fields__, 0)
-    hashes = ("parent", "tx_root", "state_root", "validators", "next_validators")
+    hashes = ("parent", "tx_root", "history_root", "state_root", "validators", "next_validators")
     fields = {**names, **dict.fromkeys(hashes, ZERO_HASH), "proof": b"", "view": 3}
     return Header(**{**fields, "time_ms": time_ms, "proposer": node_key(by).public})  # type: ignore[arg-type]
 

@@ -364,7 +364,7 @@ def test_beacon() -> None:
         assert beacon_input(chain, mix, row["height"]).hex() == row["input"]
         header = Header(
             1, row["height"], 0, 0, ZERO_HASH, 0, proposer, bytes.fromhex(row["proof"]),
-            ZERO_HASH, 0, ZERO_HASH, ZERO_HASH, ZERO_HASH,
+            ZERO_HASH, 0, *[ZERO_HASH] * 4,
         )  # fmt: skip
         mix = beacon_mix(chain, mix, header)
         assert mix.hex() == row["mix"]

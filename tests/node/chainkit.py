@@ -73,6 +73,7 @@ def next_block(
         "proof": vrf.prove(leader.seed, beacon_input(chain, head.mix, head.height + 1)),
         "tx_root": transactions_root(body),
         "state_height": head.height,
+        "history_root": store.history_root(head.height),
         "state_root": head.state_root,
         "validators": store.set_ids(store.epoch)[0],
         "next_validators": store.set_ids(store.epoch)[1],

@@ -79,8 +79,8 @@ def test_a_far_or_empty_request_gets_an_empty_answer(
     served: tuple[ChainStore, list[Block]],
 ) -> None:
     server = SyncServer(served[0], _nobody, lambda _: None)
-    assert server.blocks(10_000, 64) == Blocks(80, (), None)
-    assert server.blocks(80, 64) == Blocks(80, (), None)
+    assert server.blocks(10_000, 64) == Blocks(80, 1, (), None)
+    assert server.blocks(80, 64) == Blocks(80, 1, (), None)
     assert check_blocks(COMMITTEE, EPOCH, 80, bytes(32), server.blocks(1, 64)) is None
 
 
@@ -103,8 +103,8 @@ def test_what_is_wrong_is_refused(served: tuple[ChainStore, list[Block]]) -> Non
         ((b1, b2, b3, b4), certificate(Kind.FINALIZE, made[6])),
     ):
         with pytest.raises(BadAnswer):
-            check_blocks(COMMITTEE, EPOCH, height, head, Blocks(80, tuple(blocks), proof))
-    assert check_blocks(COMMITTEE, EPOCH, height, head, Blocks(80, good.blocks, None)) is None
+            check_blocks(COMMITTEE, EPOCH, height, head, Blocks(80, 1, tuple(blocks), proof))
+    assert check_blocks(COMMITTEE, EPOCH, height, head, Blocks(80, 1, good.blocks, None)) is None
 
 
 # ---- the server, and peers that mean no good -----------------------------------------------------

@@ -22,6 +22,7 @@ from tdmld.rpc.types import (
     JobSummary,
     NodeStatus,
     PeerInfo,
+    Proof,
     Published,
     ResultFile,
     SegmentLoss,
@@ -250,6 +251,10 @@ class FakeBackend:
             state_root="ab" * 32,
             size=812,
         )
+
+    async def chain_prove(self, kind: str, key: str, checkpoint: int = 0) -> Proof:
+        brief = head(self.height)
+        return Proof(height=self.height, hash=brief.hash, raw="00")
 
     async def chain_account(self, address: str) -> AccountInfo:
         return AccountInfo(

@@ -48,7 +48,7 @@ SYNC_ROUNDS = 6
 SYNC_PAUSE = 0.5
 MAX_SPIN = 200
 """Ticks in a row without time passing, above which the shell is said to spin."""
-GENESIS_HEADER = Header(0, 0, 0, 0, GENESIS, 0, ZERO_HASH, b"", ZERO_HASH, 0, *[ZERO_HASH] * 3)
+GENESIS_HEADER = Header(0, 0, 0, 0, GENESIS, 0, ZERO_HASH, b"", ZERO_HASH, 0, *[ZERO_HASH] * 4)
 
 
 class Ignored(InvalidBlock):
@@ -705,6 +705,7 @@ class Node:
             b"",
             body_root(body),
             self.executed,
+            ZERO_HASH,
             self.roots[-1],
             ZERO_HASH,
             ZERO_HASH,

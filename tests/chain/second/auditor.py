@@ -36,6 +36,7 @@ HEADER = [
     "proof",
     "tx_root",
     "state_height",
+    "history_root",
     "state_root",
     "validators",
     "next_validators",
@@ -277,7 +278,7 @@ def read_genesis(line: dict[str, Any], known: str | None) -> tuple[Genesis, byte
     moment = datetime.fromisoformat(document["time"])
     time_ms = round(moment.timestamp() * 1000)
     version = max(row for row in document["protocol"] if row[0] == 0)[1]
-    header = [version, 0, 0, 0, chain, time_ms, ZERO, b"", ZERO, 0, root, ZERO, ZERO]
+    header = [version, 0, 0, 0, chain, time_ms, ZERO, b"", ZERO, 0, ZERO, root, ZERO, ZERO]
     check(header_of(line["header"]) == header, "genesis: GEN-7 gives another header")
     check(line["hash"] == H(pack(header)).hex(), "genesis: the header has another id")
     return Genesis(chain, document, sets), H(pack(header))
@@ -359,6 +360,26 @@ def merkle(leaves: Sequence[bytes]) -> bytes:
         odd = row[len(row) & ~1 :]
         row = [H(b"\1", row[i], row[i + 1]) for i in range(0, len(row) - 1, 2)] + odd
     return row[0] if row else ZERO
+
+
+class History:
+    """HIST-1 to HIST-3, kept as the roots of complete trees, the largest first."""
+
+    def __init__(self) -> None:
+        self.trees: list[tuple[int, bytes]] = []
+
+    def append(self, leaf: bytes) -> None:
+        size, root = 1, H(b"\0", leaf)
+        while self.trees and self.trees[-1][0] == size:
+            size, root = 2 * size, H(b"\1", self.trees.pop()[1], root)
+        self.trees.append((size, root))
+
+    @property
+    def root(self) -> bytes:
+        *rest, (_, root) = self.trees
+        for _, left in reversed(rest):
+            root = H(b"\1", left, root)
+        return root
 
 
 def check_certificate(
@@ -502,6 +523,9 @@ class Auditor:
         self.genesis, self.parent = read_genesis(first, known)
         self.header = header_of(first["header"])
         self.roots = [first["state_root"]]
+        self.history = History()
+        self.history.append(self.parent + ZERO)
+        self.histories = [self.history.root]
         self.mix = H(b"tdmld\0beacon\0", self.genesis.chain)
         self.epoch = -1
         self.members: list[tuple[bytes, int]] = []
@@ -524,7 +548,7 @@ class Auditor:
         epoch = (height - 1) // self.genesis.epoch_blocks
         check(view // VIEWS == epoch, f"{where}: a view of another epoch")
         named = [H(self.genesis.sets[number]) for number in (epoch, epoch + 1)]
-        check(header[11:] == named, f"{where}: its validators")
+        check(header[12:] == named, f"{where}: its validators")
         if epoch != self.epoch:
             self.epoch, self.members = epoch, self.genesis.validators(epoch)
             self.leaders = rotation([weight for _, weight in self.members])
@@ -540,12 +564,20 @@ class Auditor:
         check(len(ids) <= rules["block_transactions"], f"{where}: too many transactions")
         at = header[9]
         check(before[9] <= at < height, f"{where}: its state height")
-        check(header[10].hex() == self.roots[at], f"{where}: the state of {at}")
+        check(header[11].hex() == self.roots[at], f"{where}: the state of {at}")
+        check(header[10] == self.histories[at], f"{where}: the history up to {at}")
         alpha = b"tdmld\0beacon\0" + chain + self.mix + u64(height)
         self.mix = H(self.mix, vrf_output(proposer, alpha, header[7]))
         if row["certificate"] is not None:
             check_certificate(self.genesis, row["certificate"], header, block)
             self.final = height
+        count = len(ids).to_bytes(4, "big")
+        outcomes = [
+            tx + (b"\1" if one["ok"] else b"\0") + count
+            for tx, one in zip(ids, row["transactions"], strict=True)
+        ]
+        self.history.append(block + merkle(outcomes))
+        self.histories.append(self.history.root)
         self.header, self.parent = header, block
         self.roots.append(row["state_root"])
         self.transactions += len(ids)
@@ -570,7 +602,7 @@ class Auditor:
             chain_id=self.genesis.chain.hex(),
             height=height,
             final=self.final,
-            vouched=self.final == height and self.header[10].hex() == row["state_root"],
+            vouched=self.final == height and self.header[11].hex() == row["state_root"],
             transactions=self.transactions,
             entries=len(self.state),
             supply=supply,

@@ -1,0 +1,42 @@
+"""Real daemons: a node begins with another's state, and a proof is checked without any node."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tdmld import devnet
+
+pytestmark = pytest.mark.e2e
+
+
+def tdmld(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tdmld", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_daemon_joins_by_snapshot_and_gives_proofs(tmp_path: Path) -> None:
+    network = devnet.make_network(
+        tmp_path / "network", nodes=2, validators=1, asks=[], parameters={"heartbeat_ms": 1000}
+    )
+    genesis = network.data_dir(0) / "genesis.json"
+    owner, proof = network.nodes[0].owner, tmp_path / "proof"
+    with network:
+        network.start(0)
+        network.wait_ready([0])
+        time.sleep(4)  # some heartbeats
+        network.start(1, "--sync", "snapshot")
+        network.wait_ready([1])
+        assert "began with" in (network.data_dir(1) / "logs" / "daemon.jsonl").read_text()
+        where = ("--data-dir", network.data_dir(1))
+        fetched = tdmld("light", "fetch", "account", owner, "--out", proof, *where)
+        assert fetched.returncode == 0, fetched.stderr
+    checked = tdmld("light", "verify", proof, f"account/{owner}", "--genesis", genesis)
+    assert checked.returncode == 0, checked.stderr
+    assert f"proven: {owner} has 1000000000" in checked.stdout
+    raw = bytearray(proof.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    proof.write_bytes(raw)
+    assert tdmld("light", "verify", proof, "--genesis", genesis).returncode == 5
