@@ -1,30 +1,24 @@
 """Answers the RPC from the finalized state; implements `tdmld.rpc.backend.Backend`."""
 
-import json
 import logging
-import math
-from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import aclosing, closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import trio
 
 from tdmld import __version__, files, keys
-from tdmld.chain import events as happened
 from tdmld.chain.blocks import block_hash
 from tdmld.chain.crypto import KeyPair, address, public_key
 from tdmld.chain.errors import ChainError, DecodeError, InvalidTransaction
 from tdmld.chain.genesis import Genesis, chain_id, protocol_at
 from tdmld.chain.light import bundle_bytes
-from tdmld.chain.offers import lock_of
 from tdmld.chain.records import Job, Seat
 from tdmld.chain.reputation import reputation
 from tdmld.chain.state import State
-from tdmld.chain.transactions import Offer, decode_transaction
+from tdmld.chain.transactions import decode_transaction
 from tdmld.errors import UserError
 from tdmld.node import provenance, views
 from tdmld.node.agent import Agent
@@ -32,9 +26,12 @@ from tdmld.node.chainerrors import NotProvable, ServiceBusy, SpecUnavailable, St
 from tdmld.node.chainservice import ChainService
 from tdmld.node.duties import assigned
 from tdmld.node.errors import CarrierUnavailable, ContentRefused, MachineError
+from tdmld.node.jobbook import JobBook
+from tdmld.node.jobfeed import JobFeed
 from tdmld.node.machine import Machine, StepDone
 from tdmld.node.peers import PeerService
-from tdmld.node.store import AppliedBlock, ChainStore
+from tdmld.node.store import ChainStore
+from tdmld.node.work import Work
 from tdmld.p2p import Host
 from tdmld.rpc.errors import InvalidParams, NotFound, NotReady, Refused
 from tdmld.rpc.types import (
@@ -43,11 +40,9 @@ from tdmld.rpc.types import (
     BlockInfo,
     ChainParameters,
     Earnings,
-    EarningsBucket,
     FetchedResult,
     Head,
     JobDetail,
-    JobEarnings,
     JobEvent,
     JobSummary,
     NodeStatus,
@@ -55,27 +50,18 @@ from tdmld.rpc.types import (
     Proof,
     Published,
     ResultFile,
-    Role,
-    SlotRun,
     Submitted,
     TransactionLine,
     TransactionStatus,
     ValidatorInfo,
     time_text,
 )
-from tdmld.train.errors import SpecError, TrainError
-from tdmld.train.spec import Spec, decode_spec
+from tdmld.train.errors import SpecError
+from tdmld.train.spec import decode_spec
 
 log = logging.getLogger(__name__)
 
-BUCKET_SECONDS = 60
-BUCKETS = 60
 FINAL_JOBS_SHOWN = 200
-EVENTS_BUFFERED = 256
-"""Events that a subscriber may have waiting before steps are left out."""
-CACHED = 512
-"""Specs and offers kept decoded."""
-NAMES_BYTES = 1 << 20
 
 
 @dataclass
@@ -93,57 +79,27 @@ class Api:
     data_dir: Path
     stop: trio.Event
     started: str = ""
-    _buckets: deque[list[int]] = field(default_factory=lambda: deque(maxlen=BUCKETS))
-    _specs: dict[bytes, Spec] = field(default_factory=dict)
-    _offers: dict[bytes, Offer] = field(default_factory=dict)
-    _subscribers: set[tuple[bytes, trio.MemorySendChannel[JobEvent]]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.started = time_text(int(self.peers.now_ms()))
         self._chain_id = chain_id(self.genesis)
-        self._names = self._load_names()
-        self.agent.on_step = self._pass_on
+        self._book = JobBook(self.store, self.genesis, self.data_dir)
+        self._feed = JobFeed()
+        self._work = Work(self.key.public, self.chain, self.agent, self.host, self._book)
+        self.agent.on_step = self._step
 
     async def run(self) -> None:
         """Follow the chain for what this node's owner earns and for whoever follows a job."""
         with closing(self.chain.heads()) as heads:
             async for applied in heads:
                 try:
-                    self._count_income(applied)
-                    self._tell_subscribers(applied)
+                    self._work.count_income(applied, self._owner())
+                    self._feed.tell(self.chain.state(), applied)
                 except StoreError:
                     raise
                 except Exception:
                     # What people are shown of a block must not end the node.
                     log.exception("block %d cannot be shown", applied.height)
-
-    def _count_income(self, applied: AppliedBlock) -> None:
-        """Minute by minute."""
-        mine = self._owner()
-        earned = sum(
-            entry.amount
-            for entry in applied.events
-            if isinstance(entry, happened.Paid) and entry.owner == mine
-        )
-        minute = applied.block.header.time_ms // 1000 // BUCKET_SECONDS
-        while not self._buckets or self._buckets[-1][0] < minute:
-            last = self._buckets[-1][0] if self._buckets else minute - 1
-            start = max(last + 1, minute - BUCKETS + 1)
-            self._buckets.append([start, 0])
-        self._buckets[-1][1] += earned
-
-    def _tell_subscribers(self, applied: AppliedBlock) -> None:
-        state, time = self.chain.state(), time_text(applied.block.header.time_ms)
-        for subscriber in list(self._subscribers):
-            job_id, queue = subscriber
-            for entry in applied.events:
-                event = views.event(state, entry, job_id, applied.height, time)
-                if event is not None:
-                    queue.send_nowait(event)
-            job = state.job(job_id)
-            if job is not None and job.final:
-                self._subscribers.discard(subscriber)
-                queue.close()
 
     # the node --------------------------------------------------------------------------------
 
@@ -152,7 +108,7 @@ class Api:
         account, facts = state.account(owner), state.facts(owner)
         ask = state.ask(self.key.public)
         jobs = self._active(state)
-        tasks = tuple(run for job in jobs for run in self._tasks(state, job))
+        tasks = tuple(run for job in jobs for run in self._work.tasks(state, job, owner))
         head = self.store.head
         return NodeStatus(
             version=__version__,
@@ -172,7 +128,7 @@ class Api:
             vote_stake=str(account.vote_stake),
             reputation=reputation(facts),
             earned=str(facts.earned),
-            pending=str(sum(self._pending(state, job, owner) for job in jobs)),
+            pending=str(sum(self._work.pending(state, job, owner) for job in jobs)),
             started=self.started,
             ask=None
             if ask is None
@@ -185,98 +141,12 @@ class Api:
                 until=ask.until_height,
             ),
             tasks=tasks,
-            why_not_earning="" if tasks else self._why_not_earning(state, jobs),
+            why_not_earning="" if tasks else self._work.why_not_earning(state, jobs),
         )
-
-    def _why_not_earning(self, state: State, jobs: list[Job]) -> str:
-        if not self.host.connected() and len(self.chain.committee.nodes) > 1:
-            return "no peer is connected: check `peers` in tdmld.toml and this node's network"
-        if self.chain.syncing:
-            return "still fetching the chain; work starts when it has caught up"
-        if state.node(self.key.public) is None:
-            return "this node key is not registered to an owner: send Register with the owner key"
-        if self.agent.ask is None:
-            return "this node does not ask for work: set enabled = true in [ask] of tdmld.toml"
-        if state.ask(self.key.public) is None:
-            return "the ask is on its way to the chain"
-        if not jobs:
-            return "nobody offers a job at the moment; the node is ready"
-        return "the jobs that run were matched to other nodes: lower [ask] price, or wait"
-
-    def _tasks(self, state: State, job: Job) -> list[SlotRun]:
-        slots, spec, owner = assigned(state, job), self._spec(job), self._owner()
-        earned = state.earnings(job.id, owner)
-
-        def line(role: Role, index: int, phase: str, segment: int, paid: int) -> SlotRun:
-            stage, slot = job.stage_of(index), slots[index]
-            progress = self.agent.progress.get((job.id, index)) if role == "worker" else None
-            per_second = 0.0
-            if progress is not None and progress.seconds > 0:
-                per_second = job.tokens / job.segment_steps / progress.seconds
-            return SlotRun(
-                job=job.id.hex(),
-                role=role,
-                lane=job.lane_of(index),
-                stage=stage,
-                layers=spec.layers(stage) if spec is not None else (0, 0),
-                state=phase,
-                segment=segment,
-                segments=job.rounds,
-                step=progress.step if progress is not None else segment * job.segment_steps,
-                steps=job.rounds * job.segment_steps,
-                settled=slot.settled,
-                earned=str(paid),
-                tokens_per_second=per_second,
-            )
-
-        found = []
-        for index, slot in enumerate(slots):
-            if slot.worker.node == self.key.public:
-                progress = self.agent.progress.get((job.id, index))
-                phase = "waiting" if progress is None else progress.failed or progress.phase
-                found.append(line("worker", index, phase, slot.committed, earned.worker))
-            if job.standby is not None and job.standby.node == self.key.public:
-                each = earned.standby // len(slots)
-                found.append(line("standby", index, "holding copies", slot.committed, each))
-        for job_id, index, number in list(self.agent.auditing):
-            if job_id == job.id and index < len(slots):
-                found.append(line("auditor", index, "replaying", number, earned.auditor))
-        return found
 
     async def node_earnings(self) -> Earnings:
-        state, owner = self.chain.state(), self._owner()
-        rows = []
-        for job in self._all(state):
-            paid = state.earnings(job.id, owner)
-            pending = 0 if job.final else self._pending(state, job, owner)
-            if paid.total or pending:
-                rows.append(
-                    JobEarnings(
-                        job=job.id.hex(),
-                        worker=str(paid.worker),
-                        standby=str(paid.standby),
-                        audit=str(paid.auditor),
-                        pending=str(pending),
-                    )
-                )
-        return Earnings(
-            height=self.chain.height,
-            total=str(state.facts(owner).earned),
-            pending=str(sum(int(row.pending) for row in rows)),
-            jobs=tuple(rows),
-            buckets=tuple(
-                EarningsBucket(start=time_text(minute * BUCKET_SECONDS * 1000), amount=str(amount))
-                for minute, amount in self._buckets
-            ),
-            bucket_seconds=BUCKET_SECONDS,
-        )
-
-    def _pending(self, state: State, job: Job, owner: bytes) -> int:
-        return sum(
-            (slot.committed - slot.settled) * slot.worker.price
-            for slot in assigned(state, job)
-            if slot.worker.owner == owner
-        )
+        state = self.chain.state()
+        return self._work.earnings(state, self._all(state), self._owner())
 
     async def net_peers(self) -> tuple[PeerInfo, ...]:
         state = self.chain.state()
@@ -456,7 +326,7 @@ class Api:
         except (StoreError, ServiceBusy) as error:
             raise NotReady(str(error)) from error
         if name:
-            self._remember_name(spec_id.hex(), name)
+            self._book.remember_name(spec_id.hex(), name)
         return Published(
             spec_id=spec_id.hex(), shards=len(shards), size=sum(size for _, size in shards)
         )
@@ -469,9 +339,9 @@ class Api:
                 state,
                 job,
                 self.chain.height,
-                spec=self._spec(job),
-                name=self._names.get(job.spec_id.hex(), ""),
-                lock=self._lock(job)[0],
+                spec=self._book.spec(job),
+                name=self._book.name(job),
+                lock=self._book.lock(job)[0],
             )
             for job in jobs
         )
@@ -479,13 +349,13 @@ class Api:
     async def job_status(self, id: str) -> JobDetail:
         state = self.chain.state()
         job = self._job(state, id)
-        lock, deposit = self._lock(job)
+        lock, deposit = self._book.lock(job)
         return views.detail(
             state,
             job,
             self.chain.height,
-            spec=self._spec(job),
-            name=self._names.get(job.spec_id.hex(), ""),
+            spec=self._book.spec(job),
+            name=self._book.name(job),
             lock=lock,
             deposit=deposit,
         )
@@ -494,35 +364,12 @@ class Api:
         job = self._job(self.chain.state(), id)
         if job.final:
             return
-        # Filled without waiting: the server takes at once what is in it, and steps are left out.
-        queue, events = trio.open_memory_channel[JobEvent](math.inf)
-        subscriber = (job.id, queue)
-        self._subscribers.add(subscriber)
-        try:
+        async with aclosing(self._feed.follow(job.id)) as events:
             async for event in events:
                 yield event
-        finally:
-            self._subscribers.discard(subscriber)
 
-    def _pass_on(self, step: StepDone) -> None:
-        """Tell a step of a slot that this node runs."""
-        loss = None if step.loss is None else round(step.loss * 1e6)
-        told = "" if step.loss is None else f", loss {step.loss:.4f}"
-        event = JobEvent(
-            job=step.job.hex(),
-            height=self.chain.height,
-            time=time_text(self.peers.now_ms()),
-            kind="step",
-            text=f"Step {step.step + 1} of stage {step.slot.stage}{told}.",
-            lane=step.slot.lane,
-            stage=step.slot.stage,
-            step=step.step,
-            loss=loss,
-        )
-        for job_id, queue in self._subscribers:
-            waiting = queue.statistics().current_buffer_used
-            if job_id == step.job and waiting < EVENTS_BUFFERED:
-                queue.send_nowait(event)
+    def _step(self, step: StepDone) -> None:
+        self._feed.step(step, self.chain.height, self.peers.now_ms())
 
     async def job_fetch(self, id: str, out_dir: str) -> FetchedResult:
         state = self.chain.state()
@@ -590,65 +437,6 @@ class Api:
         if job is None:
             raise NotFound(f"no job {text} on this chain (as of block {self.chain.height})")
         return job
-
-    def _spec(self, job: Job) -> Spec | None:
-        """The job's spec when it is here."""
-        if job.spec_id not in self._specs:
-            raw = self.store.get_spec(job.spec_id)
-            if raw is None:
-                return None
-            try:
-                _make_room(self._specs)
-                self._specs[job.spec_id] = decode_spec(raw)
-            except TrainError:
-                return None
-        return self._specs[job.spec_id]
-
-    def _lock(self, job: Job) -> tuple[int, int]:
-        """What the offer locked besides the deposit, and the deposit."""
-        if job.id not in self._offers:
-            _make_room(self._offers)
-            block = self.store.block(job.offered)
-            for raw in block.transactions if block is not None else ():
-                tx = decode_transaction(raw, self._chain_id)
-                if tx.id == job.id and isinstance(tx.payload, Offer):
-                    self._offers[job.id] = tx.payload
-        offer = self._offers.get(job.id)
-        if offer is None:
-            return job.locked, 0
-        lock = lock_of(offer, self.genesis.parameters)
-        return lock.total - lock.deposit, lock.deposit
-
-    def _remember_name(self, spec_id: str, name: str) -> None:
-        """Names are for this node's lists alone: the newest ones that fit are kept."""
-        self._names.pop(spec_id, None)
-        self._names[spec_id] = name
-        while len(raw := json.dumps(self._names).encode()) > NAMES_BYTES:
-            del self._names[next(iter(self._names))]
-        try:
-            files.write_file(self._names_path, raw)
-        except OSError as error:
-            log.warning("the name of a job will not outlive this run: %s", error)
-
-    @property
-    def _names_path(self) -> Path:
-        return self.data_dir / "names.json"
-
-    def _load_names(self) -> dict[str, str]:
-        try:
-            raw = files.read_file(self._names_path, NAMES_BYTES)
-            return msgspec.json.decode(raw, type=dict[str, str])
-        except FileNotFoundError:
-            return {}
-        except (OSError, msgspec.MsgspecError) as error:
-            log.warning("names of jobs are lost: %s", error)
-            return {}
-
-
-def _make_room(cache: dict[bytes, Any]) -> None:
-    """Forget what was decoded first."""
-    while len(cache) >= CACHED:
-        del cache[next(iter(cache))]
 
 
 def _key(text: str) -> bytes:

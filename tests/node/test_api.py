@@ -12,7 +12,8 @@ import trio.testing
 from tdmld.chain.ledger import BlockResult
 from tdmld.chain.records import Job, JobStatus, Member, Segment, SlotState
 from tdmld.node import views
-from tdmld.node.api import EVENTS_BUFFERED, Api
+from tdmld.node.api import Api
+from tdmld.node.jobfeed import EVENTS_BUFFERED
 from tdmld.node.machine import SlotId, StepDone
 from tdmld.rpc.types import JobEvent
 from tests.chain.world import World, node_key
@@ -77,7 +78,7 @@ async def test_a_subscriber_hears_a_job_to_its_end(rig: Rig, nursery: trio.Nurse
     assert kinds.count("segment") == kinds.count("settled") == 4
     assert "closed" in [event.state for event in heard]
     assert kinds.index("state") == 0
-    assert not rig.api._subscribers
+    assert not rig.api._feed.subscribers
     late = [event async for event in rig.api.job_subscribe(job.hex())]
     assert late == []
 
@@ -99,7 +100,7 @@ async def test_a_subscriber_may_leave_at_any_event(rig: Rig) -> None:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 await events.aclose()  # type: ignore[attr-defined]
         players.cancel_scope.cancel()
-    assert not rig.api._subscribers
+    assert not rig.api._feed.subscribers
 
 
 async def test_who_does_not_read_loses_steps_and_nothing_else(
@@ -109,7 +110,7 @@ async def test_who_does_not_read_loses_steps_and_nothing_else(
     nursery.start_soon(follow, rig, job, heard)
     await trio.testing.wait_all_tasks_blocked()
     for step in range(3 * EVENTS_BUFFERED):
-        rig.api._pass_on(StepDone(job, SlotId(0, 1), step, 2.0, 0.1))
+        rig.api._step(StepDone(job, SlotId(0, 1), step, 2.0, 0.1))
     await rig.play(job)
     steps = [event.step for event in heard if event.kind == "step"]
     assert steps == list(range(EVENTS_BUFFERED + 1))  # one more was waited for
