@@ -20,7 +20,7 @@ import itertools
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Annotated
 
 import msgspec
@@ -29,6 +29,7 @@ from tdmld.chain import crypto, vrf
 from tdmld.chain.codec import ZERO_HASH, Hash, Natural, PublicKey, Record, Signature, encode
 from tdmld.chain.crypto import KeyPair, sha256
 from tdmld.chain.errors import InvalidBlock
+from tdmld.chain.leader import Rotation
 from tdmld.chain.merkle import root as merkle_root
 
 MAX_VALIDATORS = 1024
@@ -108,14 +109,20 @@ class Certificate(Record, tag="certificate", frozen=True):
 
 @dataclass(frozen=True)
 class Committee:
-    """The validators of an epoch: node keys in ascending order and their voting stakes."""
+    """The validators of an epoch: node keys in ascending order and their voting stakes. All of them
+    vote; `leads` says who has turns to lead, too (nothing: everybody)."""
 
     chain_id: bytes
     nodes: tuple[bytes, ...]
     stakes: tuple[int, ...]
     epoch: int = 0
+    leads: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.leads:
+            object.__setattr__(self, "leads", (True,) * len(self.nodes))
+        if len(self.leads) != len(self.nodes) or not any(self.leads):
+            raise ValueError("a committee says of each validator whether it leads, and one does")
         if not 0 < len(self.nodes) == len(self.stakes) <= MAX_VALIDATORS:
             raise ValueError(f"a committee has 1 to {MAX_VALIDATORS} validators, one stake each")
         if list(self.nodes) != sorted(set(self.nodes)) or min(self.stakes) <= 0:
@@ -134,6 +141,15 @@ class Committee:
     def quorum(self) -> int:
         """The least weight that is more than two thirds of the stake."""
         return quorum(self.stakes)
+
+    @cached_property
+    def rotation(self) -> Rotation:
+        """Who leads which view."""
+        return Rotation(self.stakes, self.leads)
+
+    def leader(self, view: int) -> int:
+        """The index of the validator that leads `view`, a view of this epoch."""
+        return self.rotation.leader(turn(view))
 
     def index(self, node: bytes) -> int | None:
         """The voter index of a node key, or None."""

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 
 from msgspec.structs import replace
 
+from tdmld.chain import jail
 from tdmld.chain.blocks import Committee, ends_epoch, epoch_of
 from tdmld.chain.codec import encode
 from tdmld.chain.crypto import sha256
@@ -45,8 +46,13 @@ def set_id(chosen: ValidatorSet) -> bytes:
 
 def committee(chain_id: bytes, chosen: ValidatorSet) -> Committee:
     """The set as consensus wants it."""
-    rows = [(seat.node, seat.weight) for seat in chosen.seats]
-    return Committee.of(chain_id, rows, chosen.epoch)
+    return Committee(
+        chain_id,
+        tuple(seat.node for seat in chosen.seats),
+        tuple(seat.weight for seat in chosen.seats),
+        chosen.epoch,
+        tuple(seat.leads for seat in chosen.seats),
+    )
 
 
 def found(state: State, genesis: Genesis) -> None:
@@ -60,7 +66,8 @@ def found(state: State, genesis: Genesis) -> None:
 
 
 def close(run: Execution) -> None:
-    """After the last block of an epoch: note when the next begins, fix the one after it."""
+    """After the last block of an epoch: note when the next begins, jail who was absent in the one
+    that is over, fix the set of the one after the next."""
     blocks = run.parameters.epoch_blocks
     if not ends_epoch(run.height, blocks):
         return
@@ -69,7 +76,9 @@ def close(run: Execution) -> None:
     now = run.state.validator_set(begins)
     if now is None:
         raise InvariantViolation(f"epoch {begins} begins and has no validators")
-    chosen = ValidatorSet(begins + 1, elect(now.seats, _wanted(run), run.parameters.validators_max))
+    jail.judge(run, begins - 1)
+    seats = elect(now.seats, _wanted(run), run.parameters.validators_max)
+    chosen = ValidatorSet(begins + 1, jail.appoint(run.state, seats))
     run.state.put_validator_set(chosen)
     _hold(run, now, chosen)
 

@@ -154,6 +154,21 @@ class Slashed(Record, frozen=True, tag="slashed"):
     burned: int
 
 
+class Jailed(Record, frozen=True, tag="jailed"):
+    """`node` missed `missed` turns to lead in `epoch`: it has none until it returns."""
+
+    node: bytes
+    owner: bytes
+    epoch: int
+    missed: int
+
+
+class Returned(Record, frozen=True, tag="returned"):
+    """A jailed node is at work again, and leads from the next set on."""
+
+    node: bytes
+
+
 Event = (
     JobOffered
     | JobMatched
@@ -176,4 +191,8 @@ Event = (
     | Unaudited
     | Paid
     | Slashed
+    | Jailed
+    | Returned
 )
+ValidatorEvent = Slashed | Jailed | Returned
+"""Those that speak of a validator, and of no job."""

@@ -5,6 +5,9 @@ leads (the lower index wins a tie) and pays the sum of all weights. In every per
 leads exactly its weight's share, spread as evenly as integers allow. The sequence is periodic, so
 one table per validator set answers for any view, however far, without history.
 
+A validator that does not lead (jailed, see `jail`) has no turns; the others share them as if it
+were not there.
+
 Stakes are first divided by their greatest common divisor; when the period would still exceed
 `MAX_PERIOD` they are apportioned to that many seats (largest remainder, everybody at least one).
 """
@@ -18,14 +21,23 @@ MAX_PERIOD = 4096
 
 
 class Rotation:
-    """The leaders of every view for one validator set."""
+    """The leaders of every view for one validator set. `leads`: by validator, whether it has turns;
+    somebody must. By default all do."""
 
-    __slots__ = ("_table",)
+    __slots__ = ("_table", "turns")
 
-    def __init__(self, stakes: Sequence[int]) -> None:
-        if not stakes or min(stakes) <= 0:
+    def __init__(self, stakes: Sequence[int], leads: Sequence[bool] = ()) -> None:
+        if not stakes or min(stakes) <= 0 or (leads and len(leads) != len(stakes)):
             raise ValueError("a rotation needs validators with stake > 0")
-        self._table = _table(tuple(seats(stakes)))
+        leading = [index for index in range(len(stakes)) if not leads or leads[index]]
+        if not leading:
+            raise ValueError("a rotation needs a validator that leads")
+        turns = [0] * len(stakes)
+        for index, count in zip(leading, seats([stakes[i] for i in leading]), strict=True):
+            turns[index] = count
+        self.turns = tuple(turns)
+        """Entries of each validator in the table."""
+        self._table = _table(self.turns)
 
     @property
     def period(self) -> int:
@@ -60,10 +72,11 @@ def _table(weights: tuple[int, ...]) -> tuple[int, ...]:
     total = sum(weights)
     priority = [0] * len(weights)
     table = []
+    leading = [index for index, weight in enumerate(weights) if weight]
     for _ in range(total):
-        for index, weight in enumerate(weights):
-            priority[index] += weight
-        best = max(range(len(priority)), key=lambda index: (priority[index], -index))
+        for index in leading:
+            priority[index] += weights[index]
+        best = max(leading, key=lambda index: (priority[index], -index))
         priority[best] -= total
         table.append(best)
     return tuple(table)

@@ -1,9 +1,10 @@
 """The state transition: what one finalized block does.
 
-    apply_block = due entries of this height and before (at most due_per_block), by the state that
+    apply_block = views that were passed over count against their leaders
+                + due entries of this height and before (at most due_per_block), by the state that
                   the parent left and this block's beacon
                 + transactions, in the block's order
-                + at the end of an epoch: the validators of the one after the next
+                + at the end of an epoch: who was absent, the validators of the one after the next
                 + the sum of all money is what genesis made it
 
 Due entries come first, so that a leader, who knows the block's beacon when it chooses the block's
@@ -26,6 +27,7 @@ from tdmld.chain import (
     audits,
     due,
     epochs,
+    jail,
     jobs,
     limits,
     market,
@@ -45,6 +47,7 @@ from tdmld.chain.records import Account, Due, Job, Node, Supply, Timer, Unbondin
 from tdmld.chain.state import SUPPLY_KEY, State
 from tdmld.chain.transactions import (
     EVIDENCE_KINDS,
+    FREE_KINDS,
     OWNER_KINDS,
     REGISTER_DOMAIN,
     Accept,
@@ -64,6 +67,7 @@ from tdmld.chain.transactions import (
     Payload,
     ProposalEvidence,
     Register,
+    Return,
     Revoke,
     StandbyProof,
     Transaction,
@@ -132,6 +136,7 @@ def apply_block(
     Raises InvariantViolation when the rules contradict themselves: the node must stop.
     """
     run = Execution(State(get), genesis, context)
+    jail.count(run)
     for _ in range(genesis.parameters.due_per_block):
         entry = due.take(run.state, context.height)
         if entry is None:
@@ -220,7 +225,7 @@ def _effect(run: Execution, transaction: Transaction) -> None:
             node = run.state.node(signer)
             revoked = 0 if node is None else node.revoked
             require(not revoked, f"this node key was revoked at height {revoked}")
-        if not isinstance(payload, (Ask, *EVIDENCE_KINDS)):
+        if not isinstance(payload, FREE_KINDS):
             _burn_job_fee(run, payload)
     match payload:
         case Transfer():
@@ -243,6 +248,8 @@ def _effect(run: Execution, transaction: Transaction) -> None:
             offers.offer(run, signer, transaction.id, payload)
         case Fetched():
             jobs.fetched(run, signer, payload)
+        case Return():
+            jail.return_(run, signer, payload)
         case Ask():
             market.ask(run, signer, payload)
         case Accept():
@@ -282,7 +289,7 @@ _DUE: dict[Timer, Callable[[Execution, Due], None]] = {
 
 
 def _burn_job_fee(run: Execution, payload: Payload) -> None:
-    if isinstance(payload, (*OWNER_KINDS, *EVIDENCE_KINDS, Ask)):
+    if isinstance(payload, (*OWNER_KINDS, *FREE_KINDS)):
         raise InvariantViolation("no job pays for this kind")
     job = known_job(run, payload.job)
     require(not job.final, f"the job is over: {job.status}")

@@ -36,6 +36,12 @@ DUE_BUCKET = 1024
 UNBONDINGS = 16
 """Unbonding entries of one owner; those of one epoch and bucket are one."""
 
+ABSENCES = 4096
+"""Views of one gap that are counted as missed turns: bounds a block's work. The last ones, since a
+longer gap is an outage of everybody anyway; it is also the longest period of a rotation."""
+JAIL_MISSES = 3
+"""Missed turns of an epoch below which nobody is jailed: a restart is no absence."""
+
 RATE_ONE = 1_000_000
 """Rates and reputation are parts of a million."""
 MATCH_TRIES = 4

@@ -1,11 +1,11 @@
 """Transactions that wait for a block: bounded, and each checked as if it were next.
 
 A transaction belongs to a *group*: the owner that signed it, the job that it speaks of, the node
-whose ask it is, or the node that it is evidence against (one at a time). It is admitted when it
-succeeds on the executed state with everything of its group that was admitted before it; so nonces
-are contiguous, a node's transaction is admitted once for what it speaks of, and a client learns the
-broken rule at once. Fees and amounts of all that a sender has waiting never exceed its executed
-balance.
+whose ask or return it is, or the node that it is evidence against (these one at a time). It is
+admitted when it succeeds on the executed state with everything of its group that was admitted
+before it; so nonces are contiguous, a node's transaction is admitted once for what it speaks of,
+and a client learns the broken rule at once. Fees and amounts of all that a sender has waiting never
+exceed its executed balance.
 
 **Parking.** Nodes execute blocks a moment apart: a worker's answer to the block it just saw may
 reach a validator that has not executed it. A node's transaction that fails is therefore refused
@@ -26,10 +26,12 @@ from tdmld.chain.slashing import offender
 from tdmld.chain.state import State
 from tdmld.chain.transactions import (
     EVIDENCE_KINDS,
+    FREE_KINDS,
     OWNER_KINDS,
     Ask,
     Bond,
     Offer,
+    Return,
     Transaction,
     Transfer,
 )
@@ -234,7 +236,7 @@ class Mempool:
     def _check_room(self, transaction: Transaction, group: bytes) -> None:
         limits = self._limits
         most = limits.per_owner if transaction.by_owner else limits.per_job
-        if isinstance(transaction.payload, (Ask, *EVIDENCE_KINDS)):
+        if isinstance(transaction.payload, FREE_KINDS):
             most = 1
         if isinstance(transaction.payload, EVIDENCE_KINDS):
             held = sum(
@@ -286,7 +288,7 @@ class Mempool:
     def _park(self, transaction: Transaction, group: bytes, state: State, height: int) -> None:
         if (
             transaction.by_owner
-            or isinstance(transaction.payload, (Ask, *EVIDENCE_KINDS))
+            or isinstance(transaction.payload, FREE_KINDS)
             or transaction.id in self._parked
             or len(self._parked) >= self._limits.parked
             or state.node(transaction.signer) is None
@@ -303,4 +305,6 @@ def _group(transaction: Transaction) -> bytes:
         return transaction.signer
     if isinstance(payload, EVIDENCE_KINDS):
         return b"evidence" + offender(payload)[0]
+    if isinstance(payload, Return):
+        return b"return" + transaction.signer
     return payload.job

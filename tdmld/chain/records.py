@@ -63,11 +63,13 @@ class Nominee(Record, frozen=True):
 
 
 class Seat(Record, frozen=True):
-    """A validator of one epoch. `weight` follows the owner's vote stake, at a bounded pace."""
+    """A validator of one epoch. `weight` follows the owner's vote stake, at a bounded pace; it
+    votes with it also while it has no turns to lead (`jail`)."""
 
     node: PublicKey
     owner: PublicKey
     weight: Amount
+    leads: bool = True
 
 
 class ValidatorSet(Record, frozen=True):
@@ -82,6 +84,12 @@ class EpochStart(Record, frozen=True):
 
     height: Natural
     time_ms: Natural
+
+
+class Absences(Record, frozen=True):
+    """Turns to lead that were missed in one epoch so far, for each seat of its set."""
+
+    missed: tuple[Natural, ...]
 
 
 class Offence(Record, frozen=True):
@@ -115,6 +123,8 @@ class Node(Record, frozen=True):
     """Height of its revocation: from the next block on it may do nothing. 0: in force."""
     convicted: Natural = 0
     """Height of the first evidence against it: it is not elected again. 0: none."""
+    jailed: Natural = 0
+    """Height at which it lost its turns to lead, for missing too many; 0 again once it returned."""
 
 
 class StandingAsk(Record, frozen=True):

@@ -16,7 +16,7 @@ Keys: one letter, then fixed-width fields (integers big-endian):
     j job              Job            P job                Keys         S             Supply
     b owner            Unbondings     v epoch              ValidatorSet   L             Head
     w owner            Nominee        e epoch              EpochStart
-                                      x owner node epoch   Offence
+    m epoch                Absences   x owner node epoch   Offence
 """
 
 from bisect import bisect_left
@@ -28,6 +28,7 @@ from msgspec.structs import replace
 from tdmld.chain.codec import Record, decode, encode
 from tdmld.chain.limits import RECORD_BYTES
 from tdmld.chain.records import (
+    Absences,
     Account,
     Audit,
     Earnings,
@@ -221,6 +222,13 @@ class State:
 
     def put_epoch_start(self, epoch: int, start: EpochStart) -> None:
         self.write(b"e" + u64(epoch), start)
+
+    def absences(self, epoch: int) -> Absences | None:
+        """Missed turns to lead of an epoch that is not over; None when there are none."""
+        return self.read(Absences, b"m" + u64(epoch))
+
+    def put_absences(self, epoch: int, absences: Absences | None) -> None:
+        self.write(b"m" + u64(epoch), absences)
 
     def offence(self, owner: bytes, node: bytes, epoch: int) -> Offence | None:
         """What was proven against an owner's node in an epoch."""

@@ -7,7 +7,8 @@ of an Offer is the id of its job. There are three families:
   Fetched) are signed by an owner key, carry its exact next nonce, and pay a fee, which is burned
   also when the effect fails;
 - **node transactions** (the others) are signed by a node key, have nonce 0 and fee 0, can succeed
-  once for what they speak of, and burn `tx_fee` from their job's locked fee budget (Ask: nothing).
+  once for what they speak of, and burn `tx_fee` from their job's locked fee budget (Ask and Return:
+  nothing).
   One that fails costs nobody anything; nodes do not admit those to their pools;
 - **evidence** is signed by anybody, and like them has nonce 0 and fee 0: what it proves is on the
   chain once at most.
@@ -84,6 +85,13 @@ class Revoke(Record, frozen=True, tag="revoke"):
     epochs that are not fixed yet."""
 
     node: PublicKey
+
+
+class Return(Record, frozen=True, tag="return"):
+    """A jailed node is at work again, and asks for its turns to lead. `jailed`: the height of the
+    jailing that it answers (records.Node), so that nobody can say it again after the next one."""
+
+    jailed: Natural
 
 
 class Register(Record, frozen=True, tag="register"):
@@ -300,10 +308,12 @@ JobPayload = (
     | AuditFail
     | AttestResult
 )
-Payload = OwnerPayload | Ask | JobPayload | Evidence
+Payload = OwnerPayload | Ask | Return | JobPayload | Evidence
 
 OWNER_KINDS = (Transfer, Bond, Unbond, Withdraw, Register, Nominate, Revoke, Offer, Fetched)
 EVIDENCE_KINDS = (VoteEvidence, ProposalEvidence)
+FREE_KINDS = (Ask, Return, *EVIDENCE_KINDS)
+"""Speak of no job, and nobody pays for them: so pools hold few of them."""
 
 
 class Body(Record, frozen=True, tag="tx"):

@@ -20,7 +20,12 @@ from tdmld.chain.errors import ChainError, InvalidTransaction
 from tdmld.chain.genesis import Parameters
 from tdmld.chain.mempool import PER_OWNER, Mempool
 from tdmld.chain.state import State
-from tdmld.chain.transactions import Transaction, decode_transaction, verify_transaction
+from tdmld.chain.transactions import (
+    Return,
+    Transaction,
+    decode_transaction,
+    verify_transaction,
+)
 from tdmld.node.chainerrors import ServiceBusy
 from tdmld.node.chainwire import TX_BATCH, TX_BATCH_BYTES
 from tdmld.node.finality import Finality
@@ -53,9 +58,11 @@ Spread = Callable[[Sequence[bytes]], Awaitable[None]]
 
 def has_backing(transaction: Transaction, state: State, parameters: Parameters) -> bool:
     """Whether an account that can pay the fee, or a registered node, stands behind it, if the
-    signature is good: the cheap question before the dear one."""
+    signature is good: the cheap question before the dear one. A Return needs a jailed one."""
     if not transaction.by_owner:
-        return state.node(transaction.signer) is not None
+        node = state.node(transaction.signer)
+        wanted = not isinstance(transaction.payload, Return)
+        return node is not None and (wanted or node.jailed > 0)
     account = state.account(transaction.signer)
     return (
         account.balance >= transaction.fee >= parameters.fee_floor

@@ -257,7 +257,7 @@ def event(
 ) -> JobEvent | None:
     """What a chain event says to somebody who follows `job_id`; None when it is not for them."""
     job = state.job(job_id)
-    if isinstance(entry, happened.Slashed) or entry.job != job_id or job is None:
+    if isinstance(entry, happened.ValidatorEvent) or entry.job != job_id or job is None:
         return None
     told = _tell(state, job, entry)
     if told is None:

@@ -142,6 +142,7 @@ def test_every_key_of_the_state_stands_there() -> None:
     votes = [
         blocks.sign_vote(node, chain, blocks.Kind.NOTARIZE, 1, bytes([n]) * 32, 0) for n in (1, 2)
     ]
+    world.block(passed=1)
     world.do(owner_key(1), slashing.from_votes(node.public, *votes))
     assert {chr(key[0]) for key in world.store} == listed
 

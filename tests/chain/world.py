@@ -9,6 +9,7 @@ from enum import StrEnum
 
 from blake3 import blake3
 
+from tdmld.chain.blocks import start_view
 from tdmld.chain.crypto import KeyPair, sha256
 from tdmld.chain.genesis import (
     Genesis,
@@ -165,13 +166,14 @@ class World:
             header = {"nonce": self.state.account(key.public).nonce, "fee": FEE, **header}
         return sign_transaction(key, self.chain_id, payload, **header)
 
-    def block(self, *raws: bytes, tainted: bool = False) -> BlockResult:
-        """Apply the next block, count all money, keep the result."""
+    def block(self, *raws: bytes, tainted: bool = False, passed: int = 0) -> BlockResult:
+        """Apply the next block, count all money, keep the result. `passed`: views passed over."""
         transactions = [decode_transaction(raw, self.chain_id) for raw in raws]
         assert all(verify_transaction(t, self.chain_id) for t in transactions)
         self.height += 1
         parent = self.view
-        self.view += 2 if tainted else 1
+        before = start_view(self.height - 1, parent, self.parameters.epoch_blocks)
+        self.view = before + 1 + (passed or int(tainted))
         self.beacon = mark(self.beacon, self.height)
         context = BlockContext(
             height=self.height,
