@@ -54,24 +54,40 @@ async def block(
 
 @app.command
 async def validators(*, data_dir: DataDir = None, json: AsJson = False) -> None:
-    """List who validates, with the stake that votes; more than two thirds of it decide."""
+    """List who validates in this epoch, with the weight of its votes; more than two thirds decide.
+
+    A validator that missed its turns to lead is jailed: it votes, and has no turns until its node
+    is at work again.
+    """
     async with connect(data_dir) as client:
         rules = await load_rules(client)
-    stakes = [int(validator.stake) for validator in rules.validators]
-    quorum = sum(stakes) * 2 // 3 + 1
+    total = sum(int(one.weight) for one in rules.validators)
+    quorum = total * 2 // 3 + 1
     document = {
+        "epoch": rules.epoch,
         "height": rules.height,
         "quorum": str(quorum),
         "validators": msgspec.to_builtins(rules.validators),
     }
     lines = table(
-        ("node", "owner", "stake", "share"),
+        ("node", "owner", "weight", "share", "leads", "jailed"),
         [
-            (one.node, short(one.owner), units(one.stake), f"{100 * stake / sum(stakes):.1f} %")
-            for one, stake in zip(rules.validators, stakes, strict=True)
+            (
+                one.node,
+                short(one.owner),
+                units(one.weight),
+                f"{100 * int(one.weight) / total:.1f} %",
+                "yes" if one.leads else "no",
+                f"at height {one.jailed:,}" if one.jailed else "",
+            )
+            for one in rules.validators
         ],
     )
-    lines += ["", f"{units(quorum)} of {units(sum(stakes))} decide; as of height {rules.height:,}"]
+    lines += [
+        "",
+        f"epoch {rules.epoch:,}: {units(quorum)} of {units(total)} decide; "
+        f"as of height {rules.height:,}",
+    ]
     emit(document, lines, as_json=json)
 
 

@@ -15,7 +15,7 @@ from tdmld.chain.crypto import KeyPair, address, public_key
 from tdmld.chain.errors import ChainError, DecodeError, InvalidTransaction
 from tdmld.chain.genesis import Genesis, chain_id, protocol_at
 from tdmld.chain.light import bundle_bytes
-from tdmld.chain.records import Job, Seat
+from tdmld.chain.records import Job
 from tdmld.chain.reputation import reputation
 from tdmld.chain.state import State
 from tdmld.chain.transactions import decode_transaction
@@ -53,7 +53,6 @@ from tdmld.rpc.types import (
     Submitted,
     TransactionLine,
     TransactionStatus,
-    ValidatorInfo,
     time_text,
 )
 from tdmld.train.errors import SpecError
@@ -280,7 +279,7 @@ class Api:
         )
 
     async def chain_parameters(self) -> ChainParameters:
-        parameters = self.genesis.parameters
+        parameters, state = self.genesis.parameters, self.chain.state()
         values = {
             name: list(value) if isinstance(value := getattr(parameters, name), tuple) else value
             for name in type(parameters).__struct_fields__
@@ -292,17 +291,9 @@ class Api:
             time=time_text(self.genesis.time_ms),
             protocol=protocol_at(self.genesis, self.chain.height),
             parameters=values,
-            validators=tuple(
-                ValidatorInfo(
-                    owner=address(seat.owner), node=address(seat.node), stake=str(seat.weight)
-                )
-                for seat in self._seats()
-            ),
+            epoch=self.chain.committee.epoch,
+            validators=views.validators(state, self.chain.committee.epoch),
         )
-
-    def _seats(self) -> tuple[Seat, ...]:
-        chosen = self.chain.state().validator_set(self.chain.committee.epoch)
-        return () if chosen is None else chosen.seats
 
     # jobs ------------------------------------------------------------------------------------
 

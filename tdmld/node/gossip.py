@@ -13,11 +13,9 @@ from tdmld.chain.blocks import (
     check_proposer,
     epoch_of,
     transactions_root,
-    turn,
 )
 from tdmld.chain.codec import decode
 from tdmld.chain.errors import ChainError, DecodeError, InvalidBlock
-from tdmld.chain.leader import Rotation
 from tdmld.chain.state import State
 from tdmld.chain.transactions import decode_transaction, verify_transaction
 from tdmld.node.admission import Admission, has_backing
@@ -84,8 +82,7 @@ class GossipDoor:
     def _is_by_leader(self, committee: Committee, header: Header, signature: bytes) -> bool:
         """One signature that no stranger can make, before those of a whole committee."""
         try:
-            leader = Rotation(committee.stakes).leader(turn(header.view))
-            check_proposer(committee, leader, header, signature)
+            check_proposer(committee, committee.leader(header.view), header, signature)
         except InvalidBlock:
             return False
         return True

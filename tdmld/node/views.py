@@ -31,6 +31,7 @@ from tdmld.rpc.types import (
     SegmentLoss,
     SlotInfo,
     StandbyInfo,
+    ValidatorInfo,
 )
 from tdmld.train.spec import Spec
 
@@ -72,6 +73,24 @@ def account(state: State, genesis: Genesis, owner: bytes, height: int) -> Accoun
         reputation=reputation(state.facts(owner)),
         nodes=tuple(sorted(address(node) for node in nodes)),
     )
+
+
+def validators(state: State, epoch: int) -> tuple[ValidatorInfo, ...]:
+    """The seats of an epoch, by node key."""
+    chosen = state.validator_set(epoch)
+    found = []
+    for seat in () if chosen is None else chosen.seats:
+        node = state.node(seat.node)
+        found.append(
+            ValidatorInfo(
+                owner=address(seat.owner),
+                node=address(seat.node),
+                weight=str(seat.weight),
+                leads=seat.leads,
+                jailed=0 if node is None else node.jailed,
+            )
+        )
+    return tuple(found)
 
 
 def summary(

@@ -208,13 +208,21 @@ class Proof(Wire, frozen=True):
 
 
 class ValidatorInfo(Wire, frozen=True):
+    """A seat of the present epoch."""
+
     owner: AddressText
     node: AddressText
-    stake: AmountText
+    weight: AmountText
+    """Of its votes: its owner's vote stake, which it follows at a bounded pace."""
+    leads: bool
+    """Whether it has turns to lead in this epoch; it votes in any case."""
+    jailed: HeightNumber
+    """Height at which its node was jailed for missing turns, 0 while it is not."""
 
 
 class ChainParameters(Wire, frozen=True):
-    """The genesis rules; names as in the genesis document."""
+    """The genesis rules, names as in the genesis document, and the validators of the present
+    epoch."""
 
     chain: str
     chain_id: HexId
@@ -223,6 +231,8 @@ class ChainParameters(Wire, frozen=True):
     """Of genesis."""
     protocol: int
     parameters: dict[str, int | list[int]]
+    epoch: int
+    """Of the block after `height`."""
     validators: tuple[ValidatorInfo, ...]
 
 

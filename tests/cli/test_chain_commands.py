@@ -42,10 +42,18 @@ def test_head_block_and_validators_of_a_running_node(
     assert block["hash"] in capsys.readouterr().out
     assert main(["chain", "validators", *place, "--json"]) == Exit.OK
     found = json.loads(capsys.readouterr().out)
-    stakes = [int(validator["stake"]) for validator in found["validators"]]
-    assert int(found["quorum"]) == sum(stakes) * 2 // 3 + 1
+    weights = [int(validator["weight"]) for validator in found["validators"]]
+    assert int(found["quorum"]) == sum(weights) * 2 // 3 + 1
+    assert found["epoch"] == 2
+    assert [(one["leads"], one["jailed"]) for one in found["validators"]] == [
+        (True, 0),
+        (False, 1000),
+    ]
     assert main(["chain", "validators", *place]) == Exit.OK
-    assert "decide; as of height" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "epoch 2" in shown
+    assert "decide; as of height" in shown
+    assert "at height 1,000" in shown
 
 
 def test_heights_that_cannot_be(node: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -295,7 +295,13 @@ class FakeBackend:
                 "match_delay": 4,
                 "unbonding": [1000, 3600],
             },
-            validators=(ValidatorInfo(owner=OWNER, node=NODES[0], stake="100000000"),),
+            epoch=2,
+            validators=(
+                ValidatorInfo(owner=OWNER, node=NODES[0], weight="100000000", leads=True, jailed=0),
+                ValidatorInfo(
+                    owner=OWNER, node=NODES[1], weight="30000000", leads=False, jailed=1000
+                ),
+            ),
         )
 
     async def chain_subscribe_heads(self) -> AsyncIterator[Head]:
