@@ -19,8 +19,8 @@ from tests.chain.second.auditor import Refused, audit, state_root
 from tests.chain.second.executor import replay
 
 Path_ = tuple[str | int, ...]
-UNPROTECTED = {"ok", "reason"}
-"""No signature commits to receipts: execution shows `ok` (point 8); `reason` is words."""
+UNPROTECTED = {"reason"}
+"""Words for people: nothing commits to them (FEE-5)."""
 
 
 def make_node(directory: Path) -> ChainWorld:
@@ -73,7 +73,7 @@ def test_executing_the_blocks_gives_every_state_and_every_receipt(lines: list[by
 
 def test_the_auditor_knows_nothing_of_the_node() -> None:
     sources = sorted(Path(auditor.__file__).parent.glob("*.py"))
-    assert len(sources) == 4
+    assert len(sources) == 10
     imported = {
         name
         for source in sources
@@ -238,11 +238,15 @@ def test_another_state_convinces_only_where_no_header_names_it(lines: list[bytes
         replay(seal(rows))
 
 
-def test_a_forged_receipt_is_found_by_execution(lines: list[bytes]) -> None:
+def test_a_forged_receipt_contradicts_the_history(lines: list[bytes]) -> None:
+    """HIST-3: a later header vouches for every `ok`, whatever else is mended."""
     rows = [json.loads(line) for line in lines]
-    block = next(row for row in rows if row["line"] == "block" and row["transactions"])
+    blocks = [row for row in rows if row["line"] == "block"]
+    block = next(row for row in blocks if row["transactions"])
+    assert block["height"] <= blocks[-1]["header"]["state_height"]
     block["transactions"][0] |= {"ok": False, "reason": "no"}
-    audit(seal(rows))
+    with pytest.raises(Refused, match=f"the history up to {block['height']}"):
+        audit(seal(rows))
     with pytest.raises(Refused, match="receipts"):
         replay(seal(rows))
 

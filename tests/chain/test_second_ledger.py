@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tdmld.chain.genesis import genesis_document
 from tdmld.chain.ledger import BlockResult
 from tests.chain.second.executor import Executor
+from tests.chain.second.records import Place
 from tests.chain.test_supply import NODES, PARAMETERS, noise, shapes, vices
 from tests.chain.test_vectors import ledger_cases, unhex
 from tests.chain.world import World, make_genesis, node_key, owner_key
@@ -23,12 +24,14 @@ from tests.chain.world import World, make_genesis, node_key, owner_key
 def test_vectors(document: dict[str, Any], group: dict[str, Any], case: dict[str, Any]) -> None:
     state, at = unhex(group["pre"]), case["context"]
     second = Executor(document, bytes.fromhex(group["chain_id"]), state)
-    found = second.block(
+    place = Place(
         at["height"],
+        at["view"],
+        at["parent_view"],
+        at["time_ms"],
         bytes.fromhex(at["beacon"]),
-        at["view"] != at["parent_view"] + 1,
-        [bytes.fromhex(raw) for raw in case["transactions"]],
     )
+    found = second.block(place, [bytes.fromhex(raw) for raw in case["transactions"]])
     assert found == [receipt["ok"] for receipt in case["receipts"]]
     for key, value in case["changes"].items():
         state.pop(bytes.fromhex(key), None)
@@ -44,9 +47,11 @@ class Pair(World):
         super().__init__(make_genesis(nodes, **parameters), seed)
         self.second = Executor(genesis_document(self.genesis), self.chain_id, self.store)
 
-    def block(self, *raws: bytes, tainted: bool = False) -> BlockResult:
-        result = super().block(*raws, tainted=tainted)
-        found = self.second.block(self.height, self.beacon, tainted, list(raws))
+    def block(self, *raws: bytes, tainted: bool = False, passed: int = 0) -> BlockResult:
+        before = self.view
+        result = super().block(*raws, tainted=tainted, passed=passed)
+        at = Place(self.height, self.view, before, self.height * 500, self.beacon)
+        found = self.second.block(at, list(raws))
         assert found == [receipt.ok for receipt in result.receipts]
         assert self.second.state == self.store, f"height {self.height}"
         return result

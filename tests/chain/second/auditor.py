@@ -8,78 +8,38 @@ It checks points 1 to 7 of section 17; `executor.replay` is point 8.
 
 import hashlib
 import json
-import math
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from nacl import bindings as sodium
-from nacl.exceptions import CryptoError
-
-ZERO = bytes(32)
-LIMIT = 2**63
-FINALIZE = 2
-BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
-HEADER = [
-    "protocol",
-    "height",
-    "view",
-    "parent_view",
-    "parent",
-    "time_ms",
-    "proposer",
-    "proof",
-    "tx_root",
-    "state_height",
-    "history_root",
-    "state_root",
-    "validators",
-    "next_validators",
-]
-ROLES = "epoch slot segment"
-PAYLOADS = {
-    "transfer": "to amount",
-    "bond": "bucket amount",
-    "unbond": "bucket amount",
-    "withdraw": "",
-    "nominate": "node",
-    "revoke": "node",
-    "vote_evidence": "node view first second",
-    "proposal_evidence": "first first_signature second second_signature",
-    "register": "node from_height proof",
-    "offer": "spec_id spec_bytes stages lanes rounds segment_steps unsettled state_every tokens "
-    "class_id privacy slot_price_max standby_price audit_rate audit_price audit_budget deadline "
-    "source session",
-    "fetched": "job",
-    "ask": "session class_id memory price audit_capacity standby_slots until_height",
-    "accept": "job attempt slot session",
-    "decline": "job attempt slot",
-    "attest_genesis": "job slot shared lane data",
-    "commit": "job epoch slot incarnation segment start_shared start_lane end_shared end_lane "
-    "links seal loss",
-    "standby_proof": "job epoch slot incarnation segment keyed_hash",
-    "audit_commit": f"job {ROLES} hash",
-    "open": f"job {ROLES} salt steps",
-    "audit_open": f"job {ROLES} list_root salt",
-    "audit_fail": f"job {ROLES} missing",
-    "attest_result": "job result",
-}
-NESTED = {"stages": ("parameters", "memory"), "links": ("link", "sent", "received")}
-OWNERS = set(
-    ["transfer", "bond", "unbond", "withdraw", "register", "nominate", "revoke", "offer", "fetched"]
+from tests.chain.second.beacon import first_mix, next_mix
+from tests.chain.second.committees import VIEWS, epoch_of, table
+from tests.chain.second.formats import (
+    FINAL,
+    FINALIZE,
+    HEADER,
+    OWNERS,
+    PAYLOADS,
+    ROWS,
+    TRANSACTION_BYTES,
+    ZERO,
+    H,
+    Refused,
+    canonical,
+    check,
+    header_of,
+    pack,
+    signed,
+    spelt,
+    u32,
+    u64,
+    unpack,
 )
-VIEWS = 1 << 32
-FINAL = {"closed", "refunded", "expired"}
-TRANSACTION_BYTES = 8192
-
-
-class Refused(Exception):
-    """The export is not what it claims to be; `str(error)` says where."""
+from tests.chain.second.genesis import Genesis, read_genesis
+from tests.chain.second.trees import History, merkle, state_root
 
 
 @dataclass(frozen=True)
@@ -96,217 +56,7 @@ class Report:
     supply: dict[str, int]
 
 
-def check(rule: bool, broken: str) -> None:
-    if not rule:
-        raise Refused(broken)
-
-
-def H(*parts: bytes) -> bytes:  # as the specification writes it
-    return hashlib.sha256(b"".join(parts)).digest()
-
-
-def u64(number: int) -> bytes:
-    return number.to_bytes(8, "big")
-
-
-# -- 2: encoding
-
-
-def pack(value: Any) -> bytes:
-    """The one spelling of integers, texts, bytes, arrays and nil (ENC-2, ENC-3)."""
-    if value is None:
-        return b"\xc0"
-    if isinstance(value, int):
-        check(0 <= value < LIMIT, f"the number {value}")
-        if value < 128:
-            return bytes((value,))
-        size = next(size for size in (1, 2, 4, 8) if value < 1 << 8 * size)
-        return bytes((0xCB + size.bit_length(),)) + value.to_bytes(size, "big")
-    if isinstance(value, str):
-        return _sized(value.encode(), 0xA0, 32, 0xD9)
-    if isinstance(value, bytes):
-        return _sized(value, 0, 0, 0xC4)
-    body = b"".join(map(pack, value))
-    if len(value) < 16:
-        return bytes((0x90 + len(value),)) + body
-    return (b"\xdc" + len(value).to_bytes(2, "big") if len(value) < 1 << 16 else b"") + body
-
-
-def _sized(raw: bytes, fix: int, below: int, first: int) -> bytes:
-    if len(raw) < below:
-        return bytes((fix + len(raw),)) + raw
-    row = next(row for row in (0, 1, 2) if len(raw) < 1 << (8 << row))
-    return bytes((first + row,)) + len(raw).to_bytes(1 << row, "big") + raw
-
-
-def unpack(raw: bytes) -> Any:
-    """The value of a record; Refused unless it is spelt as `pack` spells it (ENC-4)."""
-    try:
-        value, end = _unpack(raw, 0)
-    except (IndexError, UnicodeDecodeError, KeyError) as error:
-        raise Refused(f"not MessagePack: {raw[:40].hex()}") from error
-    check(end == len(raw) and pack(value) == raw, f"another spelling of {value!r}")
-    return value
-
-
-def _unpack(raw: bytes, at: int) -> tuple[Any, int]:
-    kind, at = raw[at], at + 1
-    if kind < 0x80:
-        return kind, at
-    if kind == 0xC0:
-        return None, at
-    if 0xCC <= kind <= 0xCF:
-        size = 1 << kind - 0xCC
-        return int.from_bytes(raw[at : at + size], "big"), at + size
-    if 0xA0 <= kind < 0xC0:
-        size, text, array = kind - 0xA0, True, False
-    elif 0x90 <= kind < 0xA0:
-        size, text, array = kind - 0x90, False, True
-    else:
-        width, text, array = {
-            0xC4: (1, False, False), 0xC5: (2, False, False), 0xC6: (4, False, False),
-            0xD9: (1, True, False), 0xDA: (2, True, False), 0xDB: (4, True, False),
-            0xDC: (2, False, True), 0xDD: (4, False, True),
-        }[kind]  # fmt: skip
-        size, at = int.from_bytes(raw[at : at + width], "big"), at + width
-    if array:
-        items = []
-        for _ in range(size):
-            item, at = _unpack(raw, at)
-            items.append(item)
-        return items, at
-    if at + size > len(raw):
-        raise IndexError("cut short")
-    part = raw[at : at + size]
-    return (part.decode() if text else part), at + size
-
-
-# -- 3: keys and signatures
-
-
-def key_of(address: str) -> bytes:
-    """SIG-2."""
-    number = 0
-    for letter in address:
-        check(letter in BASE58, f"{address} is not base58")
-        number = number * 58 + BASE58.index(letter)
-    raw = bytes(len(address) - len(address.lstrip("1"))) + number.to_bytes(37, "big")
-    check(len(raw) == 38 and raw[:6] == bytes.fromhex("002408011220"), f"{address} is no key")
-    return raw[6:]
-
-
-@lru_cache(maxsize=4096)
-def signed(key: bytes, domain: str, chain: bytes, message: bytes, signature: bytes) -> bool:
-    """SIG-3, SIG-4."""
-    try:
-        sodium.crypto_sign_open(
-            signature + b"tdmld\0" + domain.encode() + b"\0" + chain + message, key
-        )
-    except CryptoError:
-        return False
-    return True
-
-
-# -- 4: genesis
-
-
-@dataclass(frozen=True)
-class Genesis:
-    chain: bytes
-    document: dict[str, Any]
-    sets: dict[int, bytes]
-    """Epoch -> its encoded `ValidatorSet`: of genesis, and of the state that follows (EPOCH-1)."""
-
-    @property
-    def epoch_blocks(self) -> int:
-        return int(self.document["parameters"]["epoch_blocks"])
-
-    def validators(self, epoch: int) -> list[tuple[bytes, int]]:
-        """(node, stake) in the committee's order (BLK-9)."""
-        number, seats = unpack(self.sets[epoch])
-        check(number == epoch, "a validator set of another epoch")
-        return [(node, weight) for node, _, weight in seats]
-
-    def protocol(self, height: int) -> int:
-        return max((at, version) for at, version in self.document["protocol"] if at <= height)[1]
-
-
-def canonical(value: object) -> bytes:
-    """GEN-1."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
-def first_state(document: dict[str, Any]) -> dict[bytes, bytes]:
-    """GEN-6, with GEN-3 and GEN-4."""
-    balances = {key_of(owner): amount for owner, amount in document["accounts"]}
-    votes = {key_of(owner): stake for owner, _, stake in document["validators"]}
-    works = {key_of(owner): stake for owner, stake in document["work_stakes"]}
-    nodes = {key_of(node): key_of(owner) for owner, node, _ in document["validators"]}
-    nodes |= {key_of(node): key_of(owner) for owner, node in document["nodes"]}
-    check(not set(nodes) & {*balances, *votes, *works, *nodes.values()}, "GEN-3")
-    supply = sum(balances.values()) + sum(votes.values()) + sum(works.values())
-    check(0 < supply < LIMIT, "GEN-4")
-    state = {
-        b"a" + key: pack([balances.get(key, 0), 0, votes.get(key, 0), works.get(key, 0)])
-        for key in {*balances, *votes, *works}
-    }
-    state |= {b"n" + node: pack([owner, 0, 0, 0, 0, 0, 0]) for node, owner in nodes.items()}
-    stakes = supply - sum(balances.values())
-    state[b"S"] = pack([supply, supply - stakes, stakes, 0, 0, 0])
-    moment = datetime.fromisoformat(document["time"])
-    seats = sorted([key_of(n), key_of(o), stake] for o, n, stake in document["validators"])
-    sets = {epoch: pack([epoch, seats]) for epoch in (0, 1)}
-    state |= {b"v" + u64(epoch): raw for epoch, raw in sets.items()}
-    state |= {b"w" + owner: pack([node]) for node, owner, _ in seats}
-    for first in {owner[:1] for _, owner, _ in seats}:
-        bucket = sorted(owner for _, owner, _ in seats if owner[:1] == first)
-        state[b"iw" + first] = pack([bucket])
-    state[b"e" + u64(0)] = pack([0, round(moment.timestamp() * 1000)])
-    return state, sets
-
-
-def read_genesis(line: dict[str, Any], known: str | None) -> tuple[Genesis, bytes]:
-    """Point 1: the founded chain, and the id of header 0."""
-    document = line["document"]
-    chain = H(canonical(document))
-    check(line["format"] == "tdmld-export-1", "another format")
-    check(line["chain_id"] == chain.hex(), "genesis: the document has another chain id")
-    check(known in (None, chain.hex()), f"this is the chain {chain.hex()}, not {known}")
-    state, sets = first_state(document)
-    root = state_root(state)
-    check(line["state_root"] == root.hex(), "genesis: GEN-6 gives another state root")
-    moment = datetime.fromisoformat(document["time"])
-    time_ms = round(moment.timestamp() * 1000)
-    version = max(row for row in document["protocol"] if row[0] == 0)[1]
-    header = [version, 0, 0, 0, chain, time_ms, ZERO, b"", ZERO, 0, ZERO, root, ZERO, ZERO]
-    check(header_of(line["header"]) == header, "genesis: GEN-7 gives another header")
-    check(line["hash"] == H(pack(header)).hex(), "genesis: the header has another id")
-    return Genesis(chain, document, sets), H(pack(header))
-
-
 # -- 5: state
-
-
-def state_root(state: dict[bytes, bytes]) -> bytes:
-    """TREE-1, TREE-3."""
-    return page([(H(key), H(value)) for key, value in state.items()], 0)
-
-
-def page(leaves: Sequence[tuple[bytes, bytes]], depth: int) -> bytes:
-    """TREE-2."""
-    slots: list[list[tuple[bytes, bytes]]] = [[] for _ in range(16)]
-    for key, value in leaves:
-        byte = key[depth // 2]
-        slots[byte & 15 if depth % 2 else byte >> 4].append((key, value))
-    row = [ZERO if not slot else below(slot, depth) for slot in slots]
-    while len(row) > 1:
-        pairs = zip(row[::2], row[1::2], strict=True)
-        row = [ZERO if left == right == ZERO else H(b"\1", left, right) for left, right in pairs]
-    return row[0]
-
-
-def below(leaves: list[tuple[bytes, bytes]], depth: int) -> bytes:
-    return H(b"\0", *leaves[0]) if len(leaves) == 1 else page(leaves, depth + 1)
 
 
 def money(state: dict[bytes, bytes]) -> dict[str, int]:
@@ -345,41 +95,7 @@ def check_indexes(state: dict[bytes, bytes]) -> None:
         check(found == wanted, f"the index {name.decode()} is not what it indexes")
 
 
-# -- 6: blocks
-
-
-def header_of(row: dict[str, Any]) -> list[Any]:
-    check(sorted(row) == sorted(HEADER), "a header's fields")
-    return [bytes.fromhex(row[n]) if isinstance(row[n], str) else row[n] for n in HEADER]
-
-
-def merkle(leaves: Sequence[bytes]) -> bytes:
-    """BLK-2."""
-    row = [H(b"\0", leaf) for leaf in leaves]
-    while len(row) > 1:
-        odd = row[len(row) & ~1 :]
-        row = [H(b"\1", row[i], row[i + 1]) for i in range(0, len(row) - 1, 2)] + odd
-    return row[0] if row else ZERO
-
-
-class History:
-    """HIST-1 to HIST-3, kept as the roots of complete trees, the largest first."""
-
-    def __init__(self) -> None:
-        self.trees: list[tuple[int, bytes]] = []
-
-    def append(self, leaf: bytes) -> None:
-        size, root = 1, H(b"\0", leaf)
-        while self.trees and self.trees[-1][0] == size:
-            size, root = 2 * size, H(b"\1", self.trees.pop()[1], root)
-        self.trees.append((size, root))
-
-    @property
-    def root(self) -> bytes:
-        *rest, (_, root) = self.trees
-        for _, left in reversed(rest):
-            root = H(b"\1", left, root)
-        return root
+# -- 6: certificates
 
 
 def check_certificate(
@@ -394,81 +110,14 @@ def check_certificate(
     check(view // VIEWS == header[2] // VIEWS, where)
     voters = [voter for voter, _ in row["signatures"]]
     check(voters == sorted(set(voters)), f"{where}: voters must ascend")
-    members = genesis.validators(header[2] // VIEWS)
+    members = genesis.seats(header[2] // VIEWS)
     check(all(0 <= voter < len(members) for voter in voters), where)
-    total = sum(stake for _, stake in members)
-    check(sum(members[v][1] for v in voters) >= total * 2 // 3 + 1, f"{where}: no quorum")
+    total = sum(weight for _, _, weight, _ in members)
+    check(sum(members[v][2] for v in voters) >= total * 2 // 3 + 1, f"{where}: no quorum")
     message = bytes((FINALIZE,)) + u64(view) + block
     for voter, signature in row["signatures"]:
         good = signed(members[voter][0], "vote", genesis.chain, message, bytes.fromhex(signature))
         check(good, f"{where}: signature of voter {voter}")
-
-
-# -- 7: leaders
-
-
-def rotation(stakes: Sequence[int]) -> list[int]:
-    """LEAD-1, LEAD-2."""
-    divisor = math.gcd(*stakes)
-    seats = [stake // divisor for stake in stakes]
-    total = sum(seats)
-    if total > 4096:
-        spare = max(0, 4096 - len(seats))
-        rests = [seat * spare % total for seat in seats]
-        seats = [1 + seat * spare // total for seat in seats]
-        largest = sorted(range(len(seats)), key=lambda i: (-rests[i], i))
-        for index in largest[: max(0, 4096 - sum(seats))]:
-            seats[index] += 1
-    table, priority = [], [0] * len(seats)
-    for _ in range(sum(seats)):
-        priority = [old + seat for old, seat in zip(priority, seats, strict=True)]
-        leader = priority.index(max(priority))
-        priority[leader] -= sum(seats)
-        table.append(leader)
-    return table
-
-
-# -- 8: beacon (RFC 9381, ECVRF-EDWARDS25519-SHA512-TAI)
-
-
-def sha512(*parts: bytes) -> bytes:
-    return hashlib.sha512(b"".join(parts)).digest()
-
-
-def eight_times(point: bytes) -> bytes:
-    for _ in range(3):
-        point = sodium.crypto_core_ed25519_add(point, point)
-    return point
-
-
-@lru_cache(maxsize=4096)
-def vrf_output(key: bytes, alpha: bytes, proof: bytes) -> bytes:
-    """BEACON-2, BEACON-4."""
-    check(len(proof) == 80, "a proof has 80 bytes")
-    gamma, challenge, s = proof[:32], proof[32:48], proof[48:]
-    valid = sodium.crypto_core_ed25519_is_valid_point
-    check(valid(gamma) and valid(key), "a proof's points")
-    point = None
-    for counter in range(256):
-        candidate = sha512(b"\x03\x01", key, alpha, bytes((counter, 0)))[:32]
-        if int.from_bytes(candidate, "little") % 2**255 >= 2**255 - 19:
-            continue
-        try:
-            point = eight_times(candidate)
-        except Exception:  # libsodium's word for "not on the curve"
-            continue
-        if point != b"\x01" + bytes(31):
-            break
-    assert point is not None
-    wide = challenge + bytes(16)
-    times, minus = sodium.crypto_scalarmult_ed25519_noclamp, sodium.crypto_core_ed25519_sub
-    order = 2**252 + 27742317777372353535851937790883648493
-    check(0 < int.from_bytes(s, "little") < order and any(challenge), "a proof's numbers")
-    u = minus(sodium.crypto_scalarmult_ed25519_base_noclamp(s), times(wide, key))
-    v = minus(times(s, point), times(wide, gamma))
-    again = sha512(b"\x03\x02", key, point, gamma, u, v, b"\0")[:16]
-    check(again == challenge, "a proof does not verify")
-    return sha512(b"\x03\x03", eight_times(gamma), b"\0")
 
 
 # -- 9: transactions
@@ -491,8 +140,8 @@ def check_transaction(genesis: Genesis, row: dict[str, Any]) -> bytes:
     shown = {
         name: dict(zip(inner, map(spelt, value), strict=True))
         if name in ("first", "second")
-        else [dict(zip(NESTED[name], map(spelt, row), strict=True)) for row in value]
-        if name in NESTED
+        else [dict(zip(ROWS[name], map(spelt, row), strict=True)) for row in value]
+        if name in ROWS
         else spelt(value)
         for name, value in zip(names, payload[1:], strict=True)
     }
@@ -506,10 +155,6 @@ def check_transaction(genesis: Genesis, row: dict[str, Any]) -> bytes:
     check(row["ok"] is (row["reason"] == ""), f"{where}: its receipt contradicts itself")
     check(payload[0] in OWNERS or not row["ok"] or nonce == fee == 0, f"{where}: FEE-3")
     return H(raw)
-
-
-def spelt(value: Any) -> Any:
-    return value.hex() if isinstance(value, bytes) else value
 
 
 # -- 17: the audit
@@ -526,10 +171,7 @@ class Auditor:
         self.history = History()
         self.history.append(self.parent + ZERO)
         self.histories = [self.history.root]
-        self.mix = H(b"tdmld\0beacon\0", self.genesis.chain)
-        self.epoch = -1
-        self.members: list[tuple[bytes, int]] = []
-        self.leaders: list[int] = []
+        self.mix = first_mix(self.genesis.chain)
         self.final = self.transactions = 0
         self.state: dict[bytes, bytes] = {}
         self.last = b""
@@ -545,15 +187,16 @@ class Auditor:
         check(header[3] == before[2] < view, f"{where}: its view")
         check(header[5] > before[5], f"{where}: its time")
         check(header[0] == self.genesis.protocol(height), f"{where}: its protocol")
-        epoch = (height - 1) // self.genesis.epoch_blocks
+        epoch = epoch_of(height, self.genesis.epoch_blocks)
         check(view // VIEWS == epoch, f"{where}: a view of another epoch")
+        begins = height > 1 and epoch_of(height - 1, self.genesis.epoch_blocks) != epoch
+        check(not begins or self.final == height - 1, f"{where}: its epoch has not begun")
         named = [H(self.genesis.sets[number]) for number in (epoch, epoch + 1)]
         check(header[12:] == named, f"{where}: its validators")
-        if epoch != self.epoch:
-            self.epoch, self.members = epoch, self.genesis.validators(epoch)
-            self.leaders = rotation([weight for _, weight in self.members])
-        leader = self.leaders[view % VIEWS % len(self.leaders)]
-        check(self.members[leader][0] == proposer, f"{where}: out of turn")
+        seats = self.genesis.seats(epoch)
+        leaders = table(tuple((weight, leads) for _, _, weight, leads in seats))
+        leader = leaders[view % VIEWS % len(leaders)]
+        check(seats[leader][0] == proposer, f"{where}: out of turn")
         signature = bytes.fromhex(row["signature"])
         check(signed(proposer, "proposal", chain, block, signature), f"{where}: signature")
         ids = [check_transaction(self.genesis, one) for one in row["transactions"]]
@@ -566,14 +209,12 @@ class Auditor:
         check(before[9] <= at < height, f"{where}: its state height")
         check(header[11].hex() == self.roots[at], f"{where}: the state of {at}")
         check(header[10] == self.histories[at], f"{where}: the history up to {at}")
-        alpha = b"tdmld\0beacon\0" + chain + self.mix + u64(height)
-        self.mix = H(self.mix, vrf_output(proposer, alpha, header[7]))
+        self.mix = next_mix(chain, self.mix, height, proposer, header[7])
         if row["certificate"] is not None:
             check_certificate(self.genesis, row["certificate"], header, block)
             self.final = height
-        count = len(ids).to_bytes(4, "big")
         outcomes = [
-            tx + (b"\1" if one["ok"] else b"\0") + count
+            tx + (b"\1" if one["ok"] else b"\0") + u32(len(ids))
             for tx, one in zip(ids, row["transactions"], strict=True)
         ]
         self.history.append(block + merkle(outcomes))

@@ -4,26 +4,38 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from tests.chain.second.auditor import (
+from tests.chain.second.beacon import first_mix, next_mix
+from tests.chain.second.committees import epoch_of
+from tests.chain.second.formats import (
+    EVIDENCE,
     FINAL,
+    HEADER,
     OWNERS,
     PAYLOADS,
     ZERO,
     H,
     check,
-    first_state,
-    signed,
-    state_root,
-    u64,
+    header_of,
+    u32,
     unpack,
-    vrf_output,
 )
-from tests.chain.second.records import FIELDS, MILLION, Broken, Record, ceil, named, rule, u32
+from tests.chain.second.genesis import first_state
+from tests.chain.second.records import (
+    AHEAD,
+    FIELDS,
+    MILLION,
+    Broken,
+    Place,
+    Record,
+    ceil,
+    named,
+    rule,
+)
+from tests.chain.second.staking import Staking
+from tests.chain.second.trees import state_root
 from tests.chain.second.work import Work
 
 STANDBY = 0xFFFF_FFFF
-AHEAD = 1 << 20
-"""DEADLINE_BLOCKS"""
 TRIES = 4
 DUE = {
     "match": "match",
@@ -37,23 +49,26 @@ DUE = {
     "settle": "settle",
     "result": "result_over",
 }
-"""Timer -> method. A transaction's method has the name of its tag."""
+"""Timer -> method. A transaction's method has the name of its tag, but for a word of Python."""
 
 
-class Executor(Work):
+class Executor(Work, Staking):
     """The whole of it."""
 
     # -- 10: execution
 
-    def block(self, height: int, mix: bytes, tainted: bool, raws: list[bytes]) -> list[bool]:
-        """EXEC-1; which transactions succeeded."""
-        self.height, self.mix, self.tainted = height, mix, tainted
+    def block(self, at: Place, raws: list[bytes]) -> list[bool]:
+        """EXEC-1, JAIL-1, EPOCH-2; which transactions succeeded."""
+        self.at = at
+        self.miss_turns()
         for _ in range(self.rules["due_per_block"]):
             entry = self.take()
             if entry is None:
                 break
             getattr(self, DUE[entry[0]])(*entry[1:])
         found = [self.transaction(raw) for raw in raws]
+        if at.height % self.rules["epoch_blocks"] == 0:
+            self.end_epoch()
         self.sum()
         return found
 
@@ -69,9 +84,11 @@ class Executor(Work):
                 before = dict(self.db)
             else:
                 rule(nonce == fee == 0, "FEE-3")
-                if kind != "ask":
-                    self.burn_for(what["job"])
-            getattr(self, kind)(signer, what, H(raw))
+                if kind not in EVIDENCE:
+                    rule(not self.zeros(b"n" + signer)["revoked"], "FEE-3")
+                    if kind not in ("ask", "return"):
+                        self.burn_for(what["job"])
+            getattr(self, "come_back" if kind == "return" else kind)(signer, what, H(raw))
         except Broken:
             self.db = before
             return False
@@ -92,34 +109,6 @@ class Executor(Work):
         rule(job["status"] not in FINAL, "FEE-3")
         self.put(b"j" + job_id, job, fee_budget=job["fee_budget"] - self.rules["tx_fee"])
         self.burn(self.rules["tx_fee"])
-
-    def burn(self, amount: int) -> None:
-        self.put(b"S", self.db[b"S"], burned=self.db[b"S"]["burned"] + amount)
-
-    # -- 9: money and nodes
-
-    def transfer(self, signer: bytes, what: Record, _: bytes) -> None:
-        """TX-6."""
-        rule(0 < what["amount"] <= self.account(signer)["balance"], "TX-6")
-        self.move(signer, -what["amount"])
-        self.move(what["to"], what["amount"])
-
-    def bond(self, signer: bytes, what: Record, _: bytes) -> None:
-        """TX-7."""
-        account, amount = self.account(signer), what["amount"]
-        rule(0 < amount <= account["balance"] and what["bucket"] in ("vote", "work"), "TX-7")
-        name = what["bucket"] + "_stake"
-        changes = {"balance": account["balance"] - amount, name: account[name] + amount}
-        self.put(b"a" + signer, account, **changes)
-
-    def register(self, signer: bytes, what: Record, _: bytes) -> None:
-        """TX-8."""
-        node, start = what["node"], what["from_height"]
-        message = signer + u64(start)
-        rule(signed(node, "register", self.chain, message, what["proof"]), "TX-8")
-        rule(node != signer and b"n" + node not in self.db, "TX-8")
-        rule(self.height < start <= self.height + AHEAD, "TX-8")
-        self.db[b"n" + node] = {**self.zeros(b"n" + node), "owner": signer, "from_height": start}
 
     # -- 11: market
 
@@ -417,21 +406,23 @@ class Executor(Work):
 
 
 def replay(lines: Sequence[bytes]) -> Executor:
-    """Point 8 over an export that passed points 1 to 7: every state and every receipt."""
+    """Point 8 over an export that passed points 1 to 7: every state, every receipt, and that the
+    headers name the validators whom the states elect."""
     rows = [json.loads(line) for line in lines]
     document, chain = rows[0]["document"], bytes.fromhex(rows[0]["chain_id"])
-    run = Executor(document, chain, first_state(document))
-    mix = H(b"tdmld\0beacon\0", chain)
+    run = Executor(document, chain, first_state(document)[0])
+    mix = first_mix(chain)
     for row in rows:
         if row["line"] != "block":
             continue
-        header, height = row["header"], row["height"]
-        alpha = b"tdmld\0beacon\0" + chain + mix + u64(height)
-        key, proof = bytes.fromhex(header["proposer"]), bytes.fromhex(header["proof"])
-        mix = H(mix, vrf_output(key, alpha, proof))
-        tainted = header["view"] != header["parent_view"] + 1
-        raws = [bytes.fromhex(one["raw"]) for one in row["transactions"]]
-        found = run.block(height, mix, tainted, raws)
+        header = dict(zip(HEADER, header_of(row["header"]), strict=True))
+        height = header["height"]
+        epoch = epoch_of(height, run.rules["epoch_blocks"])
+        for name, number in (("validators", epoch), ("next_validators", epoch + 1)):
+            check(run.set_id(number) == header[name], f"block {height}: {name} were not elected")
+        mix = next_mix(chain, mix, height, header["proposer"], header["proof"])
+        at = Place(height, header["view"], header["parent_view"], header["time_ms"], mix)
+        found = run.block(at, [bytes.fromhex(one["raw"]) for one in row["transactions"]])
         told = [one["ok"] for one in row["transactions"]]
         check(found == told, f"block {height}: receipts {told}, and not {found}")
         root = state_root(run.state).hex()

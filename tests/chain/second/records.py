@@ -5,21 +5,25 @@ dict by its fields' names.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from blake3 import blake3
 
-from tests.chain.second.auditor import key_of, pack, u64, unpack
+from tests.chain.second.committees import tainted
+from tests.chain.second.formats import key_of, pack, u32, u64, unpack
 
 Record = dict[str, Any]
 MILLION = 1_000_000
 BUCKET = 1024
+AHEAD = 1 << 20
+"""DEADLINE_BLOCKS"""
 
 MEMBER, ROOTS = "node owner price session", "node shared lane data"
 FIELDS = {
     "a": "balance nonce vote_stake work_stake",
     "f": "segments audits proofs faults mismatches earned",
-    "n": "owner from_height memory_used standby_used audits_open",
+    "n": "owner from_height memory_used standby_used audits_open revoked convicted jailed",
     "k": "session class_id memory price audit_capacity standby_slots until_height height",
     "j": "id submitter source source_session spec_id spec_bytes stages lanes rounds segment_steps "
     "unsettled state_every tokens class_wanted privacy slot_price_max standby_price audit_rate "
@@ -33,11 +37,17 @@ FIELDS = {
     "worker_list auditor_list paid",
     "p": "worker standby auditor",
     "P": "keys",
+    "b": "entries",
+    "w": "node",
+    "v": "epoch seats",
+    "e": "height time_ms",
+    "x": "node height burned",
+    "m": "missed",
     "i": "keys",
     "d": "entries",
     "D": "heights",
     "t": "height",
-    "S": "genesis balances stakes escrows burned",
+    "S": "genesis balances stakes unbonding escrows burned",
     "L": "job",
 }
 NESTED: dict[tuple[str, str], str] = {
@@ -49,7 +59,20 @@ LISTS: dict[tuple[str, str], str] = {
     ("j", "stages"): "parameters memory",
     ("s", "attested"): ROOTS,
     ("g", "links"): "link sent received",
+    ("b", "entries"): "bucket amount epoch",
+    ("v", "seats"): "node owner weight leads",
 }
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a block's rules may depend on, besides state and genesis (EXEC-2). `mix`: after it."""
+
+    height: int
+    view: int
+    parent_view: int
+    time_ms: int
+    mix: bytes
 
 
 class Broken(Exception):
@@ -63,10 +86,6 @@ def rule(holds: bool, name: str) -> None:
 
 def B(*parts: bytes) -> bytes:
     return blake3(b"".join(parts)).digest()
-
-
-def u32(number: int) -> bytes:
-    return number.to_bytes(4, "big")
 
 
 def ceil(a: int, b: int) -> int:
@@ -119,7 +138,19 @@ class Ledger:
         self.auditors = {key_of(owner) for owner in document["auditors"]}
         self.chain = chain
         self.db = {key: decoded(chr(key[0]), raw) for key, raw in state.items()}
-        self.height, self.mix, self.tainted = 0, b"", False
+        self.at = Place(0, 0, 0, 0, b"")
+
+    @property
+    def height(self) -> int:
+        return self.at.height
+
+    @property
+    def mix(self) -> bytes:
+        return self.at.mix
+
+    @property
+    def tainted(self) -> bool:
+        return tainted(self.at.parent_view, self.at.view)
 
     @property
     def state(self) -> dict[bytes, bytes]:
@@ -132,6 +163,12 @@ class Ledger:
         sums = {
             "balances": sum(account["balance"] for account in accounts),
             "stakes": sum(a["vote_stake"] + a["work_stake"] for a in accounts),
+            "unbonding": sum(
+                entry["amount"]
+                for key, record in self.db.items()
+                if key[:1] == b"b"
+                for entry in record["entries"]
+            ),
             "escrows": sum(held(job) for key, job in self.db.items() if key[:1] == b"j"),
         }
         self.db[b"S"] = {**supply, **sums}

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from tests.chain.second.auditor import H, u64
-from tests.chain.second.records import FIELDS, MILLION, B, Ledger, Record, held, named, rule, u32
+from tests.chain.second.formats import H, u32, u64
+from tests.chain.second.records import FIELDS, MILLION, B, Ledger, Record, held, named, rule
 
 CLEARED = {"undrawn", "passed", "unaudited", "audited_by_submitter"}
 HELD = {"drawn", "committed", "opened"}
