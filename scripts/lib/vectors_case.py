@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from tdmld.chain.blocks import EPOCH_VIEWS, epoch_of
 from tdmld.chain.crypto import sha256
 from tdmld.chain.genesis import genesis_document
 from tdmld.chain.ledger import BlockContext, apply_block, recount
@@ -45,10 +46,13 @@ class Scene:
         *raws: bytes,
         height: int | None = None,
         tainted: bool = False,
+        passed: int = 0,
         beacon: bytes | None = None,
     ) -> None:
-        """One block over the scene's state; `rules` are names with blanks between."""
-        context = self._context(height, tainted, beacon or mark("beacon of", self.name, name))
+        """One block over the scene's state; `rules` are names with blanks between. `passed`: views
+        that were passed over before it, at least one when it is `tainted`."""
+        mix = beacon or mark("beacon of", self.name, name)
+        context = self._context(height, passed or int(tainted), mix)
         transactions = [decode_transaction(raw, self.world.chain_id) for raw in raws]
         assert all(verify_transaction(found, self.world.chain_id) for found in transactions)
         result = apply_block(self._pre.get, self.world.genesis, context, transactions)
@@ -92,11 +96,12 @@ class Scene:
             "cases": self._cases,
         }
 
-    def _context(self, height: int | None, tainted: bool, beacon: bytes) -> BlockContext:
+    def _context(self, height: int | None, passed: int, beacon: bytes) -> BlockContext:
         at = self.height + 1 if height is None else height
+        start = epoch_of(at, self.world.parameters.epoch_blocks) * EPOCH_VIEWS
         return BlockContext(
             height=at,
-            view=self._view + (2 if tainted else 1),
+            view=max(self._view, start) + 1 + passed,
             parent_view=self._view,
             time_ms=START_MS + 500 * at,
             proposer=node_key(0).public,

@@ -16,7 +16,7 @@ from tdmld.chain.blocks import (
 )
 from tdmld.chain.codec import ZERO_HASH
 from tdmld.chain.crypto import KeyPair, sha256, signing_bytes
-from tdmld.chain.leader import Rotation, seats
+from tdmld.chain.leader import Rotation
 from tdmld.chain.merkle import root as merkle_root
 from tdmld.chain.records import Facts, Job
 from tdmld.chain.reputation import reputation
@@ -121,22 +121,27 @@ def _trees() -> list[dict[str, Any]]:
 
 
 def _rotations() -> list[dict[str, Any]]:
-    rows = [
-        (1,),
-        (10, 10, 10, 10),
-        (1000, 2000, 3000),
-        (5, 1, 1),
-        (100_000_000, 1, 99_999_999),
-        (10**15, 3, 10**9, 7),
+    rows: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
+        ((1,), ()),
+        ((10, 10, 10, 10), ()),
+        ((1000, 2000, 3000), ()),
+        ((5, 1, 1), ()),
+        ((100_000_000, 1, 99_999_999), ()),
+        ((10**15, 3, 10**9, 7), ()),
+        ((10, 10, 10, 10), (2,)),
+        ((6, 9, 2, 12), (2,)),
+        ((100_000_000, 1, 99_999_999, 7), (0, 3)),
     ]
     found = []
-    for stakes in rows:
-        rotation = Rotation(stakes)
+    for stakes, idle in rows:
+        leads = [index not in idle for index in range(len(stakes))]
+        rotation = Rotation(stakes, leads)
         found.append(
             {
                 "rules": ["LEAD-1", "LEAD-2", "LEAD-3"],
                 "stakes": list(stakes),
-                "seats": seats(stakes),
+                "leads": leads,
+                "seats": list(rotation.turns),
                 "period": rotation.period,
                 "leaders_from_view_1": [rotation.leader(view) for view in range(1, 41)],
                 "leader_of_view_1000000": rotation.leader(1_000_000),

@@ -36,7 +36,6 @@ from tdmld.chain.genesis import (
     protocol_at,
     validators,
 )
-from tdmld.chain.leader import Rotation
 from tdmld.chain.ledger import genesis_changes
 from tdmld.chain.records import Account, Due, Keys, Supply, Timer
 from tdmld.chain.state import u64
@@ -230,13 +229,12 @@ def blocks() -> dict[str, Any]:
     chain = chain_id(founded)
     keys = sorted((node_key(n) for n in range(4)), key=lambda key: key.public)
     committee = Committee.of(chain, [(v.node, v.stake) for v in validators(founded)])
-    rotation = Rotation(committee.stakes)
     first = first_header(chain, 1, founded.time_ms, state_root(genesis_changes(founded)))
     body = [
         sign_transaction(owner_key(0), chain, Transfer(mark(n), n), nonce=n, fee=10)
         for n in range(3)
     ]
-    leader = keys[rotation.leader(2)]
+    leader = keys[committee.leader(2)]
     header = Header(
         protocol=1,
         height=1,
@@ -262,7 +260,7 @@ def blocks() -> dict[str, Any]:
         ],
         "quorum": committee.quorum,
         "rules": ["BLK-1", "BLK-2", "BLK-5", "BLK-8", "BLK-9", "TX-1", "TX-2", "TX-3", "TX-4"],
-        "leader": rotation.leader(2),
+        "leader": committee.leader(2),
         "header": plain(header),
         "header_bytes": encode(header).hex(),
         "hash": block_hash(header).hex(),

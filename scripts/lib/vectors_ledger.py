@@ -18,6 +18,7 @@ from tdmld.chain.transactions import (
     Offer,
     ProposalEvidence,
     Register,
+    Return,
     Revoke,
     Stage,
     Transfer,
@@ -34,7 +35,8 @@ ALICE, BOB = owner_key(0), owner_key(1)
 def ledger_money() -> dict[str, Any]:
     """Owner transactions, asks and offers over the state of genesis."""
     world = World(make_genesis(nodes=3, validators=1))
-    return ledger_file([_money(world), _nodes(world), _offers(world), *_stakes()])
+    scenes = [_money(world), _nodes(world), _offers(world), *_stakes(), *_jail()]
+    return ledger_file(scenes)
 
 
 def _money(world: World) -> Scene:
@@ -148,6 +150,84 @@ def _stakes() -> list[Scene]:
     over.case("one block too early", "STAKE-2", withdrawal, height=10)
     over.case("what is over comes back", "STAKE-2", withdrawal, height=11)
     return [scene, edge, over]
+
+
+def _jail() -> list[Scene]:
+    """Leaders that miss their turns, and one that comes back."""
+    world = World(make_genesis(nodes=5, validators=4, epoch_blocks=30))
+    one, other = node_key(3), node_key(2)
+    start = Scene(world, "nobody was passed over yet")
+    for name, passed in (
+        ("no view", 0),
+        ("a view", 1),
+        ("three views", 3),
+        ("as many views as are counted", limits.ABSENCES),
+        ("more views than are counted", limits.ABSENCES + 9),
+    ):
+        start.case(f"{name} was passed over", "JAIL-1 LEAD-3", passed=passed)
+    scenes = [start]
+    for turns in (limits.JAIL_MISSES - 1, limits.JAIL_MISSES):
+        world = World(make_genesis(nodes=5, validators=4, epoch_blocks=30))
+        world.away = frozenset({one.public})
+        while _missed(world) < turns:
+            world.block()
+        world.away = frozenset()
+        world.wait(29 - world.height)
+        scene = Scene(world, f"the last block of an epoch: {turns} turns were missed")
+        for passed in (0, 1, 3, 4, 5):
+            scene.case(f"{passed} views were passed over", "JAIL-1 JAIL-2 JAIL-3", passed=passed)
+        scenes.append(scene)
+
+    many = World(make_genesis(nodes=5, validators=4, epoch_blocks=30))
+    many.away = frozenset({one.public, other.public})
+    many.wait(29)
+    outage = Scene(many, "the last block of an epoch: a third was absent")
+    outage.case("nobody is jailed", "JAIL-2 JAIL-3")
+    scenes.append(outage)
+
+    world = World(make_genesis(nodes=5, validators=4, epoch_blocks=30))
+    world.away = frozenset({one.public})
+    world.wait(29)
+    end = Scene(world, "the last block of an epoch: one was absent")
+    end.case("it is jailed", "JAIL-2 JAIL-3 EPOCH-2")
+    scenes.append(end)
+    world.wait(1)
+    jailed = Scene(world, "a node is jailed")
+    back = world.sign(one, Return(30))
+    jailed.case("it returns", "JAIL-4 FEE-3", back)
+    jailed.case("it returns twice", "JAIL-4", back, world.sign(one, Return(30), expiry=99))
+    jailed.case("it answers another jailing", "JAIL-4", world.sign(one, Return(29)))
+    jailed.case("another node returns", "JAIL-4", world.sign(other, Return(30)))
+    jailed.case("another node returns from nothing", "JAIL-4", world.sign(other, Return(0)))
+    jailed.case("nobody's key returns", "JAIL-4", world.sign(node_key(9), Return(0)))
+    jailed.case("its owner returns", "JAIL-4", world.sign(owner_key(3), Return(30)))
+    jailed.case("it returns with a fee", "FEE-3", world.sign(one, Return(30), fee=FEE))
+    jailed.case("it returns with a nonce", "FEE-3", world.sign(one, Return(30), nonce=1))
+    jailed.case("it returns too late", "TX-5", world.sign(one, Return(30), expiry=30))
+    revoked = world.sign(owner_key(3), Revoke(one.public))
+    jailed.case("it is revoked and returns", "STAKE-5 FEE-3", revoked, back)
+    votes = [sign_vote(one, world.chain_id, Kind.NOTARIZE, 5, mark(n), 0) for n in (1, 2)]
+    accused = world.sign(ALICE, from_votes(one.public, *votes))
+    jailed.case("it is convicted and returns", "SLASH-3 JAIL-4", accused, back)
+    jailed.case("views of an epoch are passed over before its first block", "JAIL-1", passed=4)
+    world.wait(29)
+    still = Scene(world, "the last block of the epoch after")
+    still.case("it was absent again, and is jailed already", "JAIL-2 JAIL-3")
+    still.case("it returned just before", "JAIL-2 JAIL-3 JAIL-4", back)
+    scenes += [jailed, still]
+    world.away = frozenset()
+    world.block()
+    world.away = frozenset({other.public})
+    world.wait(29)
+    third = Scene(world, "the last block of an epoch: a third would not lead")
+    third.case("all of the next set lead", "JAIL-2 JAIL-3")
+    third.case("it returned just before, so the others lead", "JAIL-3 JAIL-4", back)
+    return [*scenes, third]
+
+
+def _missed(world: World) -> int:
+    found = world.state.absences(0)
+    return 0 if found is None else max(found.missed)
 
 
 def _nodes(world: World) -> Scene:

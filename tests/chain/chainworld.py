@@ -15,7 +15,6 @@ from tdmld.chain.blocks import (
 )
 from tdmld.chain.crypto import KeyPair
 from tdmld.chain.genesis import Genesis, validators
-from tdmld.chain.leader import Rotation
 from tdmld.chain.ledger import BlockResult
 from tdmld.chain.records import JobStatus
 from tdmld.chain.transactions import Register, Transfer, sign_registration
@@ -69,13 +68,13 @@ class ChainWorld(World):
         self.store = _Records(self.chain)  # type: ignore[assignment]
         rows = [(v.node, v.stake) for v in validators(self.genesis)]
         self.committee = Committee.of(self.chain_id, rows)
-        self.rotation = Rotation(self.committee.stakes)
+        self.rotation = self.committee.rotation
 
     def block(self, *raws: bytes, tainted: bool = False) -> BlockResult:
         head, epoch_blocks = self.chain.head, self.parameters.epoch_blocks
         committee = self.chain.committee(self.chain.epoch)
         assert committee is not None
-        self.committee, self.rotation = committee, Rotation(committee.stakes)
+        self.committee, self.rotation = committee, committee.rotation
         start = start_view(head.height, head.view, epoch_blocks)
         self.height, self.view = head.height + 1, start + (2 if tainted else 1)
         leader = self._key(self.rotation.leader(turn(self.view)))

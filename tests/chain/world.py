@@ -9,8 +9,9 @@ from enum import StrEnum
 
 from blake3 import blake3
 
-from tdmld.chain.blocks import start_view
+from tdmld.chain.blocks import start_view, view_epoch
 from tdmld.chain.crypto import KeyPair, sha256
+from tdmld.chain.epochs import committee
 from tdmld.chain.genesis import (
     Genesis,
     Parameters,
@@ -134,6 +135,8 @@ class World:
         self.vices: dict[bytes, frozenset[Vice]] = {}
         self.stop_before: dict[bytes, int] = {}
         """Node -> first segment that it does not commit any more."""
+        self.away = frozenset[bytes]()
+        """Nodes that do not lead their views: these are passed over."""
         self.bad_segment = 0
         """First segment that a cheat is made in."""
         self.events: list[object] = []
@@ -172,8 +175,10 @@ class World:
         assert all(verify_transaction(t, self.chain_id) for t in transactions)
         self.height += 1
         parent = self.view
-        before = start_view(self.height - 1, parent, self.parameters.epoch_blocks)
-        self.view = before + 1 + (passed or int(tainted))
+        self.view = 1 + start_view(self.height - 1, parent, self.parameters.epoch_blocks)
+        self.view += passed or int(tainted)
+        while self.away and self.leader(self.view) in self.away:
+            self.view += 1
         self.beacon = mark(self.beacon, self.height)
         context = BlockContext(
             height=self.height,
@@ -193,6 +198,13 @@ class World:
         self.events.extend(result.events)
         self.receipts.extend(result.receipts)
         return result
+
+    def leader(self, view: int) -> bytes:
+        """The node that leads a view of an epoch whose set is known."""
+        chosen = self.state.validator_set(view_epoch(view))
+        assert chosen is not None
+        members = committee(self.chain_id, chosen)
+        return members.nodes[members.leader(view)]
 
     def do(self, key: KeyPair, payload: Payload, **header: int) -> bytes:
         """One transaction in a block of its own, which must succeed; its id."""

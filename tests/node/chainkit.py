@@ -20,7 +20,6 @@ from tdmld.chain.blocks import (
 )
 from tdmld.chain.crypto import KeyPair
 from tdmld.chain.genesis import Genesis, chain_id, genesis_from_document, validators
-from tdmld.chain.leader import Rotation
 from tdmld.chain.transactions import Transfer, sign_transaction
 from tdmld.node.store import ChainStore
 
@@ -45,7 +44,7 @@ def make_genesis(name: str = "chainkit", **parameters: int) -> Genesis:
 GENESIS = make_genesis()
 CHAIN = chain_id(GENESIS)
 COMMITTEE = Committee.of(CHAIN, [(v.node, v.stake) for v in validators(GENESIS)])
-ROTATION = Rotation(COMMITTEE.stakes)
+ROTATION = COMMITTEE.rotation
 
 
 def transfer(sender: int, nonce: int, amount: int = 5, to: int = 3) -> bytes:
