@@ -43,6 +43,10 @@ class Link:
         self._bytes = 0
         self._news = trio.Event()
 
+    def tell(self, message: object) -> None:
+        """Queue a message."""
+        self.send(encode(message))
+
     def send(self, raw: bytes) -> None:
         """Queue an encoded message; a link that does not drain is closed."""
         self._queue.append(raw)
@@ -179,7 +183,7 @@ class Links:
             old.scope.cancel()
         self._links[peer] = link
         for message in self._greet():
-            link.send(encode(message))
+            link.tell(message)
         self._changed()
         log.info("linked with validator %s", peer)
         try:

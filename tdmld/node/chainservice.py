@@ -1,14 +1,10 @@
 """The chain side of a node: it follows the chain and, with a validator's key, makes it.
 
-    Validator   consensus among an epoch's validators, over their own streams (validators only)
+    Succession  one Validator an epoch: consensus over streams of their own (validators only)
     SyncClient  catch-up from anybody; SyncServer answers everybody
     gossip      final blocks, transactions and offers to everybody else
     Finality    the one queue through which final blocks reach the store
     Admission   the pool and the spreading of transactions
-
-When the last block of an epoch is executed, the validators of the next are seated: a node that is
-among them then votes, one that is not any more follows. Links are kept, and begun an epoch early;
-messages that come from the next epoch too soon wait in a small store.
 
 The caller keeps the host connected (`host.add_peer`); this service reacts to who is connected.
 """
@@ -16,7 +12,7 @@ The caller keeps the host connected (`host.add_peer`); this service reacts to wh
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 import trio
@@ -26,17 +22,12 @@ from tdmld.chain.blocks import (
     Block,
     Certificate,
     Committee,
-    Vote,
     ends_epoch,
     epoch_of,
-    turn,
-    view_epoch,
 )
 from tdmld.chain.codec import decode, encode
 from tdmld.chain.crypto import KeyPair, address
-from tdmld.chain.errors import InvariantViolation
 from tdmld.chain.genesis import Genesis, chain_id, validators
-from tdmld.chain.leader import Rotation
 from tdmld.chain.ledger import Receipt
 from tdmld.chain.light import Bundle
 from tdmld.chain.mempool import Mempool
@@ -44,17 +35,14 @@ from tdmld.chain.pacing import Times
 from tdmld.chain.state import State
 from tdmld.node.admission import Admission
 from tdmld.node.chainerrors import SpecUnavailable
-from tdmld.node.chainlinks import Link, Links
+from tdmld.node.chainlinks import Links
 from tdmld.node.chainwire import (
     GOSSIP_BLOCK_BYTES,
     GOSSIP_BODY_BYTES,
     GOSSIP_OFFER_BYTES,
     GOSSIP_TX_BYTES,
     Announcement,
-    ConsensusMessage,
-    Hello,
     OfferNotice,
-    Proposal,
     Protocols,
     Transactions,
     consensus_bytes,
@@ -66,8 +54,9 @@ from tdmld.node.prover import prove
 from tdmld.node.snapshot import SnapshotServer
 from tdmld.node.specs import Specs
 from tdmld.node.store import AppliedBlock, ChainStore
+from tdmld.node.succession import Succession
 from tdmld.node.sync import SyncClient, SyncServer
-from tdmld.node.validator import ANSWER_PAUSE, Validator
+from tdmld.node.validator import Validator
 from tdmld.p2p import GossipMessage, Host, PeerConnected
 from tdmld.p2p.errors import P2PError
 
@@ -85,8 +74,6 @@ log = logging.getLogger(__name__)
 MAX_ANNOUNCEMENTS = 64
 EVERYBODY = "*"
 """The destination of transactions that are gossiped."""
-MAX_EARLY, MAX_EARLY_PROPOSALS = 256, 2
-"""Messages of the next epoch that are kept for one link until it begins here."""
 QUIET_SECONDS = 5.0
 """A follower that hears nothing for a heartbeat and this much asks."""
 
@@ -125,7 +112,6 @@ class ChainService:
             parameters.heartbeat_ms / 1000,
         )
         self._epoch_blocks = parameters.epoch_blocks
-        self._key, self._now_ms = node_key, now_ms
         self._protocols = Protocols(store.chain_id)
         self._finality = Finality(store)
         self._admission = Admission(self._finality, Mempool(genesis), self._spread, self._grown)
@@ -144,22 +130,27 @@ class ChainService:
         self._announce_news = trio.Event()
         self._heard_block = trio.Event()
         self._gossiping = False
-        self._validator: Validator | None = None
-        self._links: Links | None = None
-        self._early: dict[str, list[tuple[Link, ConsensusMessage]]] = {}
         self._nursery: trio.Nursery | None = None
-        self._scope = trio.CancelScope()
+        self._links: Links | None = None
+        self._succession = Succession(
+            node_key,
+            self._finality,
+            self._admission,
+            self._times,
+            now_ms=now_ms,
+            hint=self._client.hint,
+        )
         if node_key is not None:
             self._links = Links(
                 host,
                 self._protocols.consensus,
                 node_key.public,
                 consensus_bytes(parameters.block_bytes, MAX_VALIDATORS),
-                greet=self._greet,
-                receive=self._received,
+                greet=self._succession.greet,
+                receive=self._succession.receive,
                 changed=self._grown,
             )
-        self._committee, self._rotation = self._seat()
+        self._succession.seat(self._links)
         self._finality.on_executed.append(self._executed)
 
     # ---- epochs ------------------------------------------------------------------------------
@@ -167,108 +158,18 @@ class ChainService:
     @property
     def committee(self) -> Committee:
         """Who validates the block after the head."""
-        return self._committee
+        return self._succession.committee
 
-    def _seat(self) -> tuple[Committee, Rotation]:
-        """The validators of the epoch that begins after the head, and our own part among them."""
-        epoch = self.store.epoch
-        committee = self.store.committee(epoch)
-        if committee is None:
-            raise InvariantViolation(f"nobody is known to validate in epoch {epoch}")
-        if self._validator is not None:
-            self._validator.close()
-            self._validator = None
-        if self._links is not None and self._key is not None:
-            self._links.seat(committee, self.store.committee(epoch + 1))
-            if committee.index(self._key.public) is not None:
-                self._validator = Validator(
-                    self._key,
-                    committee,
-                    self._finality,
-                    self._admission,
-                    self._times,
-                    now_ms=self._now_ms,
-                    hint_sync=self._hint_validator,
-                )
-                self._validator.links = self._links
-        return committee, Rotation(committee.stakes)
+    @property
+    def _validator(self) -> Validator | None:
+        return self._succession.validator
 
     def _turn(self) -> None:
         """The last block of an epoch is executed."""
-        before = self._validator is not None
-        self._committee, self._rotation = self._seat()
-        log.info("epoch %d begins: %d validators", self._committee.epoch, len(self.committee.nodes))
-        if before != self.validating:
-            log.warning(
-                "this node %s in epoch %d",
-                "validates" if self.validating else "validates no more",
-                self._committee.epoch,
-            )
-        if self._validator is not None:
-            self._validator.start()
-        self._scope.cancel()
+        self._succession.turn()
         if self._nursery is not None and self._links is not None:
             for peer in self._host.connected():
                 self._links.connected(peer, self._nursery)
-
-    async def _validate(self) -> None:
-        """One epoch's validator after the other; none where we are not elected."""
-        while True:
-            early, self._early = self._early, {}
-            validator = self._validator
-            with trio.CancelScope() as self._scope:
-                async with trio.open_nursery() as nursery:
-                    if validator is not None:
-                        nursery.start_soon(validator.run)
-                    if self._links is not None:
-                        self._links.greet_all()
-                    for rows in early.values():
-                        for link, message in rows:
-                            if self._links is not None and self._links.holds(link):
-                                await self._received(link, message)
-                    await trio.sleep_forever()
-
-    def _greet(self) -> Iterator[object]:
-        if self._validator is not None:
-            yield from self._validator.greet()
-        else:
-            yield Hello(self._finality.height, ())
-
-    async def _received(self, link: Link, message: ConsensusMessage) -> None:
-        """A validator's message, for this epoch, the next, or one that is over."""
-        now, validator = self._committee.epoch, self._validator
-        epoch = now
-        match message:
-            case Transactions(raws):
-                self._admission.enqueue(raws, link.peer_id)
-                return
-            case Vote() | Certificate():
-                epoch = view_epoch(message.view)
-            case Proposal(block):
-                epoch = view_epoch(block.header.view)
-            case Hello(height):
-                epoch = epoch_of(height + 1, self._epoch_blocks)
-            case _:
-                pass
-        if epoch > now:
-            self._keep_early(link, message)
-            self._client.hint(link.peer_id)
-        elif epoch < now and not isinstance(message, Hello):
-            if trio.current_time() >= link.answered + ANSWER_PAUSE:
-                link.answered = trio.current_time()
-                link.send(encode(Hello(self._finality.height, ())))
-        elif validator is not None and link.index is not None:
-            await validator.receive(link, message)
-        elif isinstance(message, Hello) and message.height > self._finality.height:
-            self._client.hint(link.peer_id)
-
-    def _keep_early(self, link: Link, message: ConsensusMessage) -> None:
-        kept = self._early.setdefault(link.peer_id, [])
-        proposals = sum(isinstance(known, Proposal) for _, known in kept)
-        if len(kept) < MAX_EARLY and (
-            not isinstance(message, Proposal) or proposals < MAX_EARLY_PROPOSALS
-        ):
-            kept.append((link, message))
 
     # ---- questions ---------------------------------------------------------------------------
 
@@ -392,17 +293,13 @@ class ChainService:
     # ---- final blocks --------------------------------------------------------------------------
 
     def _adopt(self, blocks: Sequence[Block], certificate: Certificate) -> None:
-        """Final blocks that follow the final head, of one epoch: the present one."""
-        if self._validator is not None:
-            self._validator.adopt(blocks, certificate)
-        else:
-            self._finality.advance(blocks, certificate)
+        self._succession.adopt(blocks, certificate)
 
     def _executed(self, applied: AppliedBlock) -> None:
         self._heard_block.set()
         self._specs.executed(applied)
         header = applied.block.header
-        leads = self.committee.nodes[self._rotation.leader(turn(header.view) + 1)]
+        leads = self.committee.nodes[self.committee.leader(header.view + 1)]
         mine = self._validator is not None and self._validator.key.public in (
             header.proposer,
             leads,
@@ -440,8 +337,8 @@ class ChainService:
         if epoch_of(header.height, self._epoch_blocks) != self.committee.epoch:
             self._client.hint(source)
             return
-        if self._validator is not None:
-            self._validator.certificate(notice.certificate)
+        if self.validating:
+            self._succession.certificate(notice.certificate)
             return
         body = notice.transactions
         if (
@@ -453,9 +350,6 @@ class ChainService:
             self._adopt([block], notice.certificate)
         else:
             self._client.hint(source)
-
-    def _hint_validator(self, index: int | None) -> None:
-        self._client.hint(None if index is None else address(self.committee.nodes[index]))
 
     def _connected_validators(self) -> list[str]:
         return sorted(self._host.connected() & set(map(address, self.committee.nodes)))
@@ -469,8 +363,7 @@ class ChainService:
         exception group) when the node must stop.
         """
         self._host.set_handler(self._protocols.sync, self._server.accept)
-        if self._validator is not None:
-            self._validator.start()
+        self._succession.start()
         if self._links is not None:
             self._host.set_handler(self._protocols.consensus, self._links.accept)
         changes = self._host.changes()
@@ -483,7 +376,7 @@ class ChainService:
             nursery.start_soon(self._snapshots.run)
             await self._subscribe(nursery)
             self._nursery = nursery
-            nursery.start_soon(self._validate)
+            nursery.start_soon(self._succession.run)
             nursery.start_soon(self._listen_for_silence)
             for peer in self._host.connected():
                 self._peer_connected(peer, nursery)

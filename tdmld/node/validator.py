@@ -17,12 +17,16 @@ Rules of the shell
       a view has lasted SILENT_SECONDS longer than it should, the chain is stuck without it.
   N7  Nothing is proposed on the last block of an epoch. In views after its notarization everybody
       votes on that same block again, until it is final and executed here; then this object is over
-      and the next epoch has one of its own (`chainservice`).
+      and the next epoch has one of its own (`succession`).
   N8  Whoever is seen to contradict itself is accused on the chain, by everybody who saw it.
+  N9  A validator whose node is jailed in the executed state says Return when it votes to finalize:
+      then it is at work, and not behind. Once an epoch, and again while it is still jailed
+      RETURN_AGAIN heights later.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import trio
 
@@ -42,7 +46,6 @@ from tdmld.chain.blocks import (
     verify_certificate,
     verify_vote,
 )
-from tdmld.chain.codec import encode
 from tdmld.chain.consensus import (
     MAX_CERTIFICATES,
     MAX_DEPTH,
@@ -59,14 +62,15 @@ from tdmld.chain.consensus import (
 from tdmld.chain.crypto import KeyPair
 from tdmld.chain.errors import ChainError
 from tdmld.chain.genesis import protocol_at
-from tdmld.chain.leader import Rotation
 from tdmld.chain.ledger import next_due
 from tdmld.chain.pacing import Pacing, Propose, Repeat, Situation, TimeOut, Times
 from tdmld.chain.pending import MAX_BLOCKS
 from tdmld.chain.slashing import from_votes, offender
+from tdmld.chain.state import State
 from tdmld.chain.transactions import (
     Evidence,
     ProposalEvidence,
+    Return,
     sign_transaction,
 )
 from tdmld.node.admission import Admission
@@ -98,13 +102,26 @@ NEAR_VIEWS = 16
 """Proposals of views further ahead are not kept unless asked for."""
 ABSTAIN_VIEWS = 4
 SILENT_SECONDS = 30.0
+RETURN_AGAIN = 20
+"""Heights after which a Return that is not on the chain is said again (N9)."""
 EVER = 2**63
 """Beyond every view."""
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What waits to be signed for: `items` in the order in which they leave, the bodies of what is
+    notarized, and the certificates that the votes rest on."""
+
+    items: Sequence[Vote | Block]
+    bodies: Sequence[Block]
+    certificates: Sequence[Certificate]
+
+
 class Validator:
     """One validator's part in one epoch; the head is the block before it or of it. `hint_sync` asks
-    for catch-up; `now_ms` is the wall clock."""
+    for catch-up; `now_ms` is the wall clock, `now` the monotonic one. Only `run` waits: whoever
+    calls the other methods in its place has the same validator without tasks."""
 
     links: Links
     """Set by the service before `run`."""
@@ -119,6 +136,7 @@ class Validator:
         *,
         now_ms: Callable[[], int],
         hint_sync: Callable[[int | None], None],
+        now: Callable[[], float] = trio.current_time,
     ) -> None:
         me = committee.index(key.public)
         if me is None:
@@ -127,7 +145,7 @@ class Validator:
         self._finality, self._admission = finality, admission
         self._store = store = finality.store
         self._genesis = store.genesis
-        self._now_ms = now_ms
+        self._now_ms, self._now = now_ms, now
         self._hint_sync = hint_sync
         store.bind(key.public)
         self._newborn = store.signer is None
@@ -135,14 +153,14 @@ class Validator:
         self._greeted = {me}
         self._late_since = 0.0
         self._seen_view = 0
-        self._rotation = Rotation(committee.stakes)
+        self._rotation = committee.rotation
         head, blocks = store.head, self._genesis.parameters.epoch_blocks
         self._epoch_blocks, self._sets = blocks, store.set_ids(committee.epoch)
         view = start_view(head.height, head.view, blocks)
         self.core = Simplex(committee.stakes, me, view, head.hash, store.votes())
         if self._newborn:
             self.core.silence(EVER)
-        self._pacing = Pacing(times, trio.current_time())
+        self._pacing = Pacing(times, now())
         self._bodies = Bodies(finality, committee, self._rotation, lambda: now_ms() + MAX_FUTURE_MS)
         self._proposed: set[int] = set()
         self._want: Finalized | None = None
@@ -150,8 +168,11 @@ class Validator:
         self._leaders: dict[int, tuple[Header, bytes]] = {}
         """View -> the first signed header that was seen in it (N8)."""
         self._accused: set[bytes] = set()
-        self._accusations: list[Evidence] = []
-        self._accusation = trio.Event()
+        self._returned = -RETURN_AGAIN
+        """Height at which Return was said last (N9)."""
+        self._claims: list[Evidence | Return] = []
+        """What is to be said on the chain (N8, N9)."""
+        self._claims_news = trio.Event()
         self._outbox: list[Vote | Block] = []
         self._outbox_news = trio.Event()
         self._unstored: list[Certificate] = []
@@ -191,7 +212,7 @@ class Validator:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._write)
             nursery.start_soon(self._clock)
-            nursery.start_soon(self._accuse_all)
+            nursery.start_soon(self._claim_all)
 
     # ---- effects -----------------------------------------------------------------------------
 
@@ -201,6 +222,8 @@ class Validator:
                 case CastVote(kind, view, block):
                     chain_id = self._committee.chain_id
                     self._post(sign_vote(self.key, chain_id, kind, view, block, self._me))
+                    if kind is Kind.FINALIZE:
+                        self._return()
                 case Certified(certificate, forward):
                     self._unstored.append(certificate)
                     if forward:
@@ -208,7 +231,7 @@ class Validator:
                 case EnterView(view, failed):
                     if not failed:
                         self._block_seen(view - 1)
-                    self._pacing.enter(effect, trio.current_time())
+                    self._pacing.enter(effect, self._now())
                 case Finalized():
                     self._want = effect
                 case Answer(voter):
@@ -238,31 +261,48 @@ class Validator:
         node = offender(evidence)[0]
         if node != self.key.public and node not in self._accused:
             self._accused.add(node)
-            self._accusations.append(evidence)
-            self._accusation.set()
+            self._claim(evidence)
 
-    async def _accuse_all(self) -> None:
+    def _return(self) -> None:
+        """N9."""
+        height = self._store.height
+        if height < self._returned + RETURN_AGAIN or self._finality.backlog > MAX_BACKLOG:
+            return
+        node = State(self._store.get).node(self.key.public)
+        if node is not None and node.jailed and not node.revoked and not node.convicted:
+            log.warning("jailed at height %d for missing turns to lead: returning", node.jailed)
+            self._returned = height
+            self._claim(Return(node.jailed))
+
+    def _claim(self, claim: Evidence | Return) -> None:
+        self._claims.append(claim)
+        self._claims_news.set()
+
+    async def _claim_all(self) -> None:
         while True:
-            while not self._accusations:
-                self._accusation = trio.Event()
-                await self._accusation.wait()
-            evidence = self._accusations.pop()
-            raw = sign_transaction(self.key, self._store.chain_id, evidence)
-            try:
-                await self._admission.submit(raw)
-            except (ChainError, ServiceBusy) as error:
-                log.info("an accusation is not needed: %s", error)
+            while not self._claims:
+                self._claims_news = trio.Event()
+                await self._claims_news.wait()
+            await self._claim_next()
+
+    async def _claim_next(self) -> None:
+        claim = self._claims.pop()
+        raw = sign_transaction(self.key, self._store.chain_id, claim)
+        try:
+            await self._admission.submit(raw)
+        except (ChainError, ServiceBusy) as error:
+            log.info("%s is not needed: %s", type(claim).__name__, error)
 
     def _post(self, item: Vote | Block) -> None:
         self._outbox.append(item)
         self._outbox_news.set()
 
     def _help(self, voter: int) -> None:
-        link, now = self.links.get(voter), trio.current_time()
+        link, now = self.links.get(voter), self._now()
         if link is not None and now >= link.answered + ANSWER_PAUSE:
             link.answered = now
             for certificate in self.core.certificates():
-                link.send(encode(certificate))
+                link.tell(certificate)
 
     def _finish(self) -> None:
         """Hand a finalized block and its ancestors on, as soon as the bodies are there (N3)."""
@@ -308,27 +348,45 @@ class Validator:
             while not self._outbox:
                 self._outbox_news = trio.Event()
                 await self._outbox_news.wait()
-            batch, self._outbox = self._outbox, []
-            votes = [item for item in batch if isinstance(item, Vote)]
-            proposals = [item for item in batch if isinstance(item, Block)]
-            notarized = [vote.hash for vote in votes if vote.kind is Kind.NOTARIZE]
-            bodies = [
-                body
-                for key in notarized
-                if (body := self._bodies.tree.get(key)) is not None and body not in proposals
-            ]
-            certificates, self._unstored = self._unstored, []
-            kept = await trio.to_thread.run_sync(
-                self._store.record, self.key.public, votes, proposals, bodies, certificates
-            )
-            for item in batch:
-                if isinstance(item, Block):
-                    if item.header.view > self.core.final_view:
-                        self.links.broadcast(self._proposal(item))
-                elif item in kept:
-                    self.links.broadcast(item)
-            for vote in kept:
-                self._act(self.core.add_vote(vote))
+            batch = self._batch()
+            kept = await trio.to_thread.run_sync(self._record, batch)
+            self._publish(batch, kept)
+            self._count(kept)
+
+    def _batch(self) -> Batch:
+        """All that waits; what comes while it is written waits for the next batch."""
+        items, self._outbox = self._outbox, []
+        certificates, self._unstored = self._unstored, []
+        notarized = [
+            item.hash for item in items if isinstance(item, Vote) and item.kind is Kind.NOTARIZE
+        ]
+        bodies = [
+            body
+            for key in notarized
+            if (body := self._bodies.tree.get(key)) is not None and body not in items
+        ]
+        return Batch(items, bodies, certificates)
+
+    def _record(self, batch: Batch) -> list[Vote]:
+        """In a thread. The votes that may be sent."""
+        votes = [item for item in batch.items if isinstance(item, Vote)]
+        proposals = [item for item in batch.items if isinstance(item, Block)]
+        return self._store.record(
+            self.key.public, votes, proposals, batch.bodies, batch.certificates
+        )
+
+    def _publish(self, batch: Batch, kept: Sequence[Vote]) -> None:
+        for item in batch.items:
+            if isinstance(item, Block):
+                if item.header.view > self.core.final_view:
+                    self.links.broadcast(self._proposal(item))
+            elif item in kept:
+                self.links.broadcast(item)
+
+    def _count(self, kept: Sequence[Vote]) -> None:
+        """S9."""
+        for vote in kept:
+            self._act(self.core.add_vote(vote))
 
     def _proposal(self, block: Block) -> Proposal:
         """With what its voters may lack, while it is the current view's."""
@@ -381,7 +439,7 @@ class Validator:
             case BlockRequest(wanted):
                 body = self._bodies.tree.get(wanted)
                 if body is not None:
-                    link.send(encode(Proposal(body, ())))
+                    link.tell(Proposal(body, ()))
             case Transactions(raws):
                 if link.index is not None:
                     self._admission.enqueue(raws, link.index)
@@ -467,7 +525,7 @@ class Validator:
         leader makes up for that view."""
         if view > self._seen_view:
             self._seen_view = view
-            self._pacing.block_seen(trio.current_time())
+            self._pacing.block_seen(self._now())
 
     def _missing(self) -> bytes | None:
         """The body that is needed most: of what is final, then of what is notarized."""
@@ -484,7 +542,7 @@ class Validator:
                 await self._wake.wait()
 
     def _tick(self) -> float:
-        now, core = trio.current_time(), self.core
+        now, core = self._now(), self.core
         leader = self._rotation.leader(turn(core.view))
         connected = self.links.indices | {self._me}
         quorum = self._committee.weight(connected) >= self._committee.quorum
