@@ -1,21 +1,19 @@
 """Proofs for somebody who holds no chain: what is in a bundle, and how it is checked.
 
-    bundle = headers C..D, linked by parent, and the certificate that finalizes D
-           + the place of a trusted checkpoint in D's history, when one was named
+    bundle = an anchor, when a checkpoint is trusted: its header, its place in D's history and the
+             validators that sign on from it
+           + turns (`turns`): from genesis' validators, or the anchor's, to those of D's epoch
+           + headers C..D, linked by parent, and the certificate that finalizes D
            + one claim:
                StateClaim        a state key's value, or its absence, under C's `state_root`
                TransactionClaim  a transaction and whether it succeeded, under D's history
                BlockClaim        an old block's header, under D's history
 
-`check_bundle` trusts a chain id, a function that gives the validators of a height, and perhaps a
-checkpoint. It believes nothing else in the bundle, so any peer may have made it. Every byte of a
-bundle is bound by a hash or a signature (tests/chain/test_light.py flips them all).
-
-A validator set that changes: `committees` answers for D's height. With the genesis set for ever it
-is a constant; a light client that follows epochs puts its own there.
+`check_bundle` trusts the genesis document, and perhaps a checkpoint. It believes nothing else in
+the bundle, so any peer may have made it. Every byte of a bundle is bound by a hash or a signature,
+and nothing in it can be left out or added (tests/node/test_proofs.py, test_turns.py).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated
@@ -23,23 +21,28 @@ from typing import Annotated
 import msgspec
 
 from tdmld.chain import history, merkle
-from tdmld.chain.blocks import (
-    Certificate,
-    Committee,
-    Header,
-    Kind,
-    block_hash,
-    verify_certificate,
-)
+from tdmld.chain.blocks import Certificate, Header, block_hash, epoch_of
 from tdmld.chain.checkpoint import Checkpoint
 from tdmld.chain.codec import Hash, Natural, Record, decode, encode
 from tdmld.chain.crypto import public_key, sha256
 from tdmld.chain.errors import DecodeError, InvalidTransaction, ProofRefused
+from tdmld.chain.genesis import Genesis, chain_id
 from tdmld.chain.limits import RECORD_BYTES, TRANSACTION_BYTES
-from tdmld.chain.records import Account, Audit, Earnings, Facts, Job, Node, Segment, SlotState
+from tdmld.chain.records import (
+    Account,
+    Audit,
+    Earnings,
+    Facts,
+    Job,
+    Node,
+    Segment,
+    SlotState,
+    ValidatorSet,
+)
 from tdmld.chain.state import u32, u64
 from tdmld.chain.transactions import Transaction, decode_transaction
 from tdmld.chain.tree import TreeProof, verify_proof
+from tdmld.chain.turns import MAX_TURNS, Turn, check_final, check_set, follow, genesis_set
 
 BUNDLE_BYTES = 16 << 20
 """Greatest bundle that is looked at."""
@@ -48,8 +51,6 @@ MAX_HEADERS = 512
 HISTORY_DEPTH = 64
 
 Siblings = Annotated[tuple[Hash, ...], msgspec.Meta(max_length=HISTORY_DEPTH)]
-Committees = Callable[[int], Committee]
-"""The validators that vote on a height. Raises ProofRefused when they are not known."""
 
 
 class Ancestor(Record, frozen=True):
@@ -58,6 +59,16 @@ class Ancestor(Record, frozen=True):
     height: Natural
     outcomes: Hash
     siblings: Siblings
+
+
+class Anchor(Record, frozen=True):
+    """A checkpoint's header, and where it stands in the last header's history (none: it is among
+    the headers). `validators` sign on from it: the set of its epoch when the last header is of that
+    epoch, else that of the next."""
+
+    header: Header
+    place: Ancestor | None
+    validators: ValidatorSet
 
 
 class StateClaim(Record, tag="state", frozen=True):
@@ -87,25 +98,28 @@ class BlockClaim(Record, tag="block", frozen=True):
     place: Ancestor
 
 
-class Bundle(Record, tag="tdmld-proof-1", frozen=True):
+class Bundle(Record, tag="tdmld-proof-2", frozen=True):
     """Everything that a stranger needs; see the module's head."""
 
     chain: Hash
+    anchor: Anchor | None
+    turns: Annotated[tuple[Turn, ...], msgspec.Meta(max_length=MAX_TURNS)]
     headers: Annotated[tuple[Header, ...], msgspec.Meta(min_length=1, max_length=MAX_HEADERS)]
     certificate: Certificate
-    checkpoint: Ancestor | None
     claim: StateClaim | TransactionClaim | BlockClaim
 
 
 @dataclass(frozen=True, slots=True)
 class Proven:
     """What a bundle showed. `height`: the state's, or the block's; `time_ms`: of the block that
-    says so; `final`: the certified block, with its id."""
+    says so; `final`: the certified block, with its id; `trusted`: the checkpoint's header, or none
+    when the bundle rests on genesis alone."""
 
     height: int
     time_ms: int
     final: Header
     final_hash: bytes
+    trusted: Header | None
     claim: StateClaim | TransactionClaim | BlockClaim
     transaction: Transaction | None
 
@@ -183,21 +197,23 @@ def read_bundle(raw: bytes) -> Bundle:
         raise ProofRefused(f"the file is no proof bundle, or is damaged: {error}") from error
 
 
-def check_bundle(
-    bundle: Bundle, chain: bytes, committees: Committees, trusted: Checkpoint | None = None
-) -> Proven:
+def check_bundle(bundle: Bundle, genesis: Genesis, trusted: Checkpoint | None = None) -> Proven:
     """Check everything; ProofRefused names what does not hold."""
+    chain, epoch_blocks = chain_id(genesis), genesis.parameters.epoch_blocks
     if bundle.chain != chain:
         raise ProofRefused(f"the proof is of the chain {bundle.chain.hex()}, not {chain.hex()}")
     first, last = bundle.headers[0], bundle.headers[-1]
-    last_hash = check_chain(bundle.headers, bundle.certificate, committees)
-    if trusted is not None:
-        _check_trusted(bundle, trusted, last, last_hash)
-    elif bundle.checkpoint is not None:
+    epoch = epoch_of(last.height, epoch_blocks)
+    known = _known(bundle, genesis, epoch, trusted)
+    if len(bundle.turns) != max(epoch - known.epoch, 0):
         raise ProofRefused(
-            f"the proof shows the checkpoint {bundle.checkpoint.height}, and none is trusted here: "
-            "name it with --checkpoint HEIGHT:HASH"
+            f"the proof has the ends of {len(bundle.turns)} epochs, and those from {known.epoch} "
+            f"to before {epoch} lead to block {last.height}"
         )
+    chosen = follow(chain, epoch_blocks, known, bundle.turns)
+    last_hash = check_headers(bundle.headers)
+    check_final(chain, epoch_blocks, chosen, last, bundle.certificate)
+    _check_anchor(bundle, last)
     claim, transaction = bundle.claim, None
     match claim:
         case StateClaim(key, value, proof):
@@ -206,6 +222,7 @@ def check_bundle(
                 raise ProofRefused("the state proof does not lead to the header's state root")
             height, time_ms = first.state_height, first.time_ms
         case TransactionClaim():
+            _check_alone(bundle)
             transaction = _check_transaction(claim, chain)
             outcome = history.outcome_leaf(sha256(claim.raw), claim.ok, min(claim.count, 2**32 - 1))
             place = claim.place
@@ -216,31 +233,20 @@ def check_bundle(
             _check_place(claim.header, place, last)
             height, time_ms = place.height, claim.header.time_ms
         case BlockClaim(header, place):
+            _check_alone(bundle)
             _check_place(header, place, last)
             height, time_ms = header.height, header.time_ms
-    return Proven(height, time_ms, last, last_hash, claim, transaction)
+    anchor = None if bundle.anchor is None else bundle.anchor.header
+    return Proven(height, time_ms, last, last_hash, anchor, claim, transaction)
 
 
-def check_chain(
-    headers: tuple[Header, ...], certificate: Certificate, committees: Committees
-) -> bytes:
-    """Whether the headers follow one another and the last is final; its id. ProofRefused."""
+def check_headers(headers: tuple[Header, ...]) -> bytes:
+    """Whether the headers follow one another; the id of the last. ProofRefused."""
     ids = [block_hash(header) for header in headers]
     for (parent, header), key in zip(pairwise(headers), ids, strict=False):
         if header.parent != key or header.height != parent.height + 1:
             raise ProofRefused(f"header {header.height} does not follow {parent.height}")
-    last, key = headers[-1], ids[-1]
-    if (
-        certificate.kind is not Kind.FINALIZE
-        or certificate.hash != key
-        or certificate.view != last.view
-    ):
-        raise ProofRefused(f"the certificate does not finalize block {last.height}")
-    if not verify_certificate(committees(last.height), certificate):
-        raise ProofRefused(
-            f"block {last.height} is not signed by two thirds of the stake of its validators"
-        )
-    return key
+    return ids[-1]
 
 
 def shows(place: Ancestor, block: bytes, header: Header) -> bool:
@@ -252,28 +258,64 @@ def shows(place: Ancestor, block: bytes, header: Header) -> bool:
     )
 
 
-def _check_trusted(bundle: Bundle, trusted: Checkpoint, last: Header, last_hash: bytes) -> None:
-    place = bundle.checkpoint
-    if last.height < trusted.height:
+def _known(
+    bundle: Bundle, genesis: Genesis, epoch: int, trusted: Checkpoint | None
+) -> ValidatorSet:
+    """The validators that are known without the bundle's word: where its turns begin."""
+    anchor = bundle.anchor
+    if trusted is None:
+        if anchor is not None:
+            raise ProofRefused(
+                f"the proof rests on the checkpoint {anchor.header.height}, and none is trusted "
+                "here: name it with --checkpoint HEIGHT:HASH"
+            )
+        return genesis_set(genesis, min(max(epoch, 0), 1))
+    last = bundle.headers[-1].height
+    if last < trusted.height:
         raise ProofRefused(
-            f"the proof is stale: it ends at block {last.height}, below the checkpoint "
-            f"{trusted.height}"
+            f"the proof is stale: it ends at block {last}, below the checkpoint {trusted.height}"
         )
-    for header in bundle.headers:
-        if header.height == trusted.height:
-            if block_hash(header) != trusted.hash or place is not None:
-                raise ProofRefused(f"block {trusted.height} is not the checkpoint's")
-            return
-    if place is None or place.height != trusted.height:
+    if anchor is None or anchor.header.height != trusted.height:
         raise ProofRefused(
             f"the proof does not show the checkpoint {trusted.height}: fetch it again with "
             f"--checkpoint {trusted.height}:{trusted.hash.hex()}"
         )
-    if not shows(place, trusted.hash, last):
+    header = anchor.header
+    if block_hash(header) != trusted.hash:
         raise ProofRefused(
             f"the chain of this proof does not contain the checkpoint {trusted.height}: it is "
             "another chain"
         )
+    begins = epoch_of(header.height, genesis.parameters.epoch_blocks)
+    if begins == epoch:
+        check_set(anchor.validators, begins, header.validators)
+    else:
+        check_set(anchor.validators, begins + 1, header.next_validators)
+    return anchor.validators
+
+
+def _check_anchor(bundle: Bundle, last: Header) -> None:
+    anchor = bundle.anchor
+    if anchor is None:
+        return
+    header, place = anchor.header, anchor.place
+    if header.height >= bundle.headers[0].height:
+        if place is not None or header not in bundle.headers:
+            raise ProofRefused(f"block {header.height} of this proof is not the checkpoint's")
+        return
+    if place is None or place.height != header.height:
+        raise ProofRefused(f"the proof does not place the checkpoint {header.height}")
+    if not shows(place, block_hash(header), last):
+        raise ProofRefused(
+            f"the chain of this proof does not contain the checkpoint {header.height}: it is "
+            "another chain"
+        )
+
+
+def _check_alone(bundle: Bundle) -> None:
+    """What stands in the history needs the certified header only."""
+    if len(bundle.headers) != 1:
+        raise ProofRefused("there are headers in the proof that show nothing")
 
 
 def _check_place(header: Header, place: Ancestor, last: Header) -> None:

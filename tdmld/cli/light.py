@@ -1,5 +1,6 @@
 """`tdmld light`: proofs for people who run no node, and their check."""
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,12 +9,12 @@ import trio
 from cyclopts import App, Parameter
 
 from tdmld import files
-from tdmld.chain.blocks import Committee, block_hash
+from tdmld.chain.blocks import block_hash
 from tdmld.chain.checkpoint import Checkpoint, parse_checkpoint
 from tdmld.chain.codec import Record
 from tdmld.chain.crypto import address, sha256
 from tdmld.chain.errors import ChainError, DecodeError, ProofRefused
-from tdmld.chain.genesis import GENESIS_BYTES_MAX, Genesis, chain_id, load_genesis, validators
+from tdmld.chain.genesis import GENESIS_BYTES_MAX, Genesis, load_genesis
 from tdmld.chain.light import (
     BUNDLE_BYTES,
     BlockClaim,
@@ -26,6 +27,7 @@ from tdmld.chain.light import (
     state_key,
 )
 from tdmld.chain.records import Account, Audit, Earnings, Job, Segment
+from tdmld.chain.turns import trust_ends_ms
 from tdmld.cli.common import AsJson, DataDir, emit, resolve_data_dir
 from tdmld.cli.exits import Exit
 from tdmld.cli.node import connect
@@ -80,7 +82,10 @@ def verify(
 ) -> None:
     """Check a proof, without a node and without the chain; say what it proves.
 
-    Needs the network's genesis document, and nothing from whoever made the proof.
+    Needs the network's genesis document, and nothing from whoever made the proof. The proof leads
+    from the validators of genesis, or of the block that you trust, to those that signed the newest
+    block in it. Warns when what you trust is so old that those validators may have left with their
+    stake: then take a newer block from somebody whom you trust, and fetch the proof from that one.
 
     Parameters
     ----------
@@ -89,14 +94,12 @@ def verify(
     genesis: The genesis document (default: that of the node's directory).
     """
     network = _genesis(genesis or resolve_data_dir(data_dir) / "genesis.json")
-    committee = Committee.of(chain_id(network), [(v.node, v.stake) for v in validators(network)])
+    trusted = _checkpoint(checkpoint)
     try:
         bundle = read_bundle(files.read_file(file, BUNDLE_BYTES))
-        proven = check_bundle(
-            bundle, chain_id(network), lambda _: committee, _checkpoint(checkpoint)
-        )
+        proven = check_bundle(bundle, network, trusted)
         _check_expected(proven, expect)
-        document = describe(proven)
+        document = describe(proven) | _trust(proven, network)
     except files.FileTooLarge as error:
         raise UserError(f"{file} is no proof", why=str(error), exit_code=Exit.REFUSED) from error
     except ProofRefused as error:
@@ -145,6 +148,23 @@ def describe(proven: Proven) -> dict[str, Any]:
             found |= {"kind": "block", "hash": key, "record": _plain(header)}
             found["says"] = f"block {header.height} of {time_text(header.time_ms)} is {key}"
     return found
+
+
+def now_ms() -> int:
+    """The verifier's clock."""
+    return time.time_ns() // 1_000_000
+
+
+def _trust(proven: Proven, network: Genesis) -> dict[str, Any]:
+    """What the proof rests on, and whether that is older than the unbonding period."""
+    header = proven.trusted
+    since = network.time_ms if header is None else header.time_ms
+    return {
+        "trusted_height": 0 if header is None else header.height,
+        "trusted_time": time_text(since),
+        "trust_expired": now_ms() > trust_ends_ms(network, since),
+        "unbonding_seconds": network.parameters.unbonding[1],
+    }
 
 
 def _key_fields(key: bytes) -> dict[str, Any]:
@@ -221,6 +241,17 @@ def _lines(document: dict[str, Any]) -> list[str]:
         f"vouched for by block {document['final_height']} of {document['final_time']}, "
         f"{document['final_hash']}, signed by more than two thirds of the stake"
     )
+    height = document["trusted_height"]
+    what = f"block {height}" if height else "genesis"
+    lines.append(f"trusting {what} of {document['trusted_time']}")
+    if document["trust_expired"]:
+        lines.append(
+            f"warning: that is longer ago than the unbonding period of "
+            f"{document['unbonding_seconds']} s: the validators of then may have withdrawn their "
+            "stake, and could sign another chain at no cost. Compare block "
+            f"{document['final_height']} with a source that you trust, or name a newer block that "
+            "you trust with --checkpoint HEIGHT:HASH"
+        )
     return lines
 
 

@@ -12,6 +12,7 @@ from tdmld.chain.codec import Hash, Natural, Record, Signature
 from tdmld.chain.consensus import MAX_CERTIFICATES
 from tdmld.chain.light import MAX_HEADERS, Ancestor
 from tdmld.chain.limits import SPEC_BYTES, TRANSACTION_BYTES
+from tdmld.chain.turns import Turn
 
 SYNC_BLOCKS = 64
 """Blocks in one answer; more only where a height without its own finalization would be last."""
@@ -19,7 +20,9 @@ SYNC_BLOCKS_MAX = 256
 SYNC_BYTES = 8 << 20
 """An answer stops after the block that passes this."""
 STATE_BYTES = 1 << 20
-"""The same for a part of a state."""
+"""The same for a part of a state, and for turns."""
+TURNS = 1024
+"""Turns in one answer, at most."""
 TX_BATCH = 64
 TX_BATCH_BYTES = 128 << 10
 """ANNEX A5: a gossiped batch of transactions."""
@@ -102,6 +105,18 @@ class NoSnapshot(Record, tag="no_snapshot", frozen=True):
     why: Annotated[str, msgspec.Meta(max_length=200)]
 
 
+class TurnsRequest(Record, tag="turns_request", frozen=True):
+    """Who validated, from the end of epoch `start` on? Answered by Turns."""
+
+    start: Natural
+
+
+class Turns(Record, tag="turns", frozen=True):
+    """Ends of epochs one after another, about STATE_BYTES of them; none: the epoch is not over."""
+
+    turns: Annotated[tuple[Turn, ...], msgspec.Meta(max_length=TURNS)]
+
+
 class StateRequest(Record, tag="state_request", frozen=True):
     """The state of the snapshot at `height`, above the key `after`; answered by StateItems."""
 
@@ -146,9 +161,11 @@ class Spec(Record, tag="spec", frozen=True):
     raw: Annotated[bytes, msgspec.Meta(max_length=SPEC_BYTES)]
 
 
-SyncRequest = BlocksRequest | SpecRequest | Transactions | SnapshotRequest | StateRequest
+SyncRequest = (
+    BlocksRequest | SpecRequest | Transactions | SnapshotRequest | TurnsRequest | StateRequest
+)
 """Transactions on a sync stream are a follower's submission; they are not answered."""
-SyncAnswer = Blocks | Spec | Snapshot | NoSnapshot | StateItems
+SyncAnswer = Blocks | Spec | Snapshot | NoSnapshot | Turns | StateItems
 SYNC_REQUEST_BYTES = TX_BATCH * (TRANSACTION_BYTES + 8) + 64
 
 

@@ -30,7 +30,7 @@ from tdmld.files import FileTooLarge, read_file
 from tdmld.node.agent import Agent, AskPolicy
 from tdmld.node.api import Api
 from tdmld.node.chainerrors import ChainSideError
-from tdmld.node.chainservice import ChainService, genesis_committee
+from tdmld.node.chainservice import ChainService
 from tdmld.node.chainwire import Protocols
 from tdmld.node.errors import MachineError
 from tdmld.node.machine import Machine, open_machine
@@ -196,9 +196,7 @@ class _Node:
         alone = [v.node for v in self._genesis.validators] == [self._key.public]
         if alone:
             return
-        committee = genesis_committee(self._genesis)
-        protocol = Protocols(self._chain_id).sync
-        await SnapshotClient(host, protocol, store, lambda _: committee).join()
+        await SnapshotClient(host, Protocols(self._chain_id).sync, store).join()
 
     def _ask(self) -> AskPolicy | None:
         ask = self._config.ask

@@ -2,19 +2,25 @@
 
 import trio
 
-from tdmld.chain.blocks import Header
+from tdmld.chain.blocks import Header, ends_epoch, epoch_of
 from tdmld.chain.crypto import sha256
 from tdmld.chain.errors import DecodeError
 from tdmld.chain.history import NotHeld, outcome_leaves
 from tdmld.chain.light import (
+    BUNDLE_BYTES,
     Ancestor,
+    Anchor,
     BlockClaim,
     Bundle,
     StateClaim,
     TransactionClaim,
+    bundle_bytes,
     state_key,
 )
 from tdmld.chain.merkle import proof as list_proof
+from tdmld.chain.records import ValidatorSet
+from tdmld.chain.state import State
+from tdmld.chain.turns import MAX_TURNS, Turn
 from tdmld.node.chainerrors import NotProvable
 from tdmld.node.finality import Finality
 from tdmld.node.pinning import Pinned, pin
@@ -26,7 +32,7 @@ SECONDS = 20.0
 
 async def prove(finality: Finality, kind: str, name: str, checkpoint: int = 0) -> Bundle:
     """A bundle that shows `kind` `name` (see `light.state_key`, or transaction ID, block HEIGHT),
-    and the block `checkpoint` in its history.
+    from genesis, or from the block of height `checkpoint`.
 
     Waits for the block that commits the present state; on an idle chain it is there. Raises
     DecodeError for a name that means nothing, NotProvable otherwise.
@@ -47,7 +53,8 @@ async def prove(finality: Finality, kind: str, name: str, checkpoint: int = 0) -
     pinned = await _pin(finality, height, checkpoint)
     with_state = pinned.view
     try:
-        last = pinned.headers[-1]
+        headers = pinned.headers if height is None else pinned.headers[-1:]
+        last = headers[-1]
         claim: StateClaim | TransactionClaim | BlockClaim
         if height is None:
             claim = StateClaim(key, with_state.get(key) or b"", with_state.prove(key))
@@ -55,9 +62,8 @@ async def prove(finality: Finality, kind: str, name: str, checkpoint: int = 0) -
             claim = BlockClaim(_header(store, height), _place(store, height, last))
         else:
             claim = _transaction(store, bytes.fromhex(name), height, last)
-        place = None
-        if checkpoint and checkpoint < pinned.headers[0].height:
-            place = _place(store, checkpoint, last)
+        anchor = _anchor(store, checkpoint, headers) if checkpoint else None
+        turns = _turns(store, last, anchor)
     except NotHeld as error:
         raise NotProvable(
             f"this node began with a snapshot at height {store.base} and cannot prove what was "
@@ -65,7 +71,65 @@ async def prove(finality: Finality, kind: str, name: str, checkpoint: int = 0) -
         ) from error
     finally:
         pinned.view.close()
-    return Bundle(store.chain_id, pinned.headers, pinned.certificate, place, claim)
+    bundle = Bundle(store.chain_id, anchor, turns, headers, pinned.certificate, claim)
+    size = len(bundle_bytes(bundle))
+    if size > BUNDLE_BYTES:
+        raise NotProvable(f"the proof has {size} bytes, limit {BUNDLE_BYTES}: {_NEWER}")
+    return bundle
+
+
+_NEWER = "name a newer block that you trust, with --checkpoint HEIGHT:HASH"
+
+
+def _anchor(store: ChainStore, height: int, headers: tuple[Header, ...]) -> Anchor:
+    """A trusted block, and the validators that sign on from it."""
+    last, epoch_blocks = headers[-1], store.genesis.parameters.epoch_blocks
+    if height > last.height:
+        raise NotProvable(
+            f"the checkpoint {height} is above {last.height}, the last final block here: ask again "
+            "when this node has it"
+        )
+    place = _place(store, height, last) if height < headers[0].height else None
+    header = next((one for one in headers if one.height == height), None)
+    if header is None:
+        header = _kept_header(store, height)
+    begins = epoch_of(height, epoch_blocks)
+    epoch = min(begins + 1, epoch_of(last.height, epoch_blocks))
+    return Anchor(header, place, _validators(store, epoch))
+
+
+def _turns(store: ChainStore, last: Header, anchor: Anchor | None) -> tuple[Turn, ...]:
+    """From genesis' validators, or the anchor's, to those of the last header's epoch."""
+    epoch = epoch_of(last.height, store.genesis.parameters.epoch_blocks)
+    first = 1 if anchor is None else anchor.validators.epoch
+    if epoch - first > MAX_TURNS:
+        raise NotProvable(
+            f"{epoch - first} epochs lie between, and a proof goes over {MAX_TURNS}: {_NEWER}"
+        )
+    found = []
+    for one in range(first, epoch):
+        turn = store.turn(one)
+        if turn is None:
+            raise NotProvable(f"this node does not hold the end of epoch {one}: ask another one")
+        found.append(turn)
+    return tuple(found)
+
+
+def _validators(store: ChainStore, epoch: int) -> ValidatorSet:
+    chosen = State(store.get).validator_set(epoch)
+    if chosen is None:
+        raise NotProvable(f"the validators of epoch {epoch} are not known here")
+    return chosen
+
+
+def _kept_header(store: ChainStore, height: int) -> Header:
+    """A header of before, of which that of an epoch's last block is never forgotten."""
+    epoch_blocks = store.genesis.parameters.epoch_blocks
+    if ends_epoch(height, epoch_blocks):
+        end = store.epoch_end(epoch_of(height, epoch_blocks))
+        if end is not None:
+            return end.header
+    return _header(store, height)
 
 
 async def _pin(finality: Finality, height: int | None, checkpoint: int) -> Pinned[StoreView]:

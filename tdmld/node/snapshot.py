@@ -3,41 +3,51 @@
     client                          server
     SnapshotRequest(checkpoint) ->  copy of the state at height S, pinned: headers S+1..D, the
                                 <-  certificate of D, the mix and the history's peaks at S
+    TurnsRequest(epoch)         ->
+                                <-  Turns, from that epoch on, about 1 MiB at a time
     StateRequest(S, after)      ->
                                 <-  StateItems, in order of keys, about 1 MiB at a time
 
-Trust: the validators of D signed D; the headers lead back to S; the first that commits S gives the
-state root, against which the rebuilt tree is checked, and the history root, against which the peaks
-are. The VRF proof of S+1 verifies under the right mix only. A configured checkpoint must stand in
-that history (or be S itself); a chain that has another block there ends the node. Everything else
-that is wrong costs that peer its turn, and the store goes back to genesis. After it, blocks follow
-by block sync.
+Trust: genesis names the first validators; over the turns of all epochs (`chain.turns`), every
+signature checked, they lead to those of D, who signed D; the headers lead back to S; the first that
+commits S gives the state root, against which the rebuilt tree is checked, and the history root,
+against which the peaks are. The VRF proof of S+1 verifies under the right mix only. A configured
+checkpoint must stand in that history (or be S itself); a chain that has another block there ends
+the node. Everything else that is wrong costs that peer its turn, and the store goes back to
+genesis. After it, blocks follow by block sync. The turns are kept: the node proves and gives
+snapshots as if it had seen every epoch.
 """
 
 import logging
 import shutil
 import time
+from functools import partial
 from itertools import pairwise
 
 import trio
 
 from tdmld.chain import history
-from tdmld.chain.blocks import Header, beacon_mix, block_hash
+from tdmld.chain.blocks import Header, beacon_mix, block_hash, epoch_of
 from tdmld.chain.checkpoint import Checkpoint
 from tdmld.chain.codec import decode, encode
 from tdmld.chain.errors import ChainError, DecodeError, ProofRefused
 from tdmld.chain.genesis import protocol_at
 from tdmld.chain.history import NotHeld
-from tdmld.chain.light import Ancestor, Committees, check_chain, shows
+from tdmld.chain.light import Ancestor, check_headers, shows
+from tdmld.chain.records import ValidatorSet
+from tdmld.chain.turns import Turn, check_final, follow, genesis_set
 from tdmld.node.chainerrors import SnapshotUnavailable, StoreError
 from tdmld.node.chainwire import (
     STATE_BYTES,
+    TURNS,
     NoSnapshot,
     Snapshot,
     SnapshotRequest,
     StateItems,
     StateRequest,
     SyncAnswer,
+    Turns,
+    TurnsRequest,
     blocks_bytes,
 )
 from tdmld.node.finality import Finality
@@ -152,16 +162,30 @@ class SnapshotServer:
         return self._pinned
 
 
+def turns_from(store: ChainStore, first: int) -> Turns:
+    """A page of turns, from the end of epoch `first` on."""
+    found, size = list[Turn](), 0
+    while len(found) < TURNS and size <= STATE_BYTES:
+        turn = store.turn(first + len(found))
+        if turn is None:
+            break
+        found.append(turn)
+        size += len(encode(turn))
+    return Turns(tuple(found))
+
+
 def check_snapshot(
-    store: ChainStore, committees: Committees, offered: Snapshot
+    store: ChainStore, chosen: ValidatorSet, offered: Snapshot
 ) -> tuple[Head, tuple[bytes, ...]]:
-    """The head to begin with, and the peaks; ProofRefused. CheckpointMismatch: the network's
-    quorum contradicts the operator's checkpoint."""
+    """The head to begin with, and the peaks; `chosen`: the validators of the last header's epoch.
+    ProofRefused. CheckpointMismatch: the network's quorum contradicts the operator's checkpoint."""
     header, headers = offered.header, offered.headers
     base, key = header.height, block_hash(header)
     if base == 0 or not headers:
         raise ProofRefused("the snapshot is of no block")
-    check_chain((header, *headers), offered.certificate, committees)
+    check_headers((header, *headers))
+    epoch_blocks = store.genesis.parameters.epoch_blocks
+    check_final(store.chain_id, epoch_blocks, chosen, headers[-1], offered.certificate)
     committing = next((h for h in headers if h.state_height == base), None)
     if committing is None:
         raise ProofRefused(f"no header of the snapshot commits the state of height {base}")
@@ -201,11 +225,8 @@ def _check_checkpoint(checkpoint: Checkpoint | None, offered: Snapshot, committi
 class SnapshotClient:
     """Begins an empty store with a snapshot from a connected peer."""
 
-    def __init__(
-        self, host: Host, protocol: str, store: ChainStore, committees: Committees
-    ) -> None:
+    def __init__(self, host: Host, protocol: str, store: ChainStore) -> None:
         self._host, self._protocol, self._store = host, protocol, store
-        self._committees = committees
         self._limit = blocks_bytes(store.genesis.parameters.block_bytes)
 
     async def join(self) -> None:
@@ -237,7 +258,8 @@ class SnapshotClient:
             offered = await self._ask(stream, SnapshotRequest(height))
             if not isinstance(offered, Snapshot):
                 raise ProofRefused(offered.why if isinstance(offered, NoSnapshot) else "no answer")
-            head, peaks = check_snapshot(self._store, self._committees, offered)
+            chosen = await self._follow(stream, offered)
+            head, peaks = check_snapshot(self._store, chosen, offered)
             log.info("taking the state of height %d from %s", head.height, peer)
             self._store.begin_snapshot()
             try:
@@ -249,6 +271,23 @@ class SnapshotClient:
                 raise
             self._store.finish_snapshot(head, peaks)
             log.info("began with %d state items of height %d", taken, head.height)
+
+    async def _follow(self, stream: Stream, offered: Snapshot) -> ValidatorSet:
+        """The validators of the snapshot's last header, over every turn from genesis on."""
+        store = self._store
+        epoch_blocks = store.genesis.parameters.epoch_blocks
+        height = offered.headers[-1].height if offered.headers else 0
+        epoch = max(epoch_of(height, epoch_blocks), 0)
+        known = genesis_set(store.genesis, min(epoch, 1))
+        while known.epoch < epoch:
+            part = await self._ask(stream, TurnsRequest(known.epoch))
+            turns = part.turns[: epoch - known.epoch] if isinstance(part, Turns) else ()
+            if not turns:
+                raise ProofRefused(f"it does not show how epoch {known.epoch} ended")
+            check = partial(follow, store.chain_id, epoch_blocks, known, turns)
+            known = await trio.to_thread.run_sync(check)
+            await trio.to_thread.run_sync(store.take_turns, turns)
+        return known
 
     async def _take_state(self, stream: Stream, height: int) -> int:
         after, taken = b"", 0
@@ -268,7 +307,9 @@ class SnapshotClient:
                 return taken
             after = keys[-1]
 
-    async def _ask(self, stream: Stream, request: SnapshotRequest | StateRequest) -> SyncAnswer:
+    async def _ask(
+        self, stream: Stream, request: SnapshotRequest | TurnsRequest | StateRequest
+    ) -> SyncAnswer:
         with trio.fail_after(ANSWER_SECONDS):
             await stream.send(encode(request))
             raw = await stream.receive(self._limit)

@@ -12,13 +12,15 @@ a crash takes away is fetched again. A batch is atomic, so head, state, tree and
     v view kind   own vote           p view   own proposal  n view hash   notarized body
     o id          spec               L        lowest block  m level index  node of the history
     c view kind   certificate stored with own votes         Z  a snapshot is being taken over
+    T epoch       its last header and the finalization, for ever
 
 The rooms: `store_file` (reads and writes), `store_guard` (own votes), `store_state` (the live
-version and its tree, `store_views`: what it was), `store_history`, `store_types`; here they come
-together, with the blocks.
+version and its tree, `store_views`: what it was), `store_history` (and turns of epochs),
+`store_types`; here they come together, with the blocks.
 
 A store that began with a snapshot has the base above 0: no block up to it, and of the history its
-peaks there. Blocks go, oldest first, when `keep` says so; the state, receipts and history stay.
+peaks there. Blocks go, oldest first, when `keep` says so; the state, receipts, history and turns
+stay.
 """
 
 from collections.abc import Sequence
@@ -52,10 +54,10 @@ from tdmld.node.chainerrors import ProtocolUnknown, StoreCorrupt, StoreError, St
 from tdmld.node.store_file import number
 from tdmld.node.store_guard import SignGuard
 from tdmld.node.store_history import StoredHistory, node_key
-from tdmld.node.store_state import StoredState
 from tdmld.node.store_types import (
     PROTOCOLS,
     AppliedBlock,
+    EpochEnd,
     Head,
     Outcome,
     Passed,
@@ -68,6 +70,7 @@ __all__ = [
     "PROTOCOLS",
     "AppliedBlock",
     "ChainStore",
+    "EpochEnd",
     "Head",
     "Outcome",
     "Passed",
@@ -77,12 +80,12 @@ __all__ = [
     "check_checkpoint",
 ]
 
-FORMAT = b"tdmld-chain-2"
+FORMAT = b"tdmld-chain-3"
 PRUNE_AT_ONCE = 16
 """Blocks deleted beside one that is applied, so that turning pruning on stalls nothing."""
 
 
-class ChainStore(SignGuard, StoredHistory, StoredState):
+class ChainStore(SignGuard, StoredHistory):
     """An open chain database. Reads and `apply` may run in any thread, one `apply` and one
     `record` at a time; a context manager closes it.
 
@@ -203,9 +206,11 @@ class ChainStore(SignGuard, StoredHistory, StoredState):
     def apply(self, block: Block, certificate: Certificate | None) -> AppliedBlock:
         """Execute a final block, live or in catch-up: beacon, ledger, tree, one atomic write.
 
-        The caller vouches for finality. Raises ProtocolUnknown, and InvariantViolation when the
-        block does not follow the head or contradicts what was executed here; then nothing was
-        written, and the node must stop: a quorum says otherwise than we compute.
+        The caller vouches for finality. `certificate` is the block's own; the last block of an
+        epoch always has one (EPOCH-6), which is kept for whoever follows the validators. Raises
+        ProtocolUnknown, and InvariantViolation when the block does not follow the head or
+        contradicts what was executed here; then nothing was written, and the node must stop: a
+        quorum says otherwise than we compute.
         """
         head, header, key = self._head, block.header, block_hash(block.header)
         self._check(head, header)
@@ -238,6 +243,7 @@ class ChainStore(SignGuard, StoredHistory, StoredState):
         lowest = self._prune(batch, header)
         if certificate is not None:
             batch.put(b"f" + at, encode(certificate))
+            self._write_turn(batch, header, certificate)
         self._forget_votes(batch, header.view)
         self._write(batch, self._unsynced)
         self._head, self._lowest = new, lowest
@@ -324,6 +330,7 @@ class ChainStore(SignGuard, StoredHistory, StoredState):
         batch.put(b"r" + at, encode(Passed(head.state_root, head.mix)))
         batch.put(b"H", encode(head))
         batch.put(b"B", at)
+        self._forget_turns(batch, epoch_of(head.height + 1, self.genesis.parameters.epoch_blocks))
         batch.put(b"L", number(head.height + 1))
         batch.delete(b"Z")
         self._write(batch, self._synced)

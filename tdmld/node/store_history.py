@@ -1,9 +1,19 @@
-"""The history in the database: every height's leaf, and the range's complete nodes."""
+"""What stays for ever beside the state: the history (every height's leaf, and the range's complete
+nodes), and how every epoch ended."""
+
+from collections.abc import Sequence
 
 from rocksdict import WriteBatch
 
 from tdmld.chain import history
-from tdmld.node.store_file import StoreFile, number
+from tdmld.chain.blocks import Certificate, Header, ends_epoch, epoch_of
+from tdmld.chain.codec import encode
+from tdmld.chain.genesis import Genesis
+from tdmld.chain.state import State
+from tdmld.chain.turns import Turn
+from tdmld.node.store_file import number
+from tdmld.node.store_state import StoredState
+from tdmld.node.store_types import EpochEnd
 
 
 def node_key(level: int, index: int) -> bytes:
@@ -11,9 +21,11 @@ def node_key(level: int, index: int) -> bytes:
     return b"m" + bytes([level]) + number(index)
 
 
-class StoredHistory(StoreFile):
-    """The heights from `base` on; see `chain.history`."""
+class StoredHistory(StoredState):
+    """The history of the heights from `base` on (`chain.history`), the turns of all epochs
+    (`chain.turns`). A turn's set of validators stands in the state."""
 
+    genesis: Genesis
     _base = 0
 
     @property
@@ -49,3 +61,35 @@ class StoredHistory(StoreFile):
         for level, index, node in history.append(self._node, height, leaf):
             batch.put(node_key(level, index), node)
         batch.put(b"q" + number(height), leaf)
+
+    # ---- turns -------------------------------------------------------------------------------
+
+    def epoch_end(self, epoch: int) -> EpochEnd | None:
+        """The last header of an epoch and its finalization; None while the epoch is not over."""
+        if (epoch + 1) * self.genesis.parameters.epoch_blocks > self._head.height:
+            return None
+        raw = self._read(b"T" + number(epoch))
+        return None if raw is None else self._decode(EpochEnd, raw, f"end of epoch {epoch}")
+
+    def turn(self, epoch: int) -> Turn | None:
+        """How an epoch ended and who validates after it; None while it is not over."""
+        end, chosen = self.epoch_end(epoch), State(self.get).validator_set(epoch + 1)
+        return None if end is None or chosen is None else Turn(end.header, end.certificate, chosen)
+
+    def take_turns(self, turns: Sequence[Turn]) -> None:
+        """Keep turns of epochs before a snapshot, which the caller has checked. They are given out
+        when the head is past them."""
+        batch = WriteBatch(raw_mode=True)
+        for turn in turns:
+            self._write_turn(batch, turn.header, turn.certificate)
+        self._write(batch, self._unsynced)
+
+    def _forget_turns(self, batch: WriteBatch, epoch: int) -> None:
+        """From an epoch on: perhaps of a peer whose snapshot did not hold."""
+        batch.delete_range(b"T" + number(epoch), b"U")
+
+    def _write_turn(self, batch: WriteBatch, header: Header, certificate: Certificate) -> None:
+        epoch_blocks = self.genesis.parameters.epoch_blocks
+        if ends_epoch(header.height, epoch_blocks):
+            epoch = number(epoch_of(header.height, epoch_blocks))
+            batch.put(b"T" + epoch, encode(EpochEnd(header, certificate)))

@@ -31,6 +31,13 @@ class Passed(Record, frozen=True):
     mix: Hash
 
 
+class EpochEnd(Record, frozen=True):
+    """The last header of an epoch and its finalization; kept when the block is pruned."""
+
+    header: Header
+    certificate: Certificate
+
+
 class StoredReceipt(Record, frozen=True):
     """What became of a transaction, and in which block."""
 

@@ -38,10 +38,11 @@ from tdmld.node.chainwire import (
     SyncAnswer,
     SyncRequest,
     Transactions,
+    TurnsRequest,
     blocks_bytes,
 )
 from tdmld.node.finality import Finality
-from tdmld.node.snapshot import SnapshotServer
+from tdmld.node.snapshot import SnapshotServer, turns_from
 from tdmld.node.store import ChainStore
 from tdmld.p2p import Host, Stream
 from tdmld.p2p.errors import P2PError
@@ -136,6 +137,10 @@ class SyncServer:
                     await self._submitted(stream.peer_id, raws)
                 case SnapshotRequest(checkpoint) if self._snapshots is not None:
                     await stream.send(encode(await self._snapshots.offer(checkpoint)))
+                case TurnsRequest(first):
+                    if not await self._send(stream, partial(turns_from, self._store, first)):
+                        await stream.reset()
+                        return
                 case StateRequest(height, after) if self._snapshots is not None:
                     items = partial(self._snapshots.items, height, after)
                     if not await self._send(stream, items):

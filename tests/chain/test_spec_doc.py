@@ -28,6 +28,7 @@ from tdmld.chain import (
     slashing,
     transactions,
     tree,
+    turns,
 )
 from tdmld.chain.codec import Record
 from tdmld.chain.records import (
@@ -60,7 +61,7 @@ def records_of(*modules: ModuleType) -> list[type[Record]]:
 
 @pytest.mark.parametrize(
     "record",
-    records_of(blocks, transactions, records, tree, light),
+    records_of(blocks, transactions, records, tree, light, turns),
     ids=lambda record: record.__name__,
 )
 def test_every_record_stands_there_with_its_tag_and_fields(record: type[Record]) -> None:
@@ -70,7 +71,8 @@ def test_every_record_stands_there_with_its_tag_and_fields(record: type[Record])
 
 
 def test_no_record_stands_there_that_the_code_has_not() -> None:
-    known = {record.__name__ for record in records_of(blocks, transactions, records, tree, light)}
+    modules = (blocks, transactions, records, tree, light, turns)
+    known = {record.__name__ for record in records_of(*modules)}
     assert set(re.findall(r"^- `(\w+)` = `\[", SPEC, re.M)) <= known
 
 

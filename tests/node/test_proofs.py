@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import trio
 
-from tdmld.chain.blocks import Block, Committee, Kind, block_hash
+from tdmld.chain.blocks import Block, Kind, block_hash
 from tdmld.chain.checkpoint import Checkpoint
 from tdmld.chain.codec import ZERO_HASH
 from tdmld.chain.crypto import sha256
@@ -26,17 +26,18 @@ from tdmld.chain.light import (
     state_key,
 )
 from tdmld.chain.records import Account
+from tdmld.chain.turns import Turn, check_final, genesis_set
 from tdmld.node.chainerrors import NotProvable
 from tdmld.node.finality import Finality
 from tdmld.node.prover import prove
 from tdmld.node.store import ChainStore
 from tests.node.chainkit import (
     CHAIN,
-    COMMITTEE,
     GENESIS,
     KEYS,
     OWNERS,
     certificate,
+    make_genesis,
     next_block,
     transfer,
 )
@@ -77,7 +78,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
 
 
 def check(bundle: Bundle, checkpoint: Checkpoint | None = None) -> Proven:
-    return check_bundle(read_bundle(bundle_bytes(bundle)), CHAIN, lambda _: COMMITTEE, checkpoint)
+    return check_bundle(read_bundle(bundle_bytes(bundle)), GENESIS, checkpoint)
 
 
 def test_an_account_is_proven_present_or_absent(made: Made) -> None:
@@ -111,6 +112,11 @@ def test_a_checkpoint_is_shown_to_be_of_the_same_chain(made: Made) -> None:
     assert check(bundle, checkpoint).final.height == 20
     with pytest.raises(ProofRefused, match="does not contain the checkpoint"):
         check(bundle, Checkpoint(7, ZERO_HASH))
+    assert bundle.anchor is not None
+    assert bundle.anchor.place is not None
+    assert made.prove("block", "5", 20).anchor == replace(
+        bundle.anchor, header=made.blocks[19].header, place=None
+    )
     with pytest.raises(ProofRefused, match="does not show the checkpoint 8"):
         check(bundle, made.checkpoint(8))
     with pytest.raises(ProofRefused, match="none is trusted"):
@@ -132,7 +138,7 @@ def test_no_byte_can_be_changed_and_none_left_out(made: Made, kind: str, name: s
         for change in (0x01, 0x80):
             forged = raw[:at] + bytes([raw[at] ^ change]) + raw[at + 1 :]
             with pytest.raises(ProofRefused):
-                check_bundle(read_bundle(forged), CHAIN, lambda _: COMMITTEE, checkpoint)
+                check_bundle(read_bundle(forged), GENESIS, checkpoint)
     for length in range(0, len(raw), 7):
         with pytest.raises(ProofRefused):
             read_bundle(raw[:length])
@@ -161,6 +167,10 @@ STATE_FORGERIES: dict[str, Callable[[Bundle, Made], Bundle]] = {
     "with one voter twice": lambda b, _: replace(
         b,
         certificate=replace(b.certificate, signatures=(b.certificate.signatures[0],) * 3),
+    ),
+    "with an end of an epoch too many": lambda b, m: replace(
+        b,
+        turns=(Turn(m.blocks[19].header, b.certificate, genesis_set(GENESIS, 1)),),
     ),
     "with a gap in the headers": lambda b, m: replace(
         b, headers=(m.blocks[16].header, m.blocks[19].header)
@@ -204,9 +214,12 @@ def test_a_forged_transaction_or_block_is_refused(made: Made) -> None:
 
 
 def test_another_validator_set_vouches_for_nothing(made: Made) -> None:
-    strangers = Committee.of(CHAIN, [(key.public, 10) for key in OWNERS])
-    with pytest.raises(ProofRefused, match="two thirds"):
-        check_bundle(made.prove("block", "5"), CHAIN, lambda _: strangers)
+    strangers = genesis_set(make_genesis("others"), 0)
+    seats = tuple(replace(seat, node=seat.owner) for seat in strangers.seats)
+    last, own = made.blocks[19].header, certificate(Kind.FINALIZE, made.blocks[19])
+    check_final(CHAIN, 500, strangers, last, own)
+    with pytest.raises(ProofRefused, match="not those that the header names"):
+        check_final(CHAIN, 500, replace(strangers, seats=seats), last, own)
 
 
 def test_what_cannot_be_proven_says_why(made: Made) -> None:

@@ -19,6 +19,7 @@ from tdmld.chain.codec import ZERO_HASH, decode, encode
 from tdmld.chain.crypto import sha256
 from tdmld.chain.errors import InvariantViolation, ProofRefused
 from tdmld.chain.ledger import recount
+from tdmld.chain.turns import genesis_set
 from tdmld.node.chainerrors import CheckpointMismatch, SnapshotUnavailable
 from tdmld.node.chainwire import Snapshot, SyncAnswer
 from tdmld.node.finality import Finality
@@ -26,7 +27,7 @@ from tdmld.node.snapshot import SnapshotClient, SnapshotServer, check_snapshot
 from tdmld.node.store import ChainStore
 from tdmld.node.sync import SyncServer, check_blocks
 from tdmld.p2p import Host, Stream
-from tests.node.lonechain import COMMITTEE, GENESIS, certify, extend, grow, pay
+from tests.node.lonechain import GENESIS, extend, finalization, grow, pay
 
 replace = msgspec.structs.replace
 
@@ -98,7 +99,7 @@ def pipe(
 
 
 def join(store: ChainStore, *pipes: Pipe) -> None:
-    client = SnapshotClient(cast(Host, FakeHost(*pipes)), "x", store, lambda _: COMMITTEE)
+    client = SnapshotClient(cast(Host, FakeHost(*pipes)), "x", store)
     trio.run(client.join)
 
 
@@ -107,7 +108,12 @@ def follow(store: ChainStore, served: ChainStore) -> None:
     server = SyncServer(served, _nobody, lambda _: None)
     while store.height < served.height:
         answer = server.blocks(store.height + 1, 64)
-        found = check_blocks(COMMITTEE, store.height, store.head.hash, answer)
+        committee, epoch_blocks = (
+            store.committee(store.epoch),
+            store.genesis.parameters.epoch_blocks,
+        )
+        assert committee is not None
+        found = check_blocks(committee, epoch_blocks, store.height, store.head.hash, answer)
         assert found is not None
         for block in found[0]:
             store.apply(block, found[1] if block is found[0][-1] else None)
@@ -159,7 +165,8 @@ def test_a_node_that_joined_gives_snapshots_and_proofs_itself(
         join(new, pipe(served))
         follow(new, served)
         for _ in range(3):
-            new.apply(block := extend(served), certify(block))
+            block = extend(served)
+            new.apply(block, finalization(served, block.header))
         with ChainStore(tmp_path / "third", GENESIS) as third:
             join(third, pipe(new))
             follow(third, new)
@@ -276,7 +283,7 @@ def test_a_snapshot_below_the_checkpoint_is_not_taken(served: ChainStore, tmp_pa
         server.close()
         assert isinstance(offered, Snapshot)
         with pytest.raises(ProofRefused, match="below the checkpoint"):
-            check_snapshot(store, lambda _: COMMITTEE, offered)
+            check_snapshot(store, genesis_set(GENESIS, 0), offered)
 
 
 # ---- pruning -------------------------------------------------------------------------------------
@@ -289,7 +296,7 @@ def test_old_blocks_go_and_everything_else_stays(tmp_path: Path) -> None:
     ):
         for height in range(60):
             block = extend(whole, [pay(height)])
-            short.apply(block, certify(block))
+            short.apply(block, finalization(whole, block.header))
         assert short.lowest == 60 - 10 + 1, "never fewer than the unbonding period's"
         assert short.block(50) is None
         assert short.certificate(50) is None
@@ -392,7 +399,7 @@ def test_ten_thousand_blocks_by_snapshot_and_by_replay_give_one_root(tmp_path: P
         for store in (replay, snapshot):
             extended = extend(made) if store is replay else made.block(made.height)
             assert extended is not None
-            store.apply(extended, certify(extended))
+            store.apply(extended, finalization(made, extended.header))
             same(store, made)
     print({name: round(seconds, 2) for name, seconds in times.items()})
 
