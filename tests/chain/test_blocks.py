@@ -185,5 +185,9 @@ def test_a_committee_is_sorted_distinct_and_staked() -> None:
         Committee(CHAIN, (b"b", b"a"), (1, 1))
     with pytest.raises(ValueError, match="stake"):
         Committee(CHAIN, (b"a", b"b"), (1, 0))
+    for leads in ((True,), (False, False)):
+        with pytest.raises(ValueError, match="leads"):
+            Committee(CHAIN, (b"a", b"b"), (1, 1), 0, leads)
+    assert COMMITTEE.leads == (True,) * len(KEYS)
     assert COMMITTEE.index(KEYS[2].public) == 2
     assert COMMITTEE.index(b"x") is None

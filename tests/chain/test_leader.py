@@ -34,6 +34,31 @@ def test_an_empty_or_worthless_set_is_refused() -> None:
         Rotation([1, 0])
 
 
+def test_who_does_not_lead_has_no_turns() -> None:
+    """LEAD-1: the others share them as if it were not there."""
+    rotation = Rotation([6, 9, 2, 12], [True, True, False, True])
+    assert rotation.turns == (2, 3, 0, 4)
+    assert rotation.period == 9
+    assert 2 not in {rotation.leader(view) for view in range(9)}
+
+
+def test_somebody_leads() -> None:
+    with pytest.raises(ValueError, match="leads"):
+        Rotation([1, 2], [False, False])
+    with pytest.raises(ValueError, match="validators"):
+        Rotation([1, 2], [True])
+
+
+@given(st.lists(st.tuples(st.integers(1, 99), st.booleans()), min_size=1, max_size=9))
+def test_a_rotation_is_that_of_those_who_lead(rows: list[tuple[int, bool]]) -> None:
+    rows = [(5, True), *rows]
+    whole = Rotation([stake for stake, _ in rows], [leads for _, leads in rows])
+    alone = Rotation([stake for stake, leads in rows if leads])
+    places = [index for index, (_, leads) in enumerate(rows) if leads]
+    for view in range(alone.period):
+        assert whole.leader(view) == places[alone.leader(view)]
+
+
 @given(st.lists(st.integers(1, 2**62), min_size=1, max_size=40))
 def test_shares_follow_stakes_up_to_a_seat_each(stakes: list[int]) -> None:
     turns = seats(stakes)
