@@ -16,8 +16,9 @@ rate x 2^64 / 10^6; the beacon is that of the height linked + draw_delay. On a t
 segment is drawn (unless the offer asked for no audits at all).
 
 **Who audits.** Owners other than the submitter, the source's and the workers' of this job, by work
-stake (an owner that genesis names as auditor counts one unit more), with an ask in force of the
-job's class and audit capacity left. The standby's owner holds the state: by one bit of the beacon
+stake (an owner that genesis names as auditor counts one unit more; each has a lot of its own, so
+that nobody's stake or absence moves the choice among others), with an ask in force of the job's
+class and audit capacity left. The standby's owner holds the state: by one bit of the beacon
 holders are preferred or excluded, unless only the other kind is there. Then one node of the owner.
 
 **When all are busy**, the audit waits, and is drawn again every `draw_delay` blocks with the beacon
@@ -112,18 +113,26 @@ def choose(
     holders = {owner: nodes for owner, nodes in by_owner.items() if owner == holder}
     others = {owner: nodes for owner, nodes in by_owner.items() if owner != holder}
     preferred, rest = (holders, others) if lots[0] & 1 else (others, holders)
-    pool = preferred or rest
+    pool = dict(sorted((preferred or rest).items()))
     if not pool:
         return None
-    owners = sorted(pool)
-    point = int.from_bytes(lots[8:24], "big") % sum(_weight(run, owner) for owner in owners)
-    for owner in owners:
-        point -= _weight(run, owner)
-        if point < 0:
-            nodes = pool[owner]
-            node, ask = nodes[int.from_bytes(lots[24:32], "big") % len(nodes)]
-            return node, owner, ask
-    return None
+    owner = min(pool, key=lambda owner: (_wait_of(lots, owner) << 128) // _weight(run, owner))
+    node, ask = pool[owner][int.from_bytes(lots[24:32], "big") % len(pool[owner])]
+    return node, owner, ask
+
+
+def _wait_of(lots: bytes, owner: bytes) -> int:
+    """-log2 of an owner's lot in (0, 1], in units of 2^-32: how long it waits for its turn, were
+    its weight one. The shortest wait by weight wins with the weight's share (AUDIT-7), and nobody
+    can make another owner win: who knows the beacon early has only its own weight to move."""
+    lot = int.from_bytes(sha256(lots, owner)[:8], "big") + 1
+    log = lot.bit_length() - 1
+    rest = lot << (64 - log)
+    for _ in range(32):
+        rest = rest * rest >> 64
+        log = 2 * log + (rest >> 65)
+        rest >>= rest >> 65
+    return (64 << 32) - log
 
 
 def _eligible(

@@ -10,6 +10,19 @@ HELD = {"drawn", "committed", "opened"}
 OPEN = {*HELD, "waiting", "failed"}
 
 
+def whole_wait(hashed: bytes) -> int:
+    """AUDIT-7: 2^32 times the binary logarithm of 2^64 over the lot, bit by bit."""
+    lot = int.from_bytes(hashed[:8], "big") + 1
+    log = len(f"{lot:b}") - 1
+    y = lot * 2 ** (64 - log)
+    for _ in range(32):
+        y = y * y // 2**64
+        log *= 2
+        if y >= 2**65:
+            log, y = log + 1, y // 2
+    return 64 * 2**32 - log
+
+
 class Work(Ledger):
     """What members of a job do, and what the chain does about it."""
 
@@ -204,14 +217,12 @@ class Work(Ledger):
         pool = kinds[preferred] or kinds[1 - preferred]
         if not pool:
             return None
-        point = int.from_bytes(lots[8:24], "big") % sum(map(self.stake, pool))
-        for owner in sorted(pool):
-            point -= self.stake(owner)
-            if point < 0:
-                place = int.from_bytes(lots[24:32], "big") % len(pool[owner])
-                node, session = pool[owner][place]
-                return node, owner, session
-        raise AssertionError("the weights sum to less than the point")
+        waits = [
+            (whole_wait(H(lots, owner)) * 2**128 // self.stake(owner), owner) for owner in pool
+        ]
+        owner = min(waits)[1]
+        node, session = pool[owner][int.from_bytes(lots[24:32], "big") % len(pool[owner])]
+        return node, owner, session
 
     def new_audit(self, attempt: int, tried: list[bytes]) -> Record:
         names = "auditor owner session hash salt steps worker_list auditor_list"
