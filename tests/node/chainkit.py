@@ -16,7 +16,6 @@ from tdmld.chain.blocks import (
     sign_vote,
     start_view,
     transactions_root,
-    turn,
 )
 from tdmld.chain.crypto import KeyPair
 from tdmld.chain.genesis import Genesis, chain_id, genesis_from_document, validators
@@ -60,7 +59,9 @@ def next_block(
     head, chain = store.head, store.chain_id
     epoch_blocks = store.genesis.parameters.epoch_blocks
     view = view or start_view(head.height, head.view, epoch_blocks) + 1
-    leader = KEYS[ROTATION.leader(turn(view))]
+    committee = store.committee(store.epoch)
+    assert committee is not None
+    leader = KEYS[committee.leader(view)]
     fields: dict[str, object] = {
         "protocol": 1,
         "height": head.height + 1,

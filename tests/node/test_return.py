@@ -1,0 +1,156 @@
+"""The validator's shell while its node is jailed (N9), and the door for what it says."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from tdmld.chain.blocks import Block, Kind, Vote
+from tdmld.chain.genesis import chain_id
+from tdmld.chain.records import Node
+from tdmld.chain.state import State
+from tdmld.chain.transactions import (
+    Payload,
+    Return,
+    Revoke,
+    Transaction,
+    decode_transaction,
+    sign_transaction,
+)
+from tdmld.node import validator
+from tdmld.node.admission import has_backing
+from tdmld.node.chainwire import Proposal
+from tdmld.node.finality import Finality
+from tdmld.node.store import ChainStore
+from tests.node.chainkit import KEYS, OWNERS, certificate, make_genesis, next_block, vote
+from tests.node.test_validator import ME, Bench, bench
+
+EPOCH = 12
+GENESIS = make_genesis(epoch_blocks=EPOCH)
+CHAIN = chain_id(GENESIS)
+
+
+def signed(payload: Payload, **header: int) -> bytes:
+    by_owner = isinstance(payload, Revoke)
+    key = OWNERS[ME] if by_owner else KEYS[ME]
+    header = {"fee": 10, **header} if by_owner else header
+    return sign_transaction(key, CHAIN, payload, **header)
+
+
+def grow(path: Path, epochs: int, last: tuple[bytes, ...] = ()) -> None:
+    """`epochs` epochs in which the validator ME voted once and never leads; `last` is the body of
+    the last block."""
+    with ChainStore(path / "chain", GENESIS) as store:
+        while store.height < epochs * EPOCH:
+            body = last if store.height == epochs * EPOCH - 1 else ()
+            block = next_block(store, body)
+            if block.header.proposer == KEYS[ME].public:
+                block = next_block(store, body, block.header.view + 1)
+            if store.height == 0:
+                store.bind(KEYS[ME].public)
+                mine = vote(Kind.NOTARIZE, block, ME, 0, CHAIN)
+                store.record(KEYS[ME].public, [mine], [], [block])
+            store.apply(block, certificate(Kind.FINALIZE, block, (1, 2, 3), 0, CHAIN))
+
+
+def node(store: ChainStore) -> Node:
+    found = State(store.get).node(KEYS[ME].public)
+    assert found is not None
+    return found
+
+
+async def live(made: Bench) -> Block:
+    """One block that everybody votes for and executes; ME does not lead it."""
+    block = next_block(made.store)
+    if block.header.proposer == KEYS[ME].public:
+        raise AssertionError("ME leads: it is not jailed in this epoch")
+    before = [v for v in made.links.sent if isinstance(v, Vote)]
+    await made.hear(Proposal(block, ()))
+    await made.links.votes(len(before) + 1)
+    for kind in (Kind.NOTARIZE, Kind.FINALIZE):
+        await made.hear(*(vote(kind, block, voter, 0, CHAIN) for voter in (1, 2)))
+    await made.executed(block.header.height)
+    await trio.testing.wait_all_tasks_blocked(0.02)
+    return block
+
+
+def said(made: Bench) -> list[Transaction]:
+    return [one for one in made.admission.select(()) if isinstance(one.payload, Return)]
+
+
+async def test_n9_a_jailed_validator_returns_when_it_is_at_work(tmp_path: Path) -> None:
+    grow(tmp_path, 2)
+    async with bench(tmp_path, GENESIS) as made:
+        jailed = node(made.store).jailed
+        assert jailed == EPOCH
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        assert said(made) == [], "not before it finalized a block with the others"
+        await live(made)
+        (found,) = said(made)
+        assert found.payload == Return(EPOCH)
+        assert found.signer == KEYS[ME].public
+        await live(made)
+        assert said(made) == [found]
+
+
+async def test_n9_who_is_not_jailed_says_nothing(tmp_path: Path) -> None:
+    async with bench(tmp_path, GENESIS) as made:
+        await live(made)
+        assert said(made) == []
+
+
+async def test_n9_a_revoked_key_does_not_ask(tmp_path: Path) -> None:
+    grow(tmp_path, 2, (signed(Revoke(KEYS[ME].public)),))
+    async with bench(tmp_path, GENESIS) as made:
+        assert node(made.store).revoked == 2 * EPOCH
+        await live(made)
+        assert said(made) == []
+
+
+async def test_n9_it_is_said_again_after_a_while_and_only_while_jailed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validator, "RETURN_AGAIN", 3)
+    grow(tmp_path, 2)
+    heights: list[int] = []
+    async with bench(tmp_path, GENESIS) as made:
+
+        async def lost(raw: bytes) -> bytes:
+            assert decode_transaction(raw, CHAIN).payload == Return(EPOCH)
+            heights.append(made.store.height)
+            return raw
+
+        monkeypatch.setattr(made.admission, "submit", lost)
+        for _ in range(8):
+            await live(made)
+    assert heights == [24, 27, 30]
+
+
+async def test_n9_nothing_is_said_while_execution_is_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grow(tmp_path, 2)
+    async with bench(tmp_path, GENESIS) as made:
+        monkeypatch.setattr(Finality, "backlog", validator.MAX_BACKLOG + 1)
+        await live(made)
+        assert said(made) == []
+
+
+# ---- the door --------------------------------------------------------------------------------
+
+
+@pytest.fixture(name="store")
+def jailed_store(tmp_path: Path) -> Iterator[ChainStore]:
+    grow(tmp_path, 1)
+    with ChainStore(tmp_path / "chain", GENESIS) as store:
+        yield store
+
+
+def test_a_return_needs_a_registered_and_jailed_node_behind_it(store: ChainStore) -> None:
+    state, parameters = State(store.get), GENESIS.parameters
+    stranger = OWNERS[0]
+    for key, backed in ((KEYS[ME], True), (KEYS[1], False), (stranger, False)):
+        raw = sign_transaction(key, CHAIN, Return(EPOCH))
+        assert has_backing(decode_transaction(raw, CHAIN), state, parameters) is backed
