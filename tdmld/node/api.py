@@ -20,7 +20,7 @@ from tdmld.chain.reputation import reputation
 from tdmld.chain.state import State
 from tdmld.chain.transactions import decode_transaction
 from tdmld.errors import UserError
-from tdmld.node import provenance, views
+from tdmld.node import provenance, stakes, views
 from tdmld.node.agent import Agent
 from tdmld.node.chainerrors import NotProvable, ServiceBusy, SpecUnavailable, StoreError
 from tdmld.node.chainservice import ChainService
@@ -34,6 +34,7 @@ from tdmld.node.store import ChainStore
 from tdmld.node.work import Work
 from tdmld.p2p import Host
 from tdmld.rpc.errors import InvalidParams, NotFound, NotReady, Refused
+from tdmld.rpc.staketypes import NodeKeyInfo, StakeInfo, ValidatorSetInfo
 from tdmld.rpc.types import (
     AccountInfo,
     AskInfo,
@@ -61,6 +62,8 @@ from tdmld.train.spec import decode_spec
 log = logging.getLogger(__name__)
 
 FINAL_JOBS_SHOWN = 200
+NODES_AT_ONCE = 500
+"""Node records looked at before others have their turn: about a millisecond's work."""
 
 
 @dataclass
@@ -108,7 +111,8 @@ class Api:
         ask = state.ask(self.key.public)
         jobs = self._active(state)
         tasks = tuple(run for job in jobs for run in self._work.tasks(state, job, owner))
-        head = self.store.head
+        head, epoch = self.store.head, self.chain.committee.epoch
+        weight, next_weight, total = stakes.weights(state, self.key.public, epoch)
         return NodeStatus(
             version=__version__,
             node=self.key.address,
@@ -139,6 +143,10 @@ class Api:
                 standby_slots=ask.standby_slots,
                 until=ask.until_height,
             ),
+            epoch=epoch,
+            weight=str(weight),
+            next_weight=str(next_weight),
+            total_weight=str(total),
             tasks=tasks,
             why_not_earning="" if tasks else self._work.why_not_earning(state, jobs),
         )
@@ -241,7 +249,39 @@ class Api:
         )
 
     async def chain_account(self, address: str) -> AccountInfo:
-        return views.account(self.chain.state(), self.genesis, _key(address), self.chain.height)
+        return views.account(self.chain.state(), _key(address), self.chain.height)
+
+    async def chain_validators(self, epoch: int = -1) -> ValidatorSetInfo:
+        state, now = self.chain.state(), self.chain.committee.epoch
+        wanted = now if epoch == -1 else epoch
+        known = 0 <= wanted <= now + 1
+        found = stakes.validator_set(state, self.genesis, wanted, self.chain.height)
+        if not known or found is None:
+            raise NotFound(
+                f"nobody is known to validate in epoch {epoch}: this is epoch {now}, and "
+                f"validators are fixed up to epoch {now + 1}"
+            )
+        return found
+
+    async def chain_stake(self, address: str) -> StakeInfo:
+        owner, head = _key(address), self.store.head
+        return stakes.stake(
+            self.chain.state(),
+            self.genesis,
+            owner,
+            head.height,
+            head.header.time_ms,
+            self.store.state_items(stakes.offences_of(owner)),
+        )
+
+    async def chain_keys(self, address: str) -> tuple[NodeKeyInfo, ...]:
+        owner, found = _key(address), []
+        for number, (key, raw) in enumerate(self.store.state_items(stakes.NODES), 1):
+            if stakes.owned_by(owner, raw):
+                found.append(key[1:])
+            if number % NODES_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+        return stakes.keys(self.chain.state(), self.genesis, owner, self.chain.height, found)
 
     async def chain_transaction(self, id: str) -> TransactionStatus:
         receipt = self.store.receipt(bytes.fromhex(id))

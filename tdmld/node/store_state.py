@@ -21,11 +21,12 @@ class StoredState(StoreFile):
         """The ledger's state at the head."""
         return self._read(b"s" + key)
 
-    def state_items(self) -> Iterator[tuple[bytes, bytes]]:
-        """Every (key, value) of the ledger's state at the head, ascending."""
+    def state_items(self, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """Every (key, value) of the ledger's state whose key begins with `prefix`, ascending, at
+        the head that was there when the first was asked for."""
         try:
-            for key, value in self._db.items(from_key=b"s"):
-                if not isinstance(key, bytes) or key >= b"t":
+            for key, value in self._db.items(from_key=b"s" + prefix):
+                if not isinstance(key, bytes) or not key.startswith(b"s" + prefix):
                     break
                 yield key[1:], bytes(value)
         except Exception as error:  # rocksdict raises bare Exception for every cause

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from tdmld.chain import events as happened
 from tdmld.chain.crypto import address
-from tdmld.chain.genesis import Genesis
 from tdmld.chain.records import (
     Audit,
     AuditStatus,
@@ -51,7 +50,7 @@ _AUDIT_STATES: dict[AuditStatus, AuditState] = {
 }
 
 
-def account(state: State, genesis: Genesis, owner: bytes, height: int) -> AccountInfo:
+def account(state: State, owner: bytes, height: int) -> AccountInfo:
     """An owner's account."""
     record = state.account(owner)
     locked = 0
@@ -59,9 +58,6 @@ def account(state: State, genesis: Genesis, owner: bytes, height: int) -> Accoun
         job = state.job(job_id)
         if job is not None and job.submitter == owner:
             locked += job.locked
-    nodes = {node for holder, node in genesis.nodes if holder == owner}
-    nodes |= {v.node for v in genesis.validators if v.owner == owner}
-    nodes |= {node for node, _ in state.asks() if state.owner_of(node) == owner}
     return AccountInfo(
         address=address(owner),
         height=height,
@@ -69,9 +65,9 @@ def account(state: State, genesis: Genesis, owner: bytes, height: int) -> Accoun
         nonce=record.nonce,
         vote_stake=str(record.vote_stake),
         work_stake=str(record.work_stake),
+        unbonding=str(state.unbondings(owner).total),
         locked=str(locked),
         reputation=reputation(state.facts(owner)),
-        nodes=tuple(sorted(address(node) for node in nodes)),
     )
 
 

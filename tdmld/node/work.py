@@ -91,7 +91,7 @@ class Work:
         if self._chain.syncing:
             return "still fetching the chain; work starts when it has caught up"
         if state.node(self._node) is None:
-            return "this node key is not registered to an owner: send Register with the owner key"
+            return "this node key is not registered to an owner: tdmld keys register"
         if self._agent.ask is None:
             return "this node does not ask for work: set enabled = true in [ask] of tdmld.toml"
         if state.ask(self._node) is None:

@@ -15,6 +15,7 @@ The server never reaches around it, and a fake of it is all that a test needs. R
 from collections.abc import AsyncIterator
 from typing import Protocol
 
+from tdmld.rpc.staketypes import NodeKeyInfo, StakeInfo, ValidatorSetInfo
 from tdmld.rpc.types import (
     AccountInfo,
     AddressText,
@@ -80,6 +81,18 @@ class Backend(Protocol):
 
     async def chain_parameters(self) -> ChainParameters:
         """The genesis rules and validators."""
+
+    async def chain_validators(self, epoch: int = -1) -> ValidatorSetInfo:
+        """The validators of an epoch: -1 is the present one.
+
+        The sets of the next epoch and of all past ones are known; NotFound for any other.
+        """
+
+    async def chain_stake(self, address: AddressText) -> StakeInfo:
+        """An owner's stake, what of it unbinds, its seats in this epoch and the next, offences."""
+
+    async def chain_keys(self, address: AddressText) -> tuple[NodeKeyInfo, ...]:
+        """The node keys that are registered to an owner. Looks at every node of the chain."""
 
     def chain_subscribe_heads(self) -> AsyncIterator[Head]:
         """The present head, then each newly finalized block, none left out."""

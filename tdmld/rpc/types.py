@@ -123,6 +123,14 @@ class NodeStatus(Wire, frozen=True):
     tasks: tuple[SlotRun, ...] = ()
     why_not_earning: str = ""
     """One line with cause and remedy; empty while the node has work."""
+    epoch: int = 0
+    """Of the block after `height`."""
+    weight: AmountText = "0"
+    """Of this node's votes in `epoch`; 0 when it does not validate."""
+    next_weight: AmountText = "0"
+    """In the epoch after it, whose validators are fixed already."""
+    total_weight: AmountText = "0"
+    """Of all votes in `epoch`."""
 
 
 class Head(Wire, frozen=True):
@@ -173,10 +181,10 @@ class AccountInfo(Wire, frozen=True):
     vote_stake: AmountText = "0"
     work_stake: AmountText = "0"
     unbonding: AmountText = "0"
+    """Taken out of the stakes and not withdrawn yet."""
     locked: AmountText = "0"
     """In escrows and deposits of its own open jobs."""
     reputation: int = 0
-    nodes: tuple[AddressText, ...] = ()
 
 
 class Submitted(Wire, frozen=True):
@@ -208,14 +216,14 @@ class Proof(Wire, frozen=True):
 
 
 class ValidatorInfo(Wire, frozen=True):
-    """A seat of the present epoch."""
+    """A seat of an epoch."""
 
     owner: AddressText
     node: AddressText
     weight: AmountText
     """Of its votes: its owner's vote stake, which it follows at a bounded pace."""
     leads: bool
-    """Whether it has turns to lead in this epoch; it votes in any case."""
+    """Whether it has turns to lead in that epoch; it votes in any case."""
     jailed: HeightNumber
     """Height at which its node was jailed for missing turns, 0 while it is not."""
 

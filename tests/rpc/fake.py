@@ -3,9 +3,18 @@
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+import msgspec
 import trio
 
 from tdmld.rpc.errors import NotFound, Refused
+from tdmld.rpc.staketypes import (
+    NodeKeyInfo,
+    OffenceInfo,
+    SeatInfo,
+    StakeInfo,
+    UnbondingInfo,
+    ValidatorSetInfo,
+)
 from tdmld.rpc.types import (
     AccountInfo,
     AskInfo,
@@ -185,6 +194,60 @@ def node_status(height: int = 4211) -> NodeStatus:
     )
 
 
+VALIDATORS = (
+    ValidatorInfo(owner=OWNER, node=NODES[0], weight="100000000", leads=True, jailed=0),
+    ValidatorInfo(owner=OWNER, node=NODES[1], weight="30000000", leads=False, jailed=1000),
+)
+
+
+def stake_info(address: str = OWNER) -> StakeInfo:
+    """In epoch 2 of 500 blocks each: one unbonding is over, of one a window, of one none."""
+    rows = (
+        ("vote", "7", 1, 601, time_text(GENESIS_MS + 260_000), True),
+        ("vote", "50", 2, 1101, time_text(GENESIS_MS + 3_600_000), False),
+        ("work", "60", 4, 2101, "", False),
+    )
+    return StakeInfo(
+        address=address,
+        height=1004,
+        time=time_text(GENESIS_MS + 502_000),
+        epoch=2,
+        epoch_end=1500,
+        vote_stake="100000000",
+        work_stake="50000000",
+        nominee=NODES[0],
+        unbonding=tuple(
+            UnbondingInfo(
+                bucket=bucket,  # type: ignore[arg-type]
+                amount=amount,
+                epoch=epoch,
+                from_height=height,
+                after=after,
+                ready=ready,
+            )
+            for bucket, amount, epoch, height, after, ready in rows
+        ),
+        seats=(
+            SeatInfo(epoch=2, node=NODES[0], weight="33", total="133", leads=True),
+            SeatInfo(epoch=3, node=NODES[0], weight="40", total="140", leads=False),
+        ),
+        offences=(OffenceInfo(node=NODES[2], epoch=1, height=777, burned="51"),),
+    )
+
+
+def node_key_info(node: str = NODES[0], **changes: object) -> NodeKeyInfo:
+    fields: dict[str, object] = {
+        "from_height": 0,
+        "nominated": False,
+        "epochs": (),
+        "asks": False,
+        "revoked": 0,
+        "convicted": 0,
+        "jailed": 0,
+    }
+    return NodeKeyInfo(node=node, **(fields | changes))  # type: ignore[arg-type]
+
+
 @dataclass
 class FakeBackend:
     """A `Backend`; tests set its fields and look at what it was asked to do."""
@@ -194,6 +257,8 @@ class FakeBackend:
     detail: JobDetail = field(default_factory=job_detail)
     balance: int = 1_000_000_000
     nonce: int = 7
+    stake: StakeInfo = field(default_factory=stake_info)
+    keys: tuple[NodeKeyInfo, ...] = ()
     outcome: str = "ok"
     submitted: list[str] = field(default_factory=list)
     published: list[tuple[str, str, str]] = field(default_factory=list)
@@ -262,7 +327,8 @@ class FakeBackend:
             height=self.height,
             balance=str(self.balance),
             nonce=self.nonce,
-            work_stake="50000000",
+            vote_stake=self.stake.vote_stake,
+            work_stake=self.stake.work_stake,
         )
 
     async def chain_transaction(self, id: str) -> TransactionStatus:
@@ -294,15 +360,32 @@ class FakeBackend:
                 "offer_deposit": 10000,
                 "match_delay": 4,
                 "unbonding": [1000, 3600],
+                "epoch_blocks": 500,
+                "vote_stake_min": 1,
             },
             epoch=2,
-            validators=(
-                ValidatorInfo(owner=OWNER, node=NODES[0], weight="100000000", leads=True, jailed=0),
-                ValidatorInfo(
-                    owner=OWNER, node=NODES[1], weight="30000000", leads=False, jailed=1000
-                ),
-            ),
+            validators=VALIDATORS,
         )
+
+    async def chain_validators(self, epoch: int = -1) -> ValidatorSetInfo:
+        if epoch not in (-1, 2, 3):
+            raise NotFound(f"nobody is known to validate in epoch {epoch}")
+        wanted = 2 if epoch == -1 else epoch
+        return ValidatorSetInfo(
+            height=self.height,
+            epoch=wanted,
+            first=500 * wanted + 1,
+            last=500 * (wanted + 1),
+            quorum="86666667",
+            total="130000000",
+            validators=VALIDATORS,
+        )
+
+    async def chain_stake(self, address: str) -> StakeInfo:
+        return msgspec.structs.replace(self.stake, address=address)
+
+    async def chain_keys(self, address: str) -> tuple[NodeKeyInfo, ...]:
+        return self.keys
 
     async def chain_subscribe_heads(self) -> AsyncIterator[Head]:
         height = self.height
