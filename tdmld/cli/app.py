@@ -28,6 +28,8 @@ app.command("tdmld.cli.status:status", name="status", help="What the node is doi
 app.command("tdmld.cli.tui:tui", name="tui", help="Watch the node on a dashboard.")
 app.command("tdmld.cli.job:app", name="job", help="Submit, follow and fetch training jobs.")
 app.command("tdmld.cli.wallet:app", name="wallet", help="The owner's money.")
+app.command("tdmld.cli.stake:app", name="stake", help="Bind money, validate, unbind it.")
+app.command("tdmld.cli.keys:app", name="keys", help="The owner's node keys.")
 app.command("tdmld.cli.chain:app", name="chain", help="The chain as this node has it.")
 app.command("tdmld.cli.peers:app", name="peers", help="Whom the node is connected to.")
 app.command("tdmld.cli.light:app", name="light", help="Prove and check without the chain.")

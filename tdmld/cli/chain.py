@@ -8,9 +8,10 @@ from cyclopts import App, Parameter
 
 from tdmld.cli.common import AsJson, DataDir, emit, resolve_data_dir, table
 from tdmld.cli.exits import Exit
-from tdmld.cli.node import connect, load_rules
+from tdmld.cli.node import connect
 from tdmld.cli.text import frame, short, units
 from tdmld.errors import UserError
+from tdmld.rpc.staketypes import ValidatorSetInfo
 from tdmld.rpc.types import BlockInfo, Head, TransactionLine
 
 app = App(name="chain", help="The chain as this node has it.", help_format="plaintext")
@@ -53,22 +54,22 @@ async def block(
 
 
 @app.command
-async def validators(*, data_dir: DataDir = None, json: AsJson = False) -> None:
+async def validators(
+    *,
+    epoch: Annotated[
+        int | None, Parameter(help="A past epoch, or the next: its validators are fixed already.")
+    ] = None,
+    data_dir: DataDir = None,
+    json: AsJson = False,
+) -> None:
     """List who validates in this epoch, with the weight of its votes; more than two thirds decide.
 
     A validator that missed its turns to lead is jailed: it votes, and has no turns until its node
     is at work again.
     """
     async with connect(data_dir) as client:
-        rules = await load_rules(client)
-    total = sum(int(one.weight) for one in rules.validators)
-    quorum = total * 2 // 3 + 1
-    document = {
-        "epoch": rules.epoch,
-        "height": rules.height,
-        "quorum": str(quorum),
-        "validators": msgspec.to_builtins(rules.validators),
-    }
+        params = {} if epoch is None else {"epoch": epoch}
+        found = await client.call("chain_validators", params, ValidatorSetInfo)
     lines = table(
         ("node", "owner", "weight", "share", "leads", "jailed"),
         [
@@ -76,19 +77,19 @@ async def validators(*, data_dir: DataDir = None, json: AsJson = False) -> None:
                 one.node,
                 short(one.owner),
                 units(one.weight),
-                f"{100 * int(one.weight) / total:.1f} %",
+                f"{100 * int(one.weight) / int(found.total):.1f} %",
                 "yes" if one.leads else "no",
                 f"at height {one.jailed:,}" if one.jailed else "",
             )
-            for one in rules.validators
+            for one in found.validators
         ],
     )
     lines += [
         "",
-        f"epoch {rules.epoch:,}: {units(quorum)} of {units(total)} decide; "
-        f"as of height {rules.height:,}",
+        f"epoch {found.epoch:,}, blocks {found.first:,} to {found.last:,}: "
+        f"{units(found.quorum)} of {units(found.total)} decide; as of height {found.height:,}",
     ]
-    emit(document, lines, as_json=json)
+    emit(msgspec.to_builtins(found), lines, as_json=json)
 
 
 @app.command

@@ -4,16 +4,26 @@ from pathlib import Path
 
 import trio
 
-from tdmld.chain.crypto import KeyPair
+from tdmld.chain.crypto import KeyPair, public_key
+from tdmld.chain.errors import DecodeError
 from tdmld.chain.transactions import Payload, sign_transaction
 from tdmld.cli.exits import Exit
 from tdmld.cli.password import get_password
+from tdmld.cli.text import short, units
 from tdmld.config import default_data_dir
 from tdmld.errors import UserError
 from tdmld.keys import OWNER_KEYSTORE, KeyFileError, load_owner_key, owner_address
 from tdmld.rpc.client import Client, find_access
 from tdmld.rpc.errors import NotFound
-from tdmld.rpc.types import AccountInfo, ChainParameters, Head, Submitted, TransactionStatus
+from tdmld.rpc.staketypes import NodeKeyInfo, StakeInfo
+from tdmld.rpc.types import (
+    AccountInfo,
+    ChainParameters,
+    Head,
+    NodeStatus,
+    Submitted,
+    TransactionStatus,
+)
 
 EXPIRY_BLOCKS = 200
 """A transaction that did not make it into a block by then never will: it is safe to sign anew."""
@@ -88,9 +98,64 @@ async def load_account(client: Client, address: str) -> AccountInfo:
     return await client.call("chain_account", {"address": address}, AccountInfo)
 
 
+async def load_stake(client: Client, address: str) -> StakeInfo:
+    """An owner's stake as it stands now."""
+    return await client.call("chain_stake", {"address": address}, StakeInfo)
+
+
+async def load_keys(client: Client, address: str) -> tuple[NodeKeyInfo, ...]:
+    """The node keys registered to an owner."""
+    return await client.call("chain_keys", {"address": address}, tuple[NodeKeyInfo, ...])
+
+
 async def load_rules(client: Client) -> ChainParameters:
     """The genesis rules of the node's chain."""
     return await client.call("chain_parameters", {}, ChainParameters)
+
+
+def check_funds(account: AccountInfo, rules: ChainParameters, amount: int, purpose: str) -> None:
+    """UserError when the balance does not cover `amount` and the fee; `purpose`: "to send 5"."""
+    cost = amount + fee_floor(rules)
+    if cost > int(account.balance):
+        raise UserError(
+            f"{short(account.address)} has {units(account.balance)}, not enough {purpose}",
+            why=f"with the fee of {fee_floor(rules)} it takes {units(cost)}",
+            next="tdmld wallet balance",
+            exit_code=Exit.REFUSED,
+        )
+
+
+def check_amount(amount: int, done: str) -> None:
+    """UserError when no such amount can be `done`: "sent", "bonded"."""
+    if not 0 < amount < 2**63:
+        raise UserError(
+            f"{amount} cannot be {done}",
+            next="give a whole number above zero",
+            exit_code=Exit.USAGE,
+        )
+
+
+def check_address(text: str) -> bytes:
+    """The key behind an address; UserError when it is none."""
+    try:
+        return public_key(text)
+    except DecodeError as error:
+        raise UserError(
+            f"{text} is not an address",
+            why=str(error),
+            next="addresses look like 12D3KooW... and have 52 characters",
+            exit_code=Exit.USAGE,
+        ) from error
+
+
+async def choose_address(client: Client, given: str | None, data_dir: Path | None) -> str:
+    """The address given, else that of the keystore here, else the owner of the node."""
+    if given is not None:
+        return given
+    try:
+        return owner(data_dir)
+    except KeyFileError:
+        return (await client.call("node_status", {}, NodeStatus)).owner
 
 
 def has_keystore(data_dir: Path | None, address: str) -> bool:

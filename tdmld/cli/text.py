@@ -28,6 +28,16 @@ def size(count: int) -> str:
     raise AssertionError("the loop returns")
 
 
+def span(seconds: float) -> str:
+    """A time that is left, in its two largest units: 3 h 20 min."""
+    left, parts = max(0, round(seconds)), list[str]()
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, length)
+        if count or (unit == "s" and not parts):
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2])
+
+
 def share(part: AmountText | int, whole: AmountText | int) -> str:
     """A percentage; - of nothing."""
     return f"{100 * int(part) / int(whole):.0f} %" if int(whole) else "-"
