@@ -56,6 +56,16 @@ def test_head_block_and_validators_of_a_running_node(
     assert "at height 1,000" in shown
 
 
+def test_validators_of_the_next_epoch_and_of_one_that_nobody_knows(
+    node: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = ["--data-dir", str(node)]
+    assert main(["chain", "validators", "--epoch", "3", *place]) == Exit.OK
+    assert "epoch 3, blocks 1,501 to 2,000" in capsys.readouterr().out
+    assert main(["chain", "validators", "--epoch", "9", *place]) == Exit.NOT_FOUND
+    assert "epoch 9" in capsys.readouterr().err
+
+
 def test_heights_that_cannot_be(node: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = ["--data-dir", str(node)]
     assert main(["chain", "block", "-1", *place]) == Exit.USAGE
