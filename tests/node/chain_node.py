@@ -12,13 +12,14 @@ from typing import Any
 
 import trio
 
-from tdmld.chain.blocks import view_epoch
+from tdmld.chain.blocks import turn, view_epoch
 from tdmld.chain.crypto import KeyPair, address, public_key
 from tdmld.chain.errors import ChainError
 from tdmld.chain.genesis import Genesis, load_genesis
 from tdmld.node.chainerrors import ChainSideError
 from tdmld.node.chainservice import ChainService
 from tdmld.node.store import ChainStore
+from tdmld.node.views import validators
 from tdmld.p2p import Host, PeerInfo, open_host
 
 
@@ -67,6 +68,23 @@ class Control:
         committee = self._service.store.committee(view_epoch(certificate.view))
         assert committee is not None
         return [address(committee.nodes[voter]) for voter, _ in certificate.signatures]
+
+    async def seats(self, _: None) -> list[list[Any]]:
+        """Of the present epoch: node, whether it leads, since when it is jailed."""
+        found = validators(self._service.state(), self._service.committee.epoch)
+        return [[seat.node, seat.leads, seat.jailed] for seat in found]
+
+    async def headers(self, first: int) -> list[list[Any]]:
+        """From a height on: views that were passed over before the block, and its proposer."""
+        store, found = self._service.store, []
+        for height in range(first, store.height + 1):
+            block = store.block(height)
+            assert block is not None
+            header = block.header
+            same = view_epoch(header.parent_view) == view_epoch(header.view)
+            before = turn(header.parent_view) if same else 0
+            found.append([turn(header.view) - before - 1, address(header.proposer)])
+        return found
 
     async def offences(self, pair: list[str]) -> int:
         """Stake of an owner that was burned for what its node did in epoch 0."""
