@@ -24,7 +24,7 @@ from tdmld.chain.blocks import (
     transactions_root,
     turn,
 )
-from tdmld.chain.crypto import KeyPair, sha256
+from tdmld.chain.crypto import KeyPair, address, sha256
 from tdmld.chain.genesis import Genesis, chain_id, genesis_from_document
 from tdmld.chain.leader import Rotation
 from tdmld.chain.records import ValidatorSet
@@ -73,6 +73,8 @@ def make_genesis(
 GENESIS = make_genesis()
 CHAIN = chain_id(GENESIS)
 CHANGING = make_genesis(validators=6, epoch_blocks=5)
+CHANGING_PAYEE = address(PAYEES[7])
+"""Who is paid in block 8 of it (see `grow`)."""
 
 
 def pay(nonce: int, chain: bytes = CHAIN) -> bytes:
