@@ -1,13 +1,11 @@
 """Beginning with another node's state: what is taken, what is refused, and what a crash leaves."""
 
-import contextlib
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
 
 import msgspec
 import pytest
@@ -15,7 +13,7 @@ import trio
 
 from tdmld.chain.blocks import block_hash
 from tdmld.chain.checkpoint import Checkpoint
-from tdmld.chain.codec import ZERO_HASH, decode, encode
+from tdmld.chain.codec import ZERO_HASH
 from tdmld.chain.crypto import sha256
 from tdmld.chain.errors import InvariantViolation, ProofRefused
 from tdmld.chain.ledger import recount
@@ -23,11 +21,11 @@ from tdmld.chain.turns import genesis_set
 from tdmld.node.chainerrors import CheckpointMismatch, SnapshotUnavailable
 from tdmld.node.chainwire import Snapshot, SyncAnswer
 from tdmld.node.finality import Finality
-from tdmld.node.snapshot import SnapshotClient, SnapshotServer, check_snapshot
+from tdmld.node.snapshot import SnapshotServer, check_snapshot
 from tdmld.node.store import ChainStore
-from tdmld.node.sync import SyncServer, check_blocks
-from tdmld.p2p import Host, Stream
+from tdmld.node.sync import SyncServer
 from tests.node.lonechain import GENESIS, extend, finalization, grow, pay
+from tests.node.snapkit import checkpoint, follow, join, nobody, pipe, same
 
 replace = msgspec.structs.replace
 
@@ -37,93 +35,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChainStore]:
     with ChainStore(tmp_path_factory.mktemp("served") / "chain", GENESIS) as store:
         grow(store, 60)
         yield store
-
-
-class Pipe:
-    """A stream to a server in the same process; `change` plays a lying one."""
-
-    def __init__(self, server: SyncServer, change: Callable[[SyncAnswer], SyncAnswer]) -> None:
-        self._server, self._change = server, change
-        self._to, self._requests = trio.open_memory_channel[bytes](4)
-        self._answers, self._from = trio.open_memory_channel[bytes](4)
-        self.peer_id = "client"
-
-    async def __aenter__(self) -> "Pipe":
-        return self
-
-    async def __aexit__(self, *_: object) -> None: ...
-
-    async def send(self, raw: bytes) -> None:
-        class OneRequest:
-            peer_id = "client"
-            done = False
-
-            async def receive(self, _: int) -> bytes:
-                if self.done:
-                    raise trio.EndOfChannel
-                self.done = True
-                return raw
-
-            async def send(inner, answer: bytes) -> None:
-                found: SyncAnswer = decode(SyncAnswer, answer, 1 << 26)  # type: ignore[arg-type]
-                await self._answers.send(encode(self._change(found)))
-
-            async def reset(self) -> None: ...
-
-        with contextlib.suppress(trio.EndOfChannel):
-            await self._server.accept(cast(Stream, OneRequest()))
-
-    async def receive(self, _: int) -> bytes:
-        return await self._from.receive()
-
-
-class FakeHost:
-    def __init__(self, *pipes: Pipe) -> None:
-        self._pipes = {f"peer{n}": pipe for n, pipe in enumerate(pipes)}
-
-    def connected(self) -> frozenset[str]:
-        return frozenset(self._pipes)
-
-    async def open_stream(self, peer: str, _: str) -> Pipe:
-        return self._pipes[peer]
-
-
-async def _nobody(*_: object) -> None: ...
-
-
-def pipe(
-    store: ChainStore, change: Callable[[SyncAnswer], SyncAnswer] = lambda answer: answer
-) -> Pipe:
-    snapshots = SnapshotServer(Finality(store))
-    return Pipe(SyncServer(store, _nobody, lambda _: None, snapshots), change)
-
-
-def join(store: ChainStore, *pipes: Pipe) -> None:
-    client = SnapshotClient(cast(Host, FakeHost(*pipes)), "x", store)
-    trio.run(client.join)
-
-
-def follow(store: ChainStore, served: ChainStore) -> None:
-    """Block sync, without a network."""
-    server = SyncServer(served, _nobody, lambda _: None)
-    while store.height < served.height:
-        answer = server.blocks(store.height + 1, 64)
-        committee, epoch_blocks = (
-            store.committee(store.epoch),
-            store.genesis.parameters.epoch_blocks,
-        )
-        assert committee is not None
-        found = check_blocks(committee, epoch_blocks, store.height, store.head.hash, answer)
-        assert found is not None
-        for block in found[0]:
-            store.apply(block, found[1] if block is found[0][-1] else None)
-
-
-def same(one: ChainStore, two: ChainStore) -> None:
-    assert one.head == two.head
-    assert one.history_root(one.height) == two.history_root(two.height)
-    assert list(one.state_items()) == list(two.state_items())
-    assert one.taken_root() == one.state_root
 
 
 # ---- joining -------------------------------------------------------------------------------------
@@ -216,6 +127,7 @@ def test_nobody_honest_is_said_and_leaves_genesis(
     served: ChainStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tdmld.node.snapshot.JOIN_SECONDS", 0.1)
+    monkeypatch.setattr("tdmld.node.snapshot.ROUND_SECONDS", 0.05)
     with ChainStore(tmp_path / "new", GENESIS) as store:
         with pytest.raises(SnapshotUnavailable, match="another root"):
             join(store, pipe(served, lies("an item")))
@@ -236,12 +148,6 @@ def test_a_broken_off_snapshot_is_forgotten(served: ChainStore, tmp_path: Path) 
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
-
-
-def checkpoint(store: ChainStore, height: int) -> Checkpoint:
-    leaf = store.history_leaf(height)
-    assert leaf is not None
-    return Checkpoint(height, leaf[0])
 
 
 @pytest.mark.parametrize("height", [1, 20, 58, 59])
@@ -304,7 +210,7 @@ def test_old_blocks_go_and_everything_else_stays(tmp_path: Path) -> None:
         assert short.receipt(sha256(pay(3))) == whole.receipt(sha256(pay(3)))
         assert short.history_proof(7, 59) == whole.history_proof(7, 59)
         same(short, whole)
-        answer = SyncServer(short, _nobody, lambda _: None).blocks(20, 64)
+        answer = SyncServer(short, nobody, lambda _: None).blocks(20, 64)
         assert (answer.blocks, answer.lowest, answer.height) == ((), 51, 60)
     with ChainStore(tmp_path / "short", GENESIS) as short:
         assert short.lowest == 51
@@ -370,38 +276,6 @@ def test_twenty_kills_leave_head_state_tree_and_receipts_in_agreement(tmp_path: 
             extend(store, [pay(height)])
             seen = height + 1
     assert seen > 40
-
-
-# ---- the long chain ------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_ten_thousand_blocks_by_snapshot_and_by_replay_give_one_root(tmp_path: Path) -> None:
-    """Prints what each way took: pytest -s -m slow -k ten_thousand tests/node."""
-    times = {}
-
-    def timed(name: str, work: Callable[[], None]) -> None:
-        start = time.perf_counter()
-        work()
-        times[name] = time.perf_counter() - start
-
-    with (
-        ChainStore(tmp_path / "made", GENESIS) as made,
-        ChainStore(tmp_path / "snapshot", GENESIS) as snapshot,
-        ChainStore(tmp_path / "replay", GENESIS) as replay,
-    ):
-        timed("make", lambda: grow(made, 10_000))
-        timed("replay", lambda: follow(replay, made))
-        timed("snapshot", lambda: join(snapshot, pipe(made)))
-        follow(snapshot, made)
-        same(replay, made)
-        same(snapshot, made)
-        for store in (replay, snapshot):
-            extended = extend(made) if store is replay else made.block(made.height)
-            assert extended is not None
-            store.apply(extended, finalization(made, extended.header))
-            same(store, made)
-    print({name: round(seconds, 2) for name, seconds in times.items()})
 
 
 def test_a_snapshot_begins_only_with_an_empty_store(served: ChainStore) -> None:
