@@ -1,12 +1,14 @@
 """How transactions enter the pool, and how they spread to everybody who could propose them.
 
-    decode -> could its signer pay? -> signature (in slices)
-    -> look again at the state -> pool -> all validators by their streams; a follower also by gossip
+    decode -> could its signer pay? -> turn -> would the pool have it? -> signature (in slices)
+    -> pool -> all validators by their streams; a follower also by gossip
 
 What a stranger sends costs us a decoding and a look at one account, unless somebody stands behind
-it; and of each peer only a few batches wait. Checks against the state come after the last await:
-the state moves meanwhile. Arrival order is kept, since nonces must be contiguous. What was
-submitted here is said again every RESEND seconds until it is executed or can never be.
+it. Peers are let in by turns, ours first; of each only a little waits, and each has an allowance of
+bytes and of our time, from which what is refused is taken many times over (`fairness`). Between two
+awaits a transaction is judged whole: the state moves meanwhile. Arrival order is kept, since nonces
+must be contiguous. What was submitted here is said again every RESEND seconds until it is executed
+or can never be.
 """
 
 import logging
@@ -21,6 +23,7 @@ from tdmld.chain.genesis import Parameters
 from tdmld.chain.mempool import PER_OWNER, Mempool
 from tdmld.chain.state import State
 from tdmld.chain.transactions import (
+    EVIDENCE_KINDS,
     Return,
     Transaction,
     decode_transaction,
@@ -28,6 +31,7 @@ from tdmld.chain.transactions import (
 )
 from tdmld.node.chainerrors import ServiceBusy
 from tdmld.node.chainwire import TX_BATCH, TX_BATCH_BYTES
+from tdmld.node.fairness import Allowance, Meter, Turns
 from tdmld.node.finality import Finality
 from tdmld.node.store import AppliedBlock
 
@@ -36,10 +40,12 @@ log = logging.getLogger(__name__)
 SIGNATURES = 32
 """Checked (41 us each) before others get their turn. Not in a thread: it would have to take the
 interpreter lock back after each of them, from a loop that holds it for milliseconds."""
-MAX_WAITING = 256
-"""Batches waiting for admission; above it a peer's batch is dropped (its origin repeats it)."""
 MAX_WAITING_EACH = 8
-"""Of them, batches of one peer."""
+"""Batches of one peer that wait for admission; above it they are dropped (their origin repeats
+them). There is no limit for all together: it would be the first thing that a flood uses up."""
+MAX_WAITING_BYTES = 256 << 10
+"""The same in bytes; one batch may always wait. So 256 flooding peers hold 64 MiB, or 128 MiB when
+each sends one batch of the greatest size."""
 MAX_QUEUED_BYTES = 2 << 20
 """Transactions of one other validator that wait for admission; above it they are dropped likewise:
 a second's work at most, and what one of them floods is not taken out of another's."""
@@ -48,6 +54,20 @@ REMEMBERED = 16_384
 transaction comes in a block, from its origin and by gossip."""
 MAX_OWN = 4096
 """Transactions submitted here and not executed yet."""
+LOOK, SIGNATURE, TRIAL = 10e-6, 45e-6, 15e-6
+"""Seconds of work: decoding and a look at an account; a signature; execution by the pool."""
+REFUSED = 8
+"""What is refused costs its sender so many times the work: honest peers send some of it, because
+states differ."""
+FORGED = 500
+"""And so many times when its signature is false: no honest peer passes that on."""
+PEERS = Allowance(work=0.25, size=1 << 20)
+"""3500 good transactions a second of one peer; 9 a second with forged signatures, which is half a
+millisecond of work."""
+VALIDATORS = Allowance(work=0.5, size=4 << 20)
+"""They hand on what all their followers send."""
+OURS, GOSSIP = "", "gossip"
+"""Sources that are not metered: who uses our RPC, and what was metered at its door."""
 RESEND = 5.0
 GATHER = 0.02
 """Seconds between two batches that are spread: a lone transaction leaves at once, many go
@@ -70,6 +90,11 @@ def has_backing(transaction: Transaction, state: State, parameters: Parameters) 
     )
 
 
+def work_of(transaction: Transaction) -> float:
+    """Seconds that its signatures take: evidence holds two more."""
+    return SIGNATURE * (3 if isinstance(transaction.payload, EVIDENCE_KINDS) else 1)
+
+
 class Admission:
     """The pool and its door. `changed` is called when the pool grows."""
 
@@ -83,9 +108,13 @@ class Admission:
         pool.time_ms = finality.store.head.header.time_ms
         self._spread = spread
         self._changed = changed
-        self._lock = trio.Lock()
+        self.turns = Turns(first=OURS)
+        self.peers = Meter(PEERS)
+        """What peers have cost, also at the door of the gossip."""
+        self._validators = Meter(VALIDATORS)
         self._waiting: Counter[str] = Counter()
-        self._queue: deque[tuple[int | str, Sequence[bytes]]] = deque()
+        self._waiting_bytes: Counter[str] = Counter()
+        self._queues: dict[int | str, deque[Sequence[bytes]]] = {}
         self._queued_bytes: Counter[int | str] = Counter()
         self._queue_news = trio.Event()
         self._good: dict[bytes, None] = {}
@@ -106,7 +135,7 @@ class Admission:
             return transaction.id
         if len(self._own) >= MAX_OWN:
             raise ServiceBusy(f"{MAX_OWN} submitted transactions are waiting: try again later")
-        async with self._lock:
+        async with self.turns.of(OURS):
             await self._admit([transaction], strict=True)
         self._own[transaction.id] = transaction.raw
         self._send([transaction.raw])
@@ -128,86 +157,153 @@ class Admission:
         if self._queued_bytes[source] + size > MAX_QUEUED_BYTES:
             return
         self._queued_bytes[source] += size
-        self._queue.append((source, raws))
+        self._queues.setdefault(source, deque()).append(raws)
         self._queue_news.set()
 
     async def run_queue(self) -> None:
-        """Admit what is queued, for ever."""
-        while True:
-            while not self._queue:
+        """Admit what is queued, for ever: of each validator in order, of all by turns."""
+        busy = set[int | str]()
+        async with trio.open_nursery() as nursery:
+            while True:
+                for source in self._queues.keys() - busy:
+                    busy.add(source)
+                    nursery.start_soon(self._drain, source, busy)
                 self._queue_news = trio.Event()
                 await self._queue_news.wait()
-            source, raws = self._queue.popleft()
-            self._queued_bytes[source] -= _weight(raws)
-            await self.receive(raws, spread=False)
 
-    async def receive(self, raws: Iterable[bytes], *, spread: bool, source: str = "") -> None:
-        """Admit what the peer `source` sent, leaving out what is bad, known or without backing.
-        `spread`: tell validators."""
-        if self._waiting[source] >= MAX_WAITING_EACH or self._waiting.total() >= MAX_WAITING:
-            return
+    async def _drain(self, source: int | str, busy: set[int | str]) -> None:
+        queue = self._queues[source]
+        while queue:
+            raws = queue.popleft()
+            self._queued_bytes[source] -= _weight(raws)
+            await self._receive(raws, f"validator {source}", self._validators)
+            await trio.lowlevel.checkpoint()
+        del self._queues[source], self._queued_bytes[source]
+        busy.discard(source)
+
+    async def receive(self, raws: Sequence[bytes], *, spread: bool, source: str = OURS) -> None:
+        """Admit what the peer `source` sent, leaving out what is bad, known or without backing, and
+        everything while its allowance is spent. `spread`: tell validators."""
+        meter = None if source in (OURS, GOSSIP) else self.peers
+        admitted = await self._receive(raws, source, meter)
+        if spread and admitted:
+            self._send([transaction.raw for transaction in admitted])
+
+    async def _receive(
+        self, raws: Sequence[bytes], source: str, meter: Meter | None
+    ) -> list[Transaction]:
+        size = _weight(raws)
+        if self._waiting[source] >= MAX_WAITING_EACH or (
+            self._waiting[source] and self._waiting_bytes[source] + size > MAX_WAITING_BYTES
+        ):
+            return []
+        if meter is not None and not meter.open(source, size):
+            log.debug("%s has used up its allowance", source)
+            return []
+        candidates = self._look(raws, source, meter)
+        if not candidates:
+            return []
+        self._waiting[source] += 1
+        self._waiting_bytes[source] += size
+        try:
+            async with self.turns.of(source):
+                return await self._admit(candidates, strict=False, source=source, meter=meter)
+        finally:
+            self._waiting[source] -= 1
+            self._waiting_bytes[source] -= size
+            if not self._waiting[source]:
+                del self._waiting[source], self._waiting_bytes[source]
+
+    def _look(self, raws: Sequence[bytes], source: str, meter: Meter | None) -> list[Transaction]:
+        """Those that are new, and that somebody could pay for."""
         state, parameters = State(self._store.get), self._store.genesis.parameters
-        candidates = []
+        candidates, refused = [], 0
         for raw in raws:
             if self._known(sha256(raw)):
                 continue
             try:
                 transaction = decode_transaction(raw, self._chain_id)
             except ChainError as error:
-                log.info("a peer sent a bad transaction: %s", error)
+                log.debug("%s sent a bad transaction: %s", source, error)
+                refused += 1
                 continue
             if has_backing(transaction, state, parameters):
                 candidates.append(transaction)
-        if not candidates:
-            return
-        self._waiting[source] += 1
-        try:
-            async with self._lock:
-                admitted = await self._admit(candidates, strict=False)
-        finally:
-            self._waiting[source] -= 1
-            if not self._waiting[source]:
-                del self._waiting[source]
-        if spread:
-            self._send([transaction.raw for transaction in admitted])
+            else:
+                refused += 1
+        if meter is not None:
+            meter.charge(source, LOOK * (len(raws) + (REFUSED - 1) * refused))
+        return candidates
 
     async def _admit(
-        self, transactions: Sequence[Transaction], *, strict: bool
+        self,
+        transactions: Sequence[Transaction],
+        *,
+        strict: bool,
+        source: str = OURS,
+        meter: Meter | None = None,
     ) -> list[Transaction]:
-        good = await self.verified(transactions)
-        state, admitted = State(self._store.get), []
-        for transaction, fine in zip(transactions, good, strict=True):
+        state, admitted, signatures = State(self._store.get), list[Transaction](), 0
+        for transaction in transactions:
+            if meter is not None and meter.spent(source):
+                log.debug("%s has used up its allowance", source)
+                break
+            if self._known(transaction.id):
+                continue
+            work, times = TRIAL, 1
             try:
-                if not fine:
+                if self._replaces_final(transaction):
+                    raise InvalidTransaction(
+                        f"nonce: {transaction.nonce} is in a final block already: use the next one"
+                    )
+                self.pool.glance(transaction, state)
+                work += work_of(transaction)
+                signatures += transaction.id not in self._good
+                if not self.signed(transaction):
+                    times = FORGED
                     raise InvalidTransaction("signature: it is not the signer's")
-                if self._known(transaction.id):
-                    continue
                 self.pool.admit(transaction, state, self._store.height)
             except InvalidTransaction as error:
+                times = max(times, REFUSED)
                 if strict:
                     raise
                 log.debug("not admitted: %s", error)
-                continue
-            admitted.append(transaction)
+            else:
+                admitted.append(transaction)
+            if meter is not None:
+                meter.charge(source, work * times)
+            if signatures == SIGNATURES:
+                await trio.lowlevel.checkpoint()
+                state, signatures = State(self._store.get), 0
         if admitted:
             self._changed()
         return admitted
+
+    def _replaces_final(self, transaction: Transaction) -> bool:
+        """Whether it comes in the place of one whose block is final and not executed yet."""
+        rival = self.pool.rival(transaction)
+        return rival is not None and rival.id in self._finality.limbo
+
+    def signed(self, transaction: Transaction) -> bool:
+        """Whether its signature is good, which is remembered."""
+        if transaction.id in self._good:
+            return True
+        if not verify_transaction(transaction, self._chain_id):
+            return False
+        self._good[transaction.id] = None
+        if len(self._good) > REMEMBERED:
+            del self._good[next(iter(self._good))]
+        return True
 
     async def verified(self, transactions: Sequence[Transaction]) -> list[bool]:
         """Whether each signature is good. Cancellation changes nothing."""
         good, checked = [], 0
         for transaction in transactions:
-            fine = transaction.id in self._good
-            if not fine:
+            if transaction.id not in self._good:
                 checked += 1
                 if checked % SIGNATURES == 0:
                     await trio.lowlevel.checkpoint()
-                fine = verify_transaction(transaction, self._chain_id)
-            if fine:
-                self._good[transaction.id] = None
-            good.append(fine)
-        for _ in range(len(self._good) - REMEMBERED):
-            del self._good[next(iter(self._good))]
+            good.append(self.signed(transaction))
         return good
 
     def _known(self, transaction: bytes) -> bool:

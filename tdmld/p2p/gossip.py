@@ -131,7 +131,7 @@ class _Pubsub(Pubsub):
         if source == self.my_id:
             return
         try:
-            valid = topic.validate(str(source), msg.data)
+            valid = topic.validate(str(msg_forwarder), msg.data)
         except Exception:
             # Boundary: a defect in a validator costs the message, not the host.
             log.exception("the validator of %s failed", msg.topicIDs[0])

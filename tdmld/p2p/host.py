@@ -215,10 +215,11 @@ class Host:
     ) -> trio.MemoryReceiveChannel[GossipMessage]:
         """Messages of others on a topic. A topic is subscribed at most once.
 
-        `validate(source, data)` is synchronous, must be fast, and is called before a message is
+        `validate(forwarder, data)` is synchronous, must be fast, and is called before a message is
         forwarded or delivered, after the check of `limit`; what it raises counts as False and is
-        logged. Delivery is best effort: a subscriber that leaves `Limits.gossip_queue` messages
-        unread loses the newer ones (`gossip_dropped`).
+        logged. `forwarder` is the connected peer that it came from: authors cost nothing. Delivery
+        is best effort: a subscriber that leaves `Limits.gossip_queue` messages unread loses the
+        newer ones (`gossip_dropped`).
         """
         if self._gossip is None:
             raise GossipRefused("gossip is switched off on this host")

@@ -3,7 +3,8 @@
 import pytest
 
 from tdmld.chain.errors import InvalidTransaction
-from tdmld.chain.mempool import PARKED_BLOCKS, Mempool, PoolLimits, debit
+from tdmld.chain.mempool import Mempool, PoolLimits, debit
+from tdmld.chain.parking import PARKED_BLOCKS
 from tdmld.chain.records import JobStatus
 from tdmld.chain.transactions import (
     Accept,
@@ -50,7 +51,10 @@ def test_a_gap_or_a_used_nonce_is_refused() -> None:
         admit(pool, world, pay(world, 1))
     admit(pool, world, pay(world, 0))
     with pytest.raises(InvalidTransaction, match="next one is 1"):
-        admit(pool, world, pay(world, 0, amount=2))
+        admit(pool, world, pay(world, 2))
+    world.block(pay(world, 0).raw)
+    with pytest.raises(InvalidTransaction, match="next one is 1"):
+        admit(Mempool(world.genesis), world, pay(world, 0, amount=2))
 
 
 def test_the_same_transaction_twice_is_one() -> None:
@@ -223,12 +227,12 @@ def test_parking_is_bounded_in_number_time_and_to_registered_nodes() -> None:
     for answer in answers:
         with pytest.raises(InvalidTransaction):
             pool.admit(answer, world.state, world.height)
-    assert len(pool._parked) == 3
+    assert len(pool._parking) == 3
     pool.expire(PARKED_BLOCKS + 1)
-    assert len(pool._parked) == 0
+    assert len(pool._parking) == 0
     with pytest.raises(InvalidTransaction):
         pool.admit(answers[-1], world.state, world.height)
-    assert len(pool._parked) == 0
+    assert len(pool._parking) == 0
 
 
 def test_only_the_transfers_of_owners_that_a_block_touched_are_tried_again() -> None:

@@ -7,9 +7,9 @@ import pytest
 import trio
 import trio.testing
 
-from tdmld.chain.crypto import KeyPair
+from tdmld.chain.crypto import KeyPair, sha256
 from tdmld.chain.errors import InvalidTransaction
-from tdmld.chain.mempool import Mempool
+from tdmld.chain.mempool import Mempool, PoolLimits
 from tdmld.chain.state import State
 from tdmld.chain.transactions import (
     Ask,
@@ -108,12 +108,12 @@ async def test_a_good_signature_is_checked_once(
     monkeypatch.setattr(
         admission, "verify_transaction", lambda transaction, _: checked.append(transaction)
     )
-    assert await door.admission.verified([good, bad]) == [True, None]
+    assert await door.admission.verified([good, bad]) == [True, False]
     assert checked == [bad]
 
 
 async def test_one_peer_takes_no_more_than_its_places(door: Door) -> None:
-    async with trio.open_nursery() as nursery, door.admission._lock:
+    async with trio.open_nursery() as nursery, door.admission.turns.of("somebody"):
         for number in range(3 * MAX_WAITING_EACH):
             raws = [transfer(0, number)]
             nursery.start_soon(lambda r=raws: door.admission.receive(r, spread=False, source="x"))
@@ -132,7 +132,7 @@ async def test_what_one_validator_floods_takes_no_room_from_another(door: Door) 
     for number in range(200_000):
         door.admission.enqueue(flood[number % 3], 1)
     assert door.admission._queued_bytes[1] <= MAX_QUEUED_BYTES
-    assert len(door.admission._queue) <= MAX_QUEUED_BYTES // 64
+    assert len(door.admission._queues[1]) <= MAX_QUEUED_BYTES // 64
     door.admission.enqueue([transfer(0, 0)], 2)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(door.admission.run_queue)
@@ -158,3 +158,112 @@ async def test_what_paid_for_its_failure_or_succeeded_is_not_tried_again(door: D
     for raw in (good, poor):
         await door.admission.submit(raw)
     assert door.waiting() == 0
+
+
+# ---- floods --------------------------------------------------------------------------------------
+
+
+def forged(number: int) -> bytes:
+    """Somebody rich stands behind it, who has never seen it."""
+    return number.to_bytes(64, "big") + transfer(0, number % 16, amount=1 + number)[64:]
+
+
+async def test_who_sends_forgeries_is_soon_not_looked_at(
+    door: Door, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    checked: list[int] = []
+    real = admission.verify_transaction
+
+    def verify(transaction: Transaction, chain_id: bytes) -> bool:
+        checked.append(transaction.nonce)
+        return real(transaction, chain_id)
+
+    monkeypatch.setattr(admission, "verify_transaction", verify)
+    for round in range(50):
+        raws = [forged(64 * round + number) for number in range(0, 1024, 16)]
+        await door.admission.receive(raws, spread=True, source="mallory")
+    assert len(checked) < 30
+    await trio.sleep(10)
+    before = len(checked)
+    await door.admission.receive([forged(n) for n in range(0, 1024, 16)], spread=True, source="m")
+    await door.admission.receive([transfer(1, 0)], spread=True, source="mallory")
+    assert len(checked) - before < 30
+    assert door.waiting() == 1, "it is heard again"
+
+
+async def test_refused_transactions_cost_more_than_good_ones(door: Door) -> None:
+    good = [transfer(number % 4, number // 4) for number in range(32)]
+    await door.admission.receive(good, spread=False, source="good")
+    bad = [transfer(number % 4, 9 + number // 4) for number in range(32)]  # gaps
+    await door.admission.receive(bad, spread=False, source="bad")
+    left = {name: account.work for name, account in door.admission.peers._accounts.items()}
+    full = admission.PEERS.work * admission.PEERS.burst
+    assert 0 < full - left["good"] < full - left["bad"]
+
+
+async def test_a_hopeless_transaction_costs_no_signature(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await door.admission.receive([transfer(0, 0)], spread=False, source="a")
+    monkeypatch.setattr(admission, "verify_transaction", lambda *_: pytest.fail("checked"))
+    gap, rival = transfer(0, 5), transfer(0, 0, amount=9)
+    await door.admission.receive([gap, rival], spread=False, source="a")
+    for raw, cause in ((gap, "next one is 1"), (rival, "pay at least 20")):
+        with pytest.raises(InvalidTransaction, match=cause):
+            await door.admission.submit(raw)
+
+
+async def test_one_who_replaces_a_final_transaction_is_told_to_use_the_next_nonce(
+    door: Door,
+) -> None:
+    first = transfer(0, 0)
+    await door.admission.submit(first)
+    door.admission._finality.limbo.add(sha256(first))
+    higher = sign_transaction(OWNERS[0], CHAIN, Transfer(OWNERS[1].public, 1), fee=100)
+    with pytest.raises(InvalidTransaction, match="use the next one"):
+        await door.admission.submit(higher)
+
+
+@pytest.mark.parametrize("junk", ["forged", "gaps", "nobody", "noise"])
+async def test_a_flood_of_many_peers_keeps_nobody_out(
+    door: Door, junk: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Twenty peers offer more than fits, all the time; an honest peer and a client of ours get
+    everything in."""
+    make = {
+        "forged": forged,
+        "gaps": lambda n: transfer(0, 1 + n % 15, amount=1 + n),
+        "nobody": from_nobody,
+        "noise": lambda n: n.to_bytes(200, "big"),
+    }[junk]
+    batch = [make(1 + number) for number in range(64)]
+
+    async def flood(source: str) -> None:
+        while True:
+            await door.admission.receive(batch, spread=False, source=source)
+            await trio.sleep(0.01)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(40):
+            nursery.start_soon(flood, f"mallory {number % 20}")
+        await trio.sleep(0.05)
+        for nonce in range(8):
+            raws = [transfer(1, nonce)]
+            await door.admission.receive(raws, spread=True, source="alice")
+            await door.admission.submit(transfer(2, nonce))
+            await trio.sleep(0.005)
+        nursery.cancel_scope.cancel()
+    assert door.waiting() == 16
+
+
+async def test_who_pays_for_its_flood_is_outbid(door: Door) -> None:
+    """A full pool: the flood pays the floor, an honest peer a little more."""
+    door.admission.pool = Mempool(GENESIS, PoolLimits(count=16))
+    flood = [transfer(sender, nonce) for nonce in range(8) for sender in (0, 1)]
+    await door.admission.receive(flood, spread=False, source="mallory")
+    assert door.waiting() == 16
+    honest = sign_transaction(OWNERS[2], CHAIN, Transfer(OWNERS[1].public, 1), fee=11)
+    await door.admission.receive([honest], spread=False, source="alice")
+    assert door.admission.select(())[0].raw == honest
+    with pytest.raises(InvalidTransaction, match="a fee of 11 or more may find a place"):
+        await door.admission.submit(transfer(3, 0))

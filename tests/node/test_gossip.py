@@ -5,6 +5,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import trio
 
 from tdmld.chain.blocks import Block, Certificate, Kind
 from tdmld.chain.codec import encode
@@ -12,9 +13,13 @@ from tdmld.chain.crypto import KeyPair, sha256
 from tdmld.chain.mempool import PER_OWNER, Mempool
 from tdmld.chain.state import State
 from tdmld.chain.transactions import (
+    Accept,
+    Ask,
     Offer,
     Stage,
+    Sworn,
     Transfer,
+    VoteEvidence,
     decode_transaction,
     sign_transaction,
 )
@@ -36,6 +41,24 @@ from tests.node.chainkit import (
 
 SOURCE = "12D3KooW"
 NOBODY = KeyPair(bytes([99]) * 32)
+
+
+class Clock:
+    """Time as the door sees it, outside of trio."""
+
+    now = 0.0
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(trio, "current_time", lambda: clock.now)
+    return clock
+
+
+def paying(sender: int, nonce: int, fee: int, expiry: int = 0) -> bytes:
+    payload = Transfer(OWNERS[1].public, fee)
+    return sign_transaction(OWNERS[sender], CHAIN, payload, nonce=nonce, fee=fee, expiry=expiry)
 
 
 class Gate:
@@ -123,7 +146,56 @@ def test_one_fee_does_not_pay_for_many_versions(gate: Gate) -> None:
     gate.pool.admit(decode_transaction(first, CHAIN), state, 0)
     assert gate.sent(first)
     assert not gate.sent(transfer(0, 0, amount=6))
+    assert not gate.sent(paying(0, 0, 19))
+    assert gate.sent(paying(0, 0, 20))
     assert gate.sent(transfer(0, 1, amount=6))
+
+
+def test_versions_pay_for_each_other_also_before_the_pool_has_one(gate: Gate) -> None:
+    assert gate.sent(transfer(0, 3))
+    assert gate.sent(transfer(0, 3)), "in another batch"
+    assert not gate.sent(transfer(0, 3, amount=6))
+    assert gate.sent(paying(0, 3, 20))
+    assert not gate.sent(paying(0, 3, 25))
+
+
+def test_a_version_that_expired_is_in_nobodys_way(gate: Gate) -> None:
+    assert gate.sent(paying(0, 0, 10, expiry=1))
+    assert not gate.sent(transfer(0, 0))
+    gate.store.apply(next_block(gate.store), None)
+    assert gate.sent(transfer(0, 0))
+
+
+def test_a_nodes_transactions_are_passed_on_unproven_a_few_times_only(gate: Gate) -> None:
+    node = KEYS[0]
+    early = [
+        sign_transaction(node, CHAIN, Accept(bytes([n]) * 32, 0, 0, bytes(32))) for n in range(40)
+    ]
+    assert [gate.sent(raw) for raw in early].count(True) == 16
+    other = sign_transaction(KEYS[1], CHAIN, Accept(bytes(32), 0, 0, bytes(32)))
+    assert gate.sent(other), "another node's"
+    ask = sign_transaction(node, CHAIN, Ask(bytes(32), "cpu", 1, 1, 1, 1, 100))
+    assert gate.sent(ask), "it succeeds here"
+
+
+def test_evidence_is_passed_on_when_it_holds(gate: Gate) -> None:
+    sworn = (Sworn(Kind.NOTARIZE, bytes(32), bytes(64)), Sworn(Kind.NOTARIZE, b"x" * 32, bytes(64)))
+    false = VoteEvidence(KEYS[1].public, 1, *sworn)
+    assert not gate.sent(sign_transaction(KEYS[0], CHAIN, false))
+
+
+def test_who_forwards_forgeries_is_not_heard_for_a_while_and_nobody_else_suffers(
+    gate: Gate, clock: Clock
+) -> None:
+    forged = [bytes(64) + transfer(0, nonce)[64:] for nonce in range(16)]
+    heard = gate.door._admission.peers
+    for raw in forged * 4:
+        gate.door.transactions("mallory", encode(Transactions((raw,))))
+    assert heard.spent("mallory")
+    assert not gate.door.transactions("mallory", encode(Transactions((transfer(0, 0),))))
+    assert gate.door.transactions("alice", encode(Transactions((transfer(0, 0),))))
+    clock.now += 60
+    assert gate.door.transactions("mallory", encode(Transactions((transfer(1, 0),))))
 
 
 # ---- offers --------------------------------------------------------------------------------------
