@@ -19,6 +19,7 @@ from scripts.lib.vectors_crypto import crypto  # noqa: E402
 from scripts.lib.vectors_formats import blocks, encoding, genesis  # noqa: E402
 from scripts.lib.vectors_jobs import ledger_match, ledger_segments  # noqa: E402
 from scripts.lib.vectors_ledger import ledger_money  # noqa: E402
+from scripts.lib.vectors_stakes import ledger_stakes  # noqa: E402
 
 DIRECTORY = ROOT / "tests" / "vectors"
 LINES = 4
@@ -28,6 +29,7 @@ FILES: dict[str, Callable[[], dict[str, Any]]] = {
     "blocks": blocks,
     "crypto": crypto,
     "ledger-money": ledger_money,
+    "ledger-stakes": ledger_stakes,
     "ledger-match": ledger_match,
     "ledger-segments": ledger_segments,
     "ledger-audits": ledger_audits,

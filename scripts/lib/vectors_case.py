@@ -48,11 +48,12 @@ class Scene:
         tainted: bool = False,
         passed: int = 0,
         beacon: bytes | None = None,
+        time_ms: int | None = None,
     ) -> None:
         """One block over the scene's state; `rules` are names with blanks between. `passed`: views
         that were passed over before it, at least one when it is `tainted`."""
         mix = beacon or mark("beacon of", self.name, name)
-        context = self._context(height, passed or int(tainted), mix)
+        context = self._context(height, passed or int(tainted), mix, time_ms)
         transactions = [decode_transaction(raw, self.world.chain_id) for raw in raws]
         assert all(verify_transaction(found, self.world.chain_id) for found in transactions)
         result = apply_block(self._pre.get, self.world.genesis, context, transactions)
@@ -96,14 +97,16 @@ class Scene:
             "cases": self._cases,
         }
 
-    def _context(self, height: int | None, passed: int, beacon: bytes) -> BlockContext:
+    def _context(
+        self, height: int | None, passed: int, beacon: bytes, time_ms: int | None
+    ) -> BlockContext:
         at = self.height + 1 if height is None else height
         start = epoch_of(at, self.world.parameters.epoch_blocks) * EPOCH_VIEWS
         return BlockContext(
             height=at,
             view=max(self._view, start) + 1 + passed,
             parent_view=self._view,
-            time_ms=START_MS + 500 * at,
+            time_ms=START_MS + 500 * at if time_ms is None else time_ms,
             proposer=node_key(0).public,
             beacon=beacon,
         )

@@ -6,13 +6,15 @@ import msgspec
 from blake3 import blake3
 
 from scripts.lib.vectors_case import hexed, state_root
-from tdmld.chain import vrf
+from tdmld.chain import history, vrf
 from tdmld.chain.audits import auditor_commitment, is_drawn
 from tdmld.chain.blocks import (
+    EPOCH_VIEWS,
     beacon_input,
     beacon_mix,
     beacon_start,
     first_header,
+    follows,
 )
 from tdmld.chain.codec import ZERO_HASH
 from tdmld.chain.crypto import KeyPair, sha256, signing_bytes
@@ -48,6 +50,8 @@ def crypto() -> dict[str, Any]:
         ],
         "state_trees": _trees(),
         "rotations": _rotations(),
+        "views": _views(),
+        "histories": _histories(),
         "beacon": _beacon(),
         "vrf": _vrf(),
         "digests": _digests(),
@@ -148,6 +152,49 @@ def _rotations() -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _views() -> list[dict[str, Any]]:
+    """Whether a height follows its parent without a failed view."""
+    return [
+        {
+            "rules": ["BEACON-5", "EPOCH-1", "EPOCH-5"],
+            "parent_view": parent,
+            "view": view,
+            "tainted": not follows(parent, view),
+        }
+        for parent, view in (
+            (0, 1),
+            (0, 2),
+            (7, 8),
+            (7, 9),
+            (7, EPOCH_VIEWS + 1),
+            (7, EPOCH_VIEWS + 2),
+            (EPOCH_VIEWS + 1, EPOCH_VIEWS + 2),
+            (EPOCH_VIEWS + 2, EPOCH_VIEWS + 4),
+            (EPOCH_VIEWS + 9, 2 * EPOCH_VIEWS + 1),
+        )
+    ]
+
+
+def _histories() -> list[dict[str, Any]]:
+    """The root after each height: blocks of none, one and three transactions."""
+    leaves, rows = list[bytes](), []
+    for height, count in enumerate((0, 1, 3, 0, 2)):
+        outcomes = [(mark("transaction", height, n), n != 1) for n in range(count)]
+        block, outcomes_root = mark("block", height), history.outcomes_root(outcomes)
+        leaves.append(history.leaf(block, outcomes_root))
+        rows.append(
+            {
+                "rules": ["HIST-1", "HIST-2", "HIST-3"],
+                "height": height,
+                "block": block.hex(),
+                "transactions": [{"id": raw.hex(), "ok": ok} for raw, ok in outcomes],
+                "outcomes_root": outcomes_root.hex(),
+                "history_root": merkle_root(leaves).hex(),
+            }
+        )
+    return rows
 
 
 def _beacon() -> dict[str, Any]:

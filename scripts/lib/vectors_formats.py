@@ -8,6 +8,7 @@ import msgspec
 from scripts.lib.vectors_case import hexed, state_root
 from tdmld.chain import history, merkle, vrf
 from tdmld.chain.blocks import (
+    EPOCH_VIEWS,
     Block,
     Certificate,
     Committee,
@@ -333,6 +334,32 @@ def _children(header: Header) -> list[dict[str, Any]]:
         }
         for name, (rule, changes) in rows.items()
     ]
+    return [*found, *_edges(child)]
+
+
+def _edges(child: Header) -> list[dict[str, Any]]:
+    """The same where an epoch of 500 blocks ends: these rows have a parent of their own."""
+    rows: dict[str, tuple[int, dict[str, int], bool]] = {
+        "the first of an epoch": (500, {"view": EPOCH_VIEWS + 1}, True),
+        "the first of an epoch, a few views later": (500, {"view": EPOCH_VIEWS + 9}, True),
+        "the first of an epoch, in a view of the one before": (500, {"view": 9}, False),
+        "the first of an epoch, in a view of the next": (500, {"view": 2 * EPOCH_VIEWS + 1}, False),
+        "the last of an epoch": (499, {"view": 9}, True),
+        "the last of an epoch, in a view of the next": (499, {"view": EPOCH_VIEWS + 1}, False),
+    }
+    found = []
+    for name, (height, changes, valid) in rows.items():
+        parent = msgspec.structs.replace(child, height=height, view=7, parent_view=6)
+        header = msgspec.structs.replace(
+            parent,
+            height=height + 1,
+            parent=block_hash(parent),
+            parent_view=parent.view,
+            time_ms=parent.time_ms + 1,
+            **changes,
+        )
+        row = {"parent": plain(parent), "header": plain(header)}
+        found.append({"name": name, "rules": ["EPOCH-1"], "valid": valid, **row})
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tdmld.chain import blocks as chain_blocks
-from tdmld.chain import crypto, leader, ledger, merkle, records, transactions, vrf
+from tdmld.chain import crypto, history, leader, ledger, merkle, records, transactions, vrf
 from tdmld.chain.audits import auditor_commitment, is_drawn
 from tdmld.chain.blocks import (
     Block,
@@ -25,6 +25,7 @@ from tdmld.chain.blocks import (
     check_block,
     check_child,
     first_header,
+    follows,
     transactions_root,
     verify_certificate,
     verify_vote,
@@ -52,7 +53,7 @@ from tdmld.chain.tree import Tree
 ROOT = Path(__file__).resolve().parents[2]
 VECTORS = sorted((ROOT / "tests" / "vectors").glob("*.json"))
 LEDGERS = [path for path in VECTORS if path.stem.startswith("ledger-")]
-TOTAL_BYTES = 1_100_000
+TOTAL_BYTES = 1_400_000
 
 
 def load(name: str) -> dict[str, Any]:
@@ -299,7 +300,7 @@ def test_blocks_by_themselves(row: dict[str, Any]) -> None:
 @pytest.mark.parametrize("row", load("blocks")["children"], ids=lambda row: row["name"])
 def test_children(row: dict[str, Any]) -> None:
     vector = load("blocks")
-    parent = header_of(vector["header"])
+    parent = header_of(row.get("parent", vector["header"]))
     try:
         check_child(parent, block_hash(parent), header_of(row["header"]), 500)
     except InvalidBlock:
@@ -353,6 +354,21 @@ def test_rotations() -> None:
         leaders = [rotation.leader(view) for view in range(1, 41)]
         assert leaders == row["leaders_from_view_1"]
         assert rotation.leader(1_000_000) == row["leader_of_view_1000000"]
+
+
+def test_views() -> None:
+    for row in rows("views"):
+        assert follows(row["parent_view"], row["view"]) is not row["tainted"]
+
+
+def test_histories() -> None:
+    leaves = []
+    for row in rows("histories"):
+        outcomes = [(bytes.fromhex(one["id"]), one["ok"]) for one in row["transactions"]]
+        outcomes_root = history.outcomes_root(outcomes)
+        assert outcomes_root.hex() == row["outcomes_root"]
+        leaves.append(history.leaf(bytes.fromhex(row["block"]), outcomes_root))
+        assert merkle.root(leaves).hex() == row["history_root"]
 
 
 def test_beacon() -> None:
