@@ -19,7 +19,7 @@ from tdmld.chain.transactions import (
     decode_transaction,
     sign_transaction,
 )
-from tdmld.node import validator
+from tdmld.node import validator, views
 from tdmld.node.admission import has_backing
 from tdmld.node.chainwire import Proposal
 from tdmld.node.finality import Finality
@@ -136,6 +136,19 @@ async def test_n9_nothing_is_said_while_execution_is_behind(
         monkeypatch.setattr(Finality, "backlog", validator.MAX_BACKLOG + 1)
         await live(made)
         assert said(made) == []
+
+
+def test_validators_are_shown_with_who_leads_and_who_is_jailed(tmp_path: Path) -> None:
+    grow(tmp_path, 1)
+    with ChainStore(tmp_path / "chain", GENESIS) as store:
+        for epoch in (1, 2):
+            shown = {info.node: info for info in views.validators(State(store.get), epoch)}
+            assert [info.weight for info in shown.values()] == ["10"] * 4
+            mine = shown.pop(KEYS[ME].address)
+            assert (mine.owner, mine.leads) == (OWNERS[ME].address, epoch == 1)
+            assert mine.jailed == EPOCH
+            assert all(info.leads and not info.jailed for info in shown.values())
+        assert views.validators(State(store.get), 3) == ()
 
 
 # ---- the door --------------------------------------------------------------------------------
