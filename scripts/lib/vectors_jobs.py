@@ -240,7 +240,8 @@ def _preparing() -> list[Scene]:
 
 def ledger_segments() -> dict[str, Any]:
     """Commitments, links, draws, copies, stalls."""
-    scenes = [_committing(), *_linking(), _draws(), _no_draw(), *_copies(), *_stalls()]
+    scenes = [_committing(), *_linking(), _draws(), _drawn_by_taint()]
+    scenes += [_no_draw(), *_copies(), *_stalls()]
     return ledger_file(scenes)
 
 
@@ -323,6 +324,17 @@ def _draws() -> Scene:
         if not any(wanted):
             tainted = "the same beacon at a tainted height"
             scene.case(tainted, f"{rules} BEACON-5", height=at, beacon=beacon, tainted=True)
+    return scene
+
+
+def _drawn_by_taint() -> Scene:
+    """The height between is tainted, that of the draw is not."""
+    world = fresh()
+    job = active(world, audit_rate=1, audit_budget=7_000 * 8)
+    world.block(*moves(world, job))
+    world.block(tainted=True)
+    scene = Scene(world, "linked, then a tainted height")
+    scene.case("an untainted height draws both", "AUDIT-1 AUDIT-5 BEACON-6")
     return scene
 
 

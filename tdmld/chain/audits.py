@@ -12,8 +12,9 @@ the one that follows from the worker's Commit and opening. The auditor is paid f
 whichever it is: a false one gains it nothing more.
 
 **Draw.** SHA-256(beacon ‖ job ‖ slot u32 ‖ segment u64), its first 8 bytes as a number, below
-rate x 2^64 / 10^6; the beacon is that of the height linked + draw_delay. On a tainted height every
-segment is drawn (unless the offer asked for no audits at all).
+rate x 2^64 / 10^6; the beacon is that of the height linked + draw_delay. When that height or one
+since `linked` is tainted the segment is drawn in any case (unless the offer asked for no audits at
+all): whoever leads several views on end knows the beacon before it withholds the first of them.
 
 **Who audits.** Owners other than the submitter, the source's and the workers' of this job, by work
 stake (an owner that genesis names as auditor counts one unit more; each has a lot of its own, so
@@ -64,7 +65,7 @@ def auditor_commitment(list_root: bytes, salt: bytes, auditor: bytes) -> bytes:
 
 
 def is_drawn(beacon: bytes, tainted: bool, job: Job, slot: int, number: int) -> bool:
-    """Whether a linked segment is audited."""
+    """Whether a linked segment is audited. `tainted`: any height since it was linked (AUDIT-1)."""
     if job.audit_rate == 0:
         return False
     lot = int.from_bytes(sha256(beacon, job.id, u32(slot), u64(number))[:8], "big")
@@ -75,7 +76,8 @@ def draw(run: Execution, entry: Due) -> None:
     """Due: the beacon decides whether a linked segment is audited, and by whom."""
     job = run.job(entry.job)
     segment = run.segment(job.id, entry.slot, entry.segment)
-    if is_drawn(run.context.beacon, run.context.tainted, job, entry.slot, entry.segment):
+    tainted = run.state.last_tainted > segment.linked
+    if is_drawn(run.context.beacon, tainted, job, entry.slot, entry.segment):
         start(run, job, entry.slot, entry.segment)
     else:
         undrawn = replace(segment, status=SegmentStatus.UNDRAWN)

@@ -1,6 +1,6 @@
 """The state transition: what one finalized block does.
 
-    apply_block = views that were passed over count against their leaders
+    apply_block = views that were passed over count against their leaders, and taint the height
                 + due entries of this height and before (at most due_per_block), by the state that
                   the parent left and this block's beacon
                 + transactions, in the block's order
@@ -137,6 +137,8 @@ def apply_block(
     """
     run = Execution(State(get), genesis, context)
     jail.count(run)
+    if context.tainted:
+        run.state.put_last_tainted(context.height)
     for _ in range(genesis.parameters.due_per_block):
         entry = due.take(run.state, context.height)
         if entry is None:

@@ -16,7 +16,7 @@ Keys: one letter, then fixed-width fields (integers big-endian):
     j job              Job            P job                Keys         S             Supply
     b owner            Unbondings     v epoch              ValidatorSet   L             Head
     w owner            Nominee        e epoch              EpochStart
-    m epoch                Absences   x owner node epoch   Offence
+    m epoch                Absences   x owner node epoch   Offence      T             At
 """
 
 from bisect import bisect_left
@@ -30,6 +30,7 @@ from tdmld.chain.limits import RECORD_BYTES
 from tdmld.chain.records import (
     Absences,
     Account,
+    At,
     Audit,
     Earnings,
     EpochStart,
@@ -52,6 +53,7 @@ R = TypeVar("R", bound=Record)
 
 SUPPLY_KEY = b"S"
 _HEAD_KEY = b"L"
+_TAINTED_KEY = b"T"
 _ASKS = b"k"
 _ACTIVE_JOBS = b"j"
 _NOMINEES = b"w"
@@ -229,6 +231,15 @@ class State:
 
     def put_absences(self, epoch: int, absences: Absences | None) -> None:
         self.write(b"m" + u64(epoch), absences)
+
+    @property
+    def last_tainted(self) -> int:
+        """The last tainted height (BEACON-6); 0 when there was none."""
+        record = self.read(At, _TAINTED_KEY)
+        return 0 if record is None else record.height
+
+    def put_last_tainted(self, height: int) -> None:
+        self.write(_TAINTED_KEY, At(height))
 
     def offence(self, owner: bytes, node: bytes, epoch: int) -> Offence | None:
         """What was proven against an owner's node in an epoch."""

@@ -4,16 +4,22 @@ from collections import Counter
 from fractions import Fraction
 from math import log2
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from tdmld.chain import audits
+from tdmld.chain import audits, vrf
+from tdmld.chain.blocks import beacon_input
 from tdmld.chain.crypto import sha256
 from tdmld.chain.execution import Execution
 from tdmld.chain.ledger import BlockContext
+from tdmld.chain.limits import RATE_ONE
+from tdmld.chain.records import SegmentStatus
 from tests.chain.test_jobs import active
 from tests.chain.world import World, mark, node_key, owner_key
+from tests.simulation.beacon import NETWORKS, Game, Hashed, Network, Proven, Taint, play, play_all
+from tests.simulation.beacon_aims import AIMS, RATE, Unaudited
 
 
 def chosen(world: World, job_id: bytes, beacon: bytes, **stakes: int) -> bytes | None:
@@ -104,3 +110,137 @@ def test_owners_are_chosen_by_the_share_of_their_weight() -> None:
     for number, owner in enumerate(weights, 1):
         share = number / 10
         assert abs(counts[owner] - 4000 * share) < 5 * (4000 * share * (1 - share)) ** 0.5
+
+
+# ---- BEACON-6: which taint makes a draw certain ------------------------------------------------
+
+
+def linked(**offer: object) -> tuple[World, bytes]:
+    """A job whose segments 0 were linked by the last block; they are never drawn by luck."""
+    world, job_id = active(audit_rate=1, audit_budget=7_000 * 8, **offer)
+    world.play(job_id)
+    segment = world.state.segment(job_id, 0, 0)
+    assert segment is not None
+    assert segment.linked == world.height
+    return world, job_id
+
+
+def status(world: World, job_id: bytes) -> SegmentStatus:
+    segment = world.state.segment(job_id, 0, 0)
+    assert segment is not None
+    return segment.status
+
+
+@pytest.mark.parametrize("taints", [(True, False), (False, True), (True, True)])
+def test_a_taint_at_any_height_since_it_was_linked_draws_a_segment(taints: tuple[bool]) -> None:
+    """BEACON-6, AUDIT-1: also one before the height that draws."""
+    world, job_id = linked()
+    for tainted in taints:
+        world.block(tainted=tainted)
+    assert status(world, job_id) is SegmentStatus.DRAWN
+
+
+def test_an_older_taint_draws_nothing() -> None:
+    world, job_id = active(audit_rate=1, audit_budget=7_000 * 8)
+    world.play(job_id, tainted=True)  # the block that links
+    world.wait(2)
+    assert status(world, job_id) is SegmentStatus.UNDRAWN
+
+
+def test_the_last_tainted_height_stands_in_the_state() -> None:
+    world = World()
+    world.block()
+    assert world.state.last_tainted == 0
+    world.block(tainted=True)
+    world.wait(3)
+    assert world.state.last_tainted == 2
+    world.block(passed=4)
+    assert world.state.last_tainted == 6
+
+
+# ---- B1 to B6: a coalition that aims, against the documented bound -----------------------------
+
+SEEDS = 300
+
+
+@pytest.mark.parametrize(("name", "stakes"), NETWORKS, ids=[name for name, _ in NETWORKS])
+def test_no_strategy_does_better_than_the_documented_bound(name: str, stakes: tuple[int]) -> None:
+    network = Network(name, stakes)
+    for aim in AIMS:
+        for row in play_all(Game(network, aim), SEEDS):
+            assert row.holds, row
+            assert row.as_computed, row
+
+
+@pytest.mark.parametrize("taint", [Taint.NARROW, Taint.NONE])
+def test_the_bound_notices_a_weaker_rule_of_taint(taint: Taint) -> None:
+    """Two turns on end: the coalition exchanges the mix before the one that it does not like."""
+    game = Game(Network("9 equal", (1,) * 9), AIMS[0], taint=taint)
+    assert not play(game, "aim", "timed", SEEDS).holds
+    assert play(Game(game.network, AIMS[0]), "aim", "timed", SEEDS).holds
+
+
+def test_withholding_gains_no_lighter_audit_and_costs_turns() -> None:
+    """B3, B4: exactly the rate; with an auditor of its own in reach it pays with certain audits."""
+    network = Network("4 equal", (1,) * 4)
+    assert network.run == 1
+    assert all(
+        Game(network, AIMS[0]).value(spot) == pytest.approx(RATE / RATE_ONE)
+        for start in ("any", "timed", "own", "edge")
+        for spot in Game(network, AIMS[0]).spots(start)
+    )
+    aimed = play(Game(network, AIMS[1]), "aim", "timed", SEEDS)
+    assert aimed.withheld > 0
+    assert aimed.expected / SEEDS == pytest.approx(aimed.bound)
+
+
+def test_runs_are_below_the_safe_window_and_edges_join_two() -> None:
+    """B1, B2: what a coalition can lead on end, whatever keys it makes."""
+    for name, stakes in NETWORKS:
+        network = Network(name, stakes)
+        assert 3 * network.weight(network.coalition) < sum(stakes)
+        assert 1 <= network.run < network.safe_window
+        assert network.run <= network.edge_run <= 2 * (network.safe_window - 1)
+        for number in range(1, network.rotation.period + 1):
+            assert network.run_at(number) <= network.run
+    for count in range(4, 31):
+        network = Network("equal", (1,) * count)
+        assert network.safe_window == -(-count // 3)
+        assert network.run == network.safe_window - 1
+
+
+def test_whoever_leads_from_the_block_to_its_draw_cheats_unseen() -> None:
+    """B2: with more turns on end than `draw_delay`, and no longer when it is raised."""
+    network = Network("12 equal", (1,) * 12)
+    short, long = Unaudited(), Unaudited(delay=network.safe_window - 1)
+    assert network.run > short.delay
+    assert play(Game(network, short), "aim", "own", SEEDS).measured < RATE / RATE_ONE / 2
+    assert play(Game(network, long), "aim", "own", SEEDS).bound == RATE / RATE_ONE
+    assert play(Game(network, long), "aim", "own", SEEDS).holds
+
+
+def test_real_proofs_play_like_the_stand_in() -> None:
+    """The same games with VRF proofs by real keys, mixes taken from headers by `beacon_mix`."""
+    network = Network("9 equal", (1,) * 9)
+    for aim, policy in ((AIMS[1], "aim"), (AIMS[2], "aim"), (AIMS[2], "honest")):
+        row = play(Game(network, aim, Proven(9)), policy, "timed", 60)
+        assert row.holds
+        assert row.as_computed
+
+
+def test_both_mixers_depend_on_the_leader_the_parent_and_the_height_alone() -> None:
+    """BEACON-2, BEACON-3: one mix for each, in whichever view."""
+    for mixer in (Hashed(), Proven(3)):
+        first = mixer.mix(1, mark("parent"), 7)
+        assert first == mixer.mix(1, mark("parent"), 7)
+        others = {
+            mixer.mix(2, mark("parent"), 7),
+            mixer.mix(1, mark("other"), 7),
+            mixer.mix(1, mark("parent"), 8),
+        }
+        assert len(others | {first}) == 4
+    key, before = Proven(3).keys[1], mark("parent")
+    proof = vrf.prove(key.seed, beacon_input(Proven.chain, before, 7))
+    output = vrf.verify(key.public, beacon_input(Proven.chain, before, 7), proof)
+    assert output is not None
+    assert Proven(3).mix(1, before, 7) == sha256(before, output)

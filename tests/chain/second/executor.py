@@ -58,9 +58,11 @@ class Executor(Work, Staking):
     # -- 10: execution
 
     def block(self, at: Place, raws: list[bytes]) -> list[bool]:
-        """EXEC-1, JAIL-1, EPOCH-2; which transactions succeeded."""
+        """EXEC-1, JAIL-1, BEACON-6, EPOCH-2; which transactions succeeded."""
         self.at = at
         self.miss_turns()
+        if self.tainted:
+            self.db[b"T"] = {"height": self.height}
         for _ in range(self.rules["due_per_block"]):
             entry = self.take()
             if entry is None:

@@ -47,6 +47,7 @@ FIELDS = {
     "d": "entries",
     "D": "heights",
     "t": "height",
+    "T": "height",
     "S": "genesis balances stakes unbonding escrows burned",
     "L": "job",
 }

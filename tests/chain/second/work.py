@@ -156,7 +156,10 @@ class Work(Ledger):
         """AUDIT-1 to AUDIT-5."""
         job = self.db[b"j" + job_id]
         lot = int.from_bytes(H(self.mix, job_id, u32(slot), u64(number))[:8], "big")
-        drawn = self.tainted or lot * MILLION < job["audit_rate"] * 2**64
+        segment = self.segment(job_id, slot, number)
+        assert segment is not None
+        tainted = self.db.get(b"T", {"height": 0})["height"] > segment["linked"]
+        drawn = tainted or lot * MILLION < job["audit_rate"] * 2**64
         if not (job["audit_rate"] and drawn):
             self.go_on(job_id, slot, number, "undrawn", "")
         elif job["audit_budget"] - job["audits_reserved"] < job["audit_price"]:
