@@ -18,7 +18,9 @@ Rules of the shell
   N7  Nothing is proposed on the last block of an epoch. In views after its notarization everybody
       votes on that same block again, until it is final and executed here; then this object is over
       and the next epoch has one of its own (`succession`).
-  N8  Whoever is seen to contradict itself is accused on the chain, by everybody who saw it.
+  N8  Whoever is seen to contradict itself is accused on the chain, by everybody who saw it. Who
+      votes for another block than the leader showed us is asked for it: a leader that shows two
+      blocks shows nobody both.
   N9  A validator whose node is jailed in the executed state says Return when it votes to finalize:
       then it is at work, and not behind. Once an epoch, and again while it is still jailed
       RETURN_AGAIN heights later.
@@ -422,6 +424,7 @@ class Validator:
                     self._act(self.core.add_vote(message))
                     if news:
                         self.wake()  # that somebody wants this view to end is demand (P3)
+                    self._compare(link, message)
             case Certificate():
                 self.certificate(message)
             case Proposal(block, why):
@@ -498,6 +501,18 @@ class Validator:
             self._finish()
             self._judge()
             self.wake()
+
+    def _compare(self, link: Link, vote: Vote) -> None:
+        """N8: has this voter been shown another block than we have?"""
+        seen = self._leaders.get(vote.view)
+        if (
+            seen is not None
+            and vote.kind is Kind.NOTARIZE
+            and vote.hash != block_hash(seen[0])
+            and vote.hash not in self._bodies.tree  # N7: a last block, voted on again
+            and seen[0].proposer not in self._accused
+        ):
+            link.tell(BlockRequest(vote.hash))
 
     def _watch(self, header: Header, signature: bytes) -> None:
         """N8, of leaders; the signature is good."""

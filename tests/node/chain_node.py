@@ -12,8 +12,9 @@ from typing import Any
 
 import msgspec
 import trio
+from msgspec.structs import replace
 
-from tdmld.chain.blocks import Kind, Vote, sign_vote, turn, view_epoch
+from tdmld.chain.blocks import Kind, Vote, sign_block, sign_vote, turn, view_epoch
 from tdmld.chain.crypto import KeyPair, address, public_key, sha256
 from tdmld.chain.errors import ChainError
 from tdmld.chain.genesis import Genesis, load_genesis
@@ -21,6 +22,7 @@ from tdmld.chain.ledger import recount
 from tdmld.node import stakes
 from tdmld.node.chainerrors import ChainSideError
 from tdmld.node.chainservice import ChainService
+from tdmld.node.chainwire import Proposal
 from tdmld.node.store import ChainStore
 from tdmld.node.views import validators
 from tdmld.p2p import Host, PeerInfo, open_host
@@ -119,6 +121,23 @@ class Control:
                 broadcast(
                     sign_vote(key, chain_id, message.kind, message.view, other, message.voter)
                 )
+
+        links.broadcast = twice
+
+    async def lead_twice(self, _: None) -> None:
+        """From now on show another block to every second validator when leading."""
+        links, key = self._service._links, self._key
+        chain_id, broadcast = self._service.store.chain_id, links.broadcast
+
+        def twice(message: object) -> None:
+            if not isinstance(message, Proposal):
+                broadcast(message)
+                return
+            block = message.block
+            header = replace(block.header, time_ms=block.header.time_ms + 1)
+            other = Proposal(sign_block(key, chain_id, header, block.transactions), message.why)
+            for index in links.indices:
+                links.get(index).tell((message, other)[index % 2])
 
         links.broadcast = twice
 

@@ -6,7 +6,14 @@ import pytest
 import trio
 
 from tdmld.chain.transactions import Nominate, Transfer
-from tests.node.test_chain_live import NODES, OWNERS, START, Network, make_genesis, network
+from tests.node.test_chain_live import (
+    NODES,
+    OWNERS,
+    START,
+    Network,
+    make_genesis,
+    network,
+)
 
 pytestmark = pytest.mark.e2e
 
@@ -59,6 +66,21 @@ async def test_who_votes_twice_pays_leaves_and_is_not_missed(tmp_path: Path) -> 
         fees = net.nonces[1] * FEE
         assert await honest[0].ask("burned") == fees + STAKE - stake
         assert await honest[0].ask("balance", owner.address) == START
+
+
+async def test_a_leader_that_shows_two_blocks_pays_too(tmp_path: Path) -> None:
+    """N8: half of the others see one of its blocks, half the other; they compare."""
+    async with network(tmp_path, 60, make_genesis(interval_ms=20)) as net:
+        honest, bad = net.nodes[:BAD], net.nodes[BAD]
+        await bad.ask("lead_twice")
+        offences: object = []
+        while not offences:
+            await net.do(honest[1], 1, Transfer(OWNERS[0].public, 1))
+            (found, *_) = await everywhere(net, OWNERS[BAD].address)
+            offences = found["offences"]
+        await net.agree(honest)
+        (found,) = await everywhere(net, OWNERS[BAD].address)
+        assert found["vote_stake"] == str(STAKE - -(-STAKE // TWENTIETH))
 
 
 async def everywhere(net: Network, owner: str) -> list[dict[str, object]]:
