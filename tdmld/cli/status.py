@@ -17,7 +17,7 @@ async def status(*, data_dir: DataDir = None, json: AsJson = False) -> None:
 
 def render(status: NodeStatus) -> list[str]:
     """The lines for people."""
-    roles = ["validator"] if status.validator else []
+    roles = [_validates(status)] if int(status.weight) or int(status.next_weight) else []
     roles += sorted({task.role for task in status.tasks})
     lines = frame(
         "Status",
@@ -66,6 +66,14 @@ def render(status: NodeStatus) -> list[str]:
     if status.why_not_earning:
         lines.append(f"not earning: {status.why_not_earning}")
     return lines
+
+
+def _validates(status: NodeStatus) -> str:
+    if not int(status.weight):
+        return f"validator from epoch {status.epoch + 1:,} on"
+    share = 100 * int(status.weight) / int(status.total_weight)
+    leaves = "" if int(status.next_weight) else ", for the last time"
+    return f"validator in epoch {status.epoch:,} with {share:.1f} % of the votes{leaves}"
 
 
 def _market(status: NodeStatus) -> list[tuple[str, str]]:

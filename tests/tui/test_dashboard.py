@@ -72,7 +72,7 @@ def test_home_shows_a_snapshot() -> None:
         jobs = app.screen.query_one(JobsTable)
         assert jobs.row_count == 2
         text = screen_text(app)
-        for shown in ("283,392", "62,976", "1,000,283,392", "0.982", "validator"):
+        for shown in ("283,392", "62,976", "1,000,283,392", "0.982", "validator 25.0%"):
             assert shown in text
 
     drive(FakeFeed(snapshot()), body)

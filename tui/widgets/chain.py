@@ -6,7 +6,7 @@ from tui.widgets.card import Card
 
 
 class ChainCard(Card):
-    """Height, view, peers and this node's part in it."""
+    """Height, view, peers, epoch and this node's part in it."""
 
     TITLE = "Chain"
 
@@ -18,6 +18,17 @@ class ChainCard(Card):
                 ("view", f"{status.view:,}"),
                 ("head", status.head[:12]),
                 ("peers", str(status.peers)),
-                ("role", "validator" if status.validator else "follower"),
+                ("epoch", f"{status.epoch:,}"),
+                ("role", _role(status)),
             )
         )
+
+
+def _role(status: NodeStatus) -> str:
+    """What the node is in this epoch, its share of the votes, and what changes with the next."""
+    weight, total = int(status.weight), int(status.total_weight)
+    if not weight:
+        validates = int(status.next_weight) > 0
+        return "validator next epoch" if validates else "follower"
+    share = f"validator {100 * weight / total:.1f}%"
+    return share if int(status.next_weight) else f"{share}, leaves"
