@@ -7,6 +7,7 @@ from tdmld.chain.blocks import (
     Certificate,
     Committee,
     Kind,
+    Vote,
     block_hash,
     ends_epoch,
     sign_vote,
@@ -17,7 +18,18 @@ from tdmld.chain.crypto import KeyPair
 from tdmld.chain.genesis import Genesis, validators
 from tdmld.chain.ledger import BlockResult
 from tdmld.chain.records import JobStatus
-from tdmld.chain.transactions import Register, Transfer, sign_registration
+from tdmld.chain.slashing import from_votes
+from tdmld.chain.transactions import (
+    Bond,
+    Nominate,
+    Register,
+    Return,
+    Revoke,
+    Transfer,
+    Unbond,
+    Withdraw,
+    sign_registration,
+)
 from tdmld.node.proposer import Position, build_block
 from tdmld.node.store import ChainStore
 from tests.chain.world import BALANCE, World, make_genesis, node_key, owner_key
@@ -70,13 +82,15 @@ class ChainWorld(World):
         self.committee = Committee.of(self.chain_id, rows)
         self.rotation = self.committee.rotation
 
-    def block(self, *raws: bytes, tainted: bool = False) -> BlockResult:
+    def block(self, *raws: bytes, tainted: bool = False, passed: int = 0) -> BlockResult:
         head, epoch_blocks = self.chain.head, self.parameters.epoch_blocks
         committee = self.chain.committee(self.chain.epoch)
         assert committee is not None
         self.committee, self.rotation = committee, committee.rotation
         start = start_view(head.height, head.view, epoch_blocks)
-        self.height, self.view = head.height + 1, start + (2 if tainted else 1)
+        self.height, self.view = head.height + 1, start + 1 + (passed or int(tainted))
+        while self.away and self.leader(self.view) in self.away:
+            self.view += 1
         leader = self._key(self.rotation.leader(turn(self.view)))
         proposed = build_block(
             leader,
@@ -92,6 +106,8 @@ class ChainWorld(World):
         )
         key = block_hash(proposed.header)
         voters = [index for index in range(len(self.committee.nodes)) if index != self.height % 4]
+        if self.committee.weight(voters) < self.committee.quorum:
+            voters = list(range(len(self.committee.nodes)))
         votes = [
             sign_vote(self._key(index), self.chain_id, Kind.FINALIZE, self.view, key, index)
             for index in voters
@@ -133,3 +149,49 @@ def live_through_a_job(world: World) -> None:
     world.wait(2)
     while world.height % 3 != 1:
         world.block()
+
+
+EPOCH = 12
+
+
+def epochs_genesis() -> Genesis:
+    """Epochs of 12 blocks, and stake that is free a few blocks after the last epoch it voted in."""
+    return make_genesis(**SHORT, epoch_blocks=EPOCH, unbonding=[3, 1])
+
+
+def live_through_epochs(world: World) -> None:
+    """Four epochs: one validator is away, jailed and returns, one leaves and is paid, one votes
+    twice, one votes with another key; a newcomer joins."""
+    owners, nodes = [owner_key(n) for n in range(7)], [node_key(n) for n in range(10)]
+    world.away = frozenset({nodes[1].public})
+    world.block(
+        world.sign(owners[3], Unbond("vote", 1003)),
+        world.sign(owners[5], Bond("vote", 1500)),
+        world.sign(owners[5], Nominate(nodes[5].public), nonce=1),
+    )
+    _to(world, EPOCH)
+    assert world.state.node(nodes[1].public).jailed == EPOCH  # type: ignore[union-attr]
+    world.block(world.sign(owners[6], from_votes(nodes[2].public, *_two_votes(world, nodes[2]))))
+    start = world.height + 2
+    proof = sign_registration(nodes[9], world.chain_id, owners[0].public, start)
+    rest = (Register(nodes[9].public, start, proof), Nominate(nodes[9].public))
+    raws = [world.sign(owners[0], payload, nonce=n) for n, payload in enumerate(rest)]
+    world.block(*raws, world.sign(owners[4], Revoke(nodes[4].public)))
+    _to(world, 2 * EPOCH + 1)
+    world.away = frozenset()
+    world.block(world.sign(nodes[1], Return(EPOCH)), passed=5)
+    _to(world, 2 * EPOCH + 5)
+    world.do(owners[3], Withdraw())
+    _to(world, 4 * EPOCH + 1)
+
+
+def _to(world: World, height: int) -> None:
+    world.wait(height - world.height)
+
+
+def _two_votes(world: World, node: KeyPair) -> tuple[Vote, Vote]:
+    """Of a validator in the first view of the chain."""
+    one, two = (
+        sign_vote(node, world.chain_id, Kind.NOTARIZE, 1, bytes([n]) * 32, 0) for n in (1, 2)
+    )
+    return one, two

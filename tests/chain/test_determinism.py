@@ -1,8 +1,8 @@
 """The same blocks give the same bytes in every process, whatever surrounds it (EXEC-2).
 
-A job's chain is made once. Processes that differ in what must not matter replay its blocks: seed
-of the hashes, locale, time zone, optimisation, and whether everything is read anew from disk
-before each block.
+Two chains are made once: one of jobs, one of epochs whose validators change. Processes that differ
+in what must not matter replay their blocks: seed of the hashes, locale, time zone, optimisation,
+and whether everything is read anew from disk before each block.
 """
 
 import json
@@ -14,18 +14,26 @@ from pathlib import Path
 import pytest
 
 from tdmld.chain.genesis import genesis_bytes
-from tests.chain.chainworld import ChainWorld, live_through_a_job
+from tests.chain.chainworld import (
+    EPOCH,
+    ChainWorld,
+    epochs_genesis,
+    live_through_a_job,
+    live_through_epochs,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
 _REPLAY = """
-import hashlib, json, sys
+import functools, gc, hashlib, json, sys
 from pathlib import Path
 from tdmld.chain import blocks
 from tdmld.chain.codec import decode, encode
 from tdmld.chain.genesis import load_genesis
 from tdmld.node.export import write_export
 from tdmld.node.store import ChainStore
+
+Cached = type(functools.lru_cache(print))
 
 class Digest:
     def __init__(self): self.found = hashlib.sha256()
@@ -37,12 +45,15 @@ store, said = ChainStore(place, genesis), []
 for line in (source / "blocks").read_text().split():
     if cold:
         store.close()
-        blocks._vrf_output.cache_clear()
+        for found in [found for found in gc.get_objects() if isinstance(found, Cached)]:
+            found.cache_clear()
         store = ChainStore(place, load_genesis((source / "genesis.json").read_bytes()))
     applied = store.apply(decode(blocks.Block, bytes.fromhex(line), 1 << 24), None)
     events = hashlib.sha256(encode(applied.events)).hexdigest()
     outcomes = hashlib.sha256(encode(store.outcomes(applied.height))).hexdigest()
-    said.append([applied.height, store.state_root.hex(), store.head.mix.hex(), events, outcomes])
+    sets = [key.hex() for key in store.set_ids(store.epoch)]
+    root, mix = store.state_root.hex(), store.head.mix.hex()
+    said.append([applied.height, root, mix, events, outcomes, store.epoch, sets])
 whole = Digest()
 write_export(store, whole)
 store.close()
@@ -57,12 +68,16 @@ SURROUNDINGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["jobs", "epochs"])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """genesis.json, and the blocks of a chain in hex, a line each."""
-    directory = tmp_path_factory.mktemp("source")
-    world = ChainWorld(directory / "chain")
-    live_through_a_job(world)
+    directory = tmp_path_factory.mktemp(request.param)
+    if request.param == "jobs":
+        world = ChainWorld(directory / "chain")
+        live_through_a_job(world)
+    else:
+        world = ChainWorld(directory / "chain", epochs_genesis())
+        live_through_epochs(world)
     raws = [world.chain._read(b"b" + n.to_bytes(8, "big")) for n in range(1, world.height + 1)]
     world.close()
     (directory / "genesis.json").write_bytes(genesis_bytes(world.genesis))
@@ -89,7 +104,11 @@ def test_the_same_blocks_give_the_same_roots_everywhere(source: Path, tmp_path: 
         answers[name] = json.loads(out)
     steps, _ = answers["plain"]
     assert len(steps) > 25
-    assert len({row[1] for row in steps}) > 20
+    roots, sets = {row[1] for row in steps}, {tuple(row[-1]) for row in steps}
+    assert len(roots) > 15
+    if source.name.startswith("epochs"):
+        assert [row[-2] for row in steps] == [row[0] // EPOCH for row in steps]
+        assert len(sets) == 5, "validators changed"
     for name, answer in answers.items():
         for mine, others in zip(steps, answer[0], strict=True):
             assert others == mine, f"{name}, height {mine[0]}"

@@ -236,6 +236,8 @@ class Auditor:
         check(row["mix"] == self.mix.hex(), "end: the beacon")
         counts = (height, self.transactions, len(self.state))
         check((row["blocks"], row["transactions"], row["entries"]) == counts, "end: counts")
+        for epoch, named in self.genesis.sets.items():
+            check(self.state[b"v" + u64(epoch)] == named, f"end: the validators of epoch {epoch}")
         supply = money(self.state)
         check(row["supply"] == supply, "end: supply")
         check_indexes(self.state)
