@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import msgspec
 import trio
 
-from tdmld.chain.blocks import Vote, block_hash
+from tdmld.chain.blocks import Vote, block_hash, view_epoch
 from tdmld.chain.crypto import KeyPair
 from tdmld.chain.errors import ChainError, InvalidTransaction
 from tdmld.chain.genesis import Genesis, load_genesis
@@ -71,7 +71,7 @@ class Control:
         """Write down every vote and proposal that comes in, for a check at the end."""
         validator = self._service._validator
         assert validator is not None
-        links, nodes = validator.links, self._service.committee.nodes
+        links, store = validator.links, self._service.store
         log: BinaryIO = (self._directory / "heard").open("ab", buffering=0)
         inner = links._receive
 
@@ -82,9 +82,11 @@ class Control:
                     log.write(SIGNED.pack(*row, message.signature))
                 case Proposal(block, _):
                     header = block.header
-                    voter = nodes.index(header.proposer)
-                    row = (3, header.view, voter, block_hash(header))
-                    log.write(SIGNED.pack(*row, block.signature))
+                    committee = store.committee(view_epoch(header.view))
+                    voter = None if committee is None else committee.index(header.proposer)
+                    if voter is not None:
+                        row = (3, header.view, voter, block_hash(header))
+                        log.write(SIGNED.pack(*row, block.signature))
             await inner(link, message)
 
         links._receive = receive

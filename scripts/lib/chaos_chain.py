@@ -25,9 +25,17 @@ from chainnet import BlockSeen, Network, Peer, Wallets, make_genesis, network, o
 from chainpeer import SIGNED
 from report import Report, say
 
-from tdmld.chain.blocks import PROPOSAL_DOMAIN, Committee, Kind, Vote, block_hash, verify_vote
+from tdmld.chain.blocks import (
+    PROPOSAL_DOMAIN,
+    Committee,
+    Kind,
+    Vote,
+    block_hash,
+    verify_vote,
+    view_epoch,
+)
 from tdmld.chain.crypto import sha256, verify
-from tdmld.chain.genesis import chain_id, validators
+from tdmld.chain.genesis import chain_id
 from tdmld.chain.ledger import recount
 from tdmld.node.store import ChainStore
 
@@ -175,8 +183,7 @@ class Chaos:
 
 def double_signs(net: Network) -> list[str]:
     """Pairs of signed things that one validator may not both sign."""
-    rows = [(v.node, v.stake) for v in validators(net.genesis)]
-    committee = Committee.of(net.chain_id, rows)
+    committees: dict[int, Committee | None] = {}
     said: dict[tuple[int, int, int], dict[bytes, bytes]] = defaultdict(dict)
     for peer in net.peers:
         path = peer.directory / "heard"
@@ -186,11 +193,18 @@ def double_signs(net: Network) -> list[str]:
             said[voter, view, kind][key] = signature
 
     def signed(kind: int, view: int, voter: int, key: bytes, signature: bytes) -> bool:
+        committee = committees[view_epoch(view)]
+        if committee is None or voter >= len(committee.nodes):
+            return False
         if kind == PROPOSAL:
             return verify(committee.nodes[voter], PROPOSAL_DOMAIN, net.chain_id, key, signature)
         return verify_vote(committee, Vote(Kind(kind), view, key, voter, signature))
 
     found = []
+    with ChainStore(net.peers[0].directory / "chain", net.genesis) as store:
+        for _, view, _ in said:
+            epoch = view_epoch(view)
+            committees[epoch] = committees.get(epoch) or store.committee(epoch)
     for (voter, view, kind), values in said.items():
         rivals = [(kind, *item) for item in values.items()]
         if kind == Kind.NULLIFY:

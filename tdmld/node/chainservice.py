@@ -27,7 +27,7 @@ from tdmld.chain.blocks import (
 )
 from tdmld.chain.codec import decode, encode
 from tdmld.chain.crypto import KeyPair, address
-from tdmld.chain.genesis import Genesis, chain_id, validators
+from tdmld.chain.genesis import Genesis
 from tdmld.chain.ledger import Receipt
 from tdmld.chain.light import Bundle
 from tdmld.chain.mempool import Mempool
@@ -81,11 +81,6 @@ QUIET_SECONDS = 5.0
 def wall_clock_ms() -> int:
     """Unix time in milliseconds."""
     return time.time_ns() // 1_000_000
-
-
-def genesis_committee(genesis: Genesis) -> Committee:
-    """The first validators, and so far the only ones."""
-    return Committee.of(chain_id(genesis), [(v.node, v.stake) for v in validators(genesis)])
 
 
 class ChainService:

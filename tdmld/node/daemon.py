@@ -144,7 +144,7 @@ class _Node:
                     config.data_dir / "peers.json",
                     [PeerInfo(peer_id, addresses) for peer_id, addresses in config.bootstrap()],
                     registered=lambda node: State(store.get).owner_of(node) is not None,
-                    validators=frozenset(v.node for v in self._genesis.validators),
+                    validates=lambda node: _validates(store, node),
                 )
                 nursery.start_soon(peers.run)
                 if config.sync == "snapshot" and store.height == 0:
@@ -174,6 +174,7 @@ class _Node:
                 )
                 await nursery.start(chain.run)  # type: ignore[arg-type]  # third-party stubs of trio
                 nursery.start_soon(self._announce, peers, machine)
+                nursery.start_soon(self._keep_validators, peers, chain)
                 nursery.start_soon(agent.run)
                 nursery.start_soon(api.run)
                 self._tokens[write_access(config.data_dir, server.url)] = Scope.ADMIN
@@ -216,6 +217,14 @@ class _Node:
             peers.announce(session, machine.addresses, peers.now_ms())
             await trio.sleep(ANNOUNCE_SECONDS)
 
+    async def _keep_validators(self, peers: PeerService, chain: ChainService) -> None:
+        """In every epoch others may validate, who must be reached before they do."""
+        epoch = -1
+        async for _ in chain.heads():
+            if chain.store.epoch != epoch:
+                epoch = chain.store.epoch
+                peers.validators_changed()
+
     async def _signals(self, nursery: trio.Nursery) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
             async for number in received:
@@ -224,6 +233,15 @@ class _Node:
                     nursery.cancel_scope.cancel()
                 log.info("%s: stopping", signal.Signals(number).name)
                 self._stop.set()
+
+
+def _validates(store: ChainStore, node: bytes) -> bool:
+    """Whether a node votes in this epoch or the next."""
+    for epoch in (store.epoch, store.epoch + 1):
+        committee = store.committee(epoch)
+        if committee is not None and committee.index(node) is not None:
+            return True
+    return False
 
 
 def _genesis(path: Path) -> Genesis:

@@ -167,8 +167,9 @@ def save_book(path: Path, records: Iterable[SignedRecord]) -> None:
 class PeerService:
     """Keeps the daemon connected and its book current.
 
-    `registered(node)` says whether the chain knows a node key; `validators` are kept connected
-    wherever their records come from.
+    `registered(node)` says whether the chain knows a node key, `validates(node)` whether it votes
+    now or in the next epoch: validators are kept connected wherever their records come from. Call
+    `validators_changed` when other nodes do.
     """
 
     def __init__(
@@ -180,7 +181,7 @@ class PeerService:
         bootstrap: Iterable[PeerInfo],
         *,
         registered: Callable[[bytes], bool] = lambda node: True,
-        validators: frozenset[bytes] = frozenset(),
+        validates: Callable[[bytes], bool] = lambda node: False,
     ) -> None:
         self.book = load_book(path, chain_id, registered)
         self._host = host
@@ -188,7 +189,7 @@ class PeerService:
         self._path = path
         self._bootstrap = tuple(bootstrap)
         self._registered = registered
-        self._validators = validators
+        self._validates = validates
         self._protocol = f"/tdmld/{chain_id.hex()[:8]}/peers/1"
         self._outboxes: dict[str, trio.MemorySendChannel[list[SignedRecord]]] = {}
         self._kept: set[str] = set()
@@ -211,6 +212,12 @@ class PeerService:
         )
         self._spread([self.book.sign(self._key, record)], sender=None)
         return record
+
+    def validators_changed(self) -> None:
+        """Connect to those whose records came when they did not validate yet."""
+        for record in self.book.records():
+            if self._validates(record.node):
+                self._keep_record(record)
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -244,7 +251,7 @@ class PeerService:
             return
         info = PeerInfo(address(record.node), record.addresses)
         room = MAX_KEPT_PEERS if self._registered(record.node) else MAX_KEPT_STRANGERS
-        if record.node in self._validators or info.peer_id in self._kept or len(self._kept) < room:
+        if self._validates(record.node) or info.peer_id in self._kept or len(self._kept) < room:
             self._keep(info)
 
     def _keep(self, info: PeerInfo) -> None:

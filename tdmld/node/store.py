@@ -106,6 +106,7 @@ class ChainStore(SignGuard, StoredHistory):
         self.checkpoint = checkpoint
         self._keep = max(keep, genesis.parameters.unbonding[0]) if keep else 0
         self._lowest = 1
+        self._taking = False
         self.genesis = genesis
         self.chain_id = chain_id(genesis)
         self._committees: dict[int, Committee] = {}
@@ -149,10 +150,11 @@ class ChainStore(SignGuard, StoredHistory):
         return epoch_of(self._head.height + 1, self.genesis.parameters.epoch_blocks)
 
     def committee(self, epoch: int) -> Committee | None:
-        """Who validates in an epoch; None before it is fixed by what is executed here."""
+        """Who validates in an epoch; None before it is fixed by what is executed here, and while a
+        snapshot is taken over, of which nothing is believed yet."""
         known = self._committees.get(epoch)
         if known is None:
-            chosen = State(self.get).validator_set(epoch)
+            chosen = None if self._taking else State(self.get).validator_set(epoch)
             if chosen is None:
                 return None
             known = self._committees[epoch] = epochs.committee(self.chain_id, chosen)
@@ -317,6 +319,7 @@ class ChainStore(SignGuard, StoredHistory):
         batch.put(b"Z", b"")
         self._forget_chain(batch)
         self._write(batch, self._synced)
+        self._taking = True
 
     def finish_snapshot(self, head: Head, peaks: Sequence[bytes]) -> None:
         """Begin the chain at `head`, whose state was taken. The caller vouches for finality and
@@ -335,6 +338,7 @@ class ChainStore(SignGuard, StoredHistory):
         batch.delete(b"Z")
         self._write(batch, self._synced)
         self._head, self._base, self._lowest = head, head.height, head.height + 1
+        self._taking = False
 
     def drop_snapshot(self) -> None:
         """Go back to genesis."""
@@ -342,6 +346,7 @@ class ChainStore(SignGuard, StoredHistory):
         self._forget_chain(batch)
         self._write(batch, self._synced)
         self._found()
+        self._taking = False
 
     def _forget_chain(self, batch: WriteBatch) -> None:
         for prefix in (b"m", b"q", b"r", b"s", b"t"):

@@ -16,6 +16,7 @@ from tdmld.node.finality import Finality
 from tdmld.node.prover import prove
 from tdmld.node.store import ChainStore
 from tests.node.chainkit import GENESIS, OWNERS, certificate, make_genesis, next_block, transfer
+from tests.node.lonechain import CHANGING, CHANGING_PAYEE, grow
 
 PAID = OWNERS[3].address
 NOBODY = OWNERS[1].address
@@ -72,6 +73,79 @@ def test_a_checkpoint_is_compared(folder: Path, capsys: pytest.CaptureFixture[st
     assert verify(folder, "paid", "--checkpoint", good) == Exit.REFUSED
     assert f"fetch it again with --checkpoint {good}" in capsys.readouterr().err
     assert verify(folder, "paid", "--checkpoint", "2:zz") == Exit.USAGE
+
+
+# ---- validators that change: what is trusted, and how old it is ----------------------------------
+
+
+@pytest.fixture(scope="module")
+def changing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Proofs of one account in epoch 6: from genesis, and from a block of epoch 3."""
+    path = tmp_path_factory.mktemp("changing")
+    (path / "genesis.json").write_bytes(genesis_bytes(CHANGING))
+    with ChainStore(path / "chain", CHANGING) as store:
+        grow(store, 33)
+        leaf, block = store.history_leaf(17), store.block(17)
+        assert leaf is not None
+        assert block is not None
+        (path / "trusted").write_text(f"17:{leaf[0].hex()}")
+        (path / "time").write_text(str(block.header.time_ms))
+        for name, checkpoint in (("first", 0), ("later", 17)):
+            bundle = trio.run(prove, Finality(store), "account", CHANGING_PAYEE, checkpoint)
+            (path / name).write_bytes(bundle_bytes(bundle))
+    return path
+
+
+def at(monkeypatch: pytest.MonkeyPatch, now_ms: int) -> None:
+    monkeypatch.setattr("tdmld.cli.light.now_ms", lambda: now_ms)
+
+
+def test_what_a_proof_rests_on_is_said(
+    changing: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PROOF-7: a warning, not a refusal."""
+    trusted, time_ms = (changing / "trusted").read_text(), int((changing / "time").read_text())
+    seconds = CHANGING.parameters.unbonding[1]
+    at(monkeypatch, time_ms + 1000 * seconds)
+    young = ("later", f"account/{CHANGING_PAYEE}", "--checkpoint", trusted)
+    assert verify(changing, *young) == Exit.OK
+    said = capsys.readouterr().out
+    assert "trusting block 17 of 2026-01-01T00:00:0" in said
+    assert "warning" not in said
+    at(monkeypatch, time_ms + 1000 * seconds + 1)
+    assert verify(changing, *young) == Exit.OK
+    said = capsys.readouterr().out
+    assert f"warning: that is longer ago than the unbonding period of {seconds} s" in said
+    assert verify(changing, *young, "--json") == Exit.OK
+    told = json.loads(capsys.readouterr().out)
+    assert (told["trusted_height"], told["trust_expired"]) == (17, True)
+    assert told["unbonding_seconds"] == seconds
+
+
+def test_genesis_is_trusted_while_it_is_young(
+    changing: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for later, expired in ((0, False), (10**6, True)):
+        at(monkeypatch, CHANGING.time_ms + later)
+        assert verify(changing, "first", "--json") == Exit.OK
+        told = json.loads(capsys.readouterr().out)
+        assert (told["trusted_height"], told["trust_expired"]) == (0, expired)
+        assert told["trusted_time"] == "2026-01-01T00:00:00.000Z"
+    assert verify(changing, "first") == Exit.OK
+    assert "trusting genesis of" in capsys.readouterr().out
+
+
+def test_a_proof_from_a_checkpoint_is_none_from_genesis(
+    changing: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trusted = (changing / "trusted").read_text()
+    assert verify(changing, "later") == Exit.REFUSED
+    assert "none is trusted here" in capsys.readouterr().err
+    assert verify(changing, "first", "--checkpoint", trusted) == Exit.REFUSED
+    assert f"--checkpoint {trusted}" in capsys.readouterr().err
+    false = f"17:{'05' * 32}"
+    assert verify(changing, "later", "--checkpoint", false) == Exit.REFUSED
+    assert "another chain" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

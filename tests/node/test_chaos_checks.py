@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "lib"))
 from chainpeer import SIGNED  # found by the line before
 from chaos_chain import double_signs
 
-from tdmld.chain.blocks import Kind, Vote, sign_vote
+from tdmld.chain.blocks import EPOCH_VIEWS, Kind, Vote, sign_vote
 from tdmld.chain.codec import ZERO_HASH
 from tests.node.chainkit import CHAIN, GENESIS, KEYS
 
@@ -36,6 +36,10 @@ def heard(path: Path, *votes: Vote) -> SimpleNamespace:
         (vote(Kind.NOTARIZE, ONE), vote(Kind.NOTARIZE, OTHER)),
         (vote(Kind.FINALIZE, ONE), vote(Kind.FINALIZE, OTHER)),
         (vote(Kind.NULLIFY, ZERO_HASH), vote(Kind.FINALIZE, ONE)),
+        (
+            vote(Kind.NOTARIZE, ONE, view=EPOCH_VIEWS + 7),
+            vote(Kind.NOTARIZE, OTHER, view=EPOCH_VIEWS + 7),
+        ),
     ],
 )
 def test_votes_that_exclude_each_other_are_found(tmp_path: Path, votes: tuple[Vote, ...]) -> None:

@@ -194,17 +194,24 @@ async def test_a_node_that_signs_new_records_without_end_is_heard_now_and_then(r
 
 
 async def test_validators_are_kept_however_many_others_came_first(tmp_path: Path) -> None:
-    validator = stranger(200)
+    validator, elected = stranger(200), stranger(201)
+    validators = {validator.public}
     rig = Rig(
         tmp_path / "peers.json",
         registered={validator.public}.__contains__,
-        validators=frozenset({validator.public}),
+        validates=validators.__contains__,
     )
     for number in range(1, 60):
         rig.service._learn("", Records((signed(stranger(number)),)))
     assert len(rig.host.kept) == peers.MAX_KEPT_STRANGERS
     rig.service._learn("", Records((signed(validator),)))
     assert rig.host.kept[-1] == validator.address
+    rig.service._learn("", Records((signed(elected),)))
+    rig.service.validators_changed()
+    assert elected.address not in rig.host.kept
+    validators.add(elected.public)
+    rig.service.validators_changed()
+    assert rig.host.kept[-1] == elected.address
 
 
 async def test_a_peer_that_is_just_starting_is_asked_again_and_a_broken_exchange_renewed(

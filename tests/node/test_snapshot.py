@@ -17,6 +17,7 @@ from tdmld.chain.codec import ZERO_HASH
 from tdmld.chain.crypto import sha256
 from tdmld.chain.errors import InvariantViolation, ProofRefused
 from tdmld.chain.ledger import recount
+from tdmld.chain.state import State
 from tdmld.chain.turns import genesis_set
 from tdmld.node.chainerrors import CheckpointMismatch, SnapshotUnavailable
 from tdmld.node.chainwire import Snapshot, SyncAnswer
@@ -145,6 +146,20 @@ def test_a_broken_off_snapshot_is_forgotten(served: ChainStore, tmp_path: Path) 
         assert (store.height, store.state_root, store.taken_root()) == (0, root, root)
         follow(store, served)
         same(store, served)
+
+
+def test_no_validators_are_believed_while_a_state_is_taken(tmp_path: Path) -> None:
+    """Peers are chosen meanwhile; a set that a liar gave is not remembered."""
+    false = State(dict[bytes, bytes]().get)
+    false.put_validator_set(replace(genesis_set(GENESIS, 0), seats=()))
+    with ChainStore(tmp_path / "new", GENESIS) as store:
+        store.begin_snapshot()
+        store.take_state([(key, value or b"") for key, value in false.changes.items()])
+        assert store.committee(0) is None
+        store.drop_snapshot()
+        committee = store.committee(0)
+        assert committee is not None
+        assert committee.nodes == tuple(seat.node for seat in genesis_set(GENESIS, 0).seats)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
