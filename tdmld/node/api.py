@@ -254,9 +254,10 @@ class Api:
     async def chain_validators(self, epoch: int = -1) -> ValidatorSetInfo:
         state, now = self.chain.state(), self.chain.committee.epoch
         wanted = now if epoch == -1 else epoch
-        known = 0 <= wanted <= now + 1
-        found = stakes.validator_set(state, self.genesis, wanted, self.chain.height)
-        if not known or found is None:
+        found = None
+        if 0 <= wanted <= now + 1:
+            found = stakes.validator_set(state, self.genesis, wanted, self.chain.height)
+        if found is None:
             raise NotFound(
                 f"nobody is known to validate in epoch {epoch}: this is epoch {now}, and "
                 f"validators are fixed up to epoch {now + 1}"

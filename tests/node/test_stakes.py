@@ -1,8 +1,13 @@
 """What the RPC says of stakes, seats and keys, from a real ledger."""
 
-import pytest
+from pathlib import Path
+from types import SimpleNamespace
 
-from tdmld.chain.crypto import KeyPair, address
+import pytest
+import trio
+
+from tdmld.chain.crypto import KeyPair, address, public_key
+from tdmld.chain.state import State
 from tdmld.chain.transactions import (
     Bond,
     Nominate,
@@ -13,9 +18,13 @@ from tdmld.chain.transactions import (
     sign_registration,
 )
 from tdmld.node import stakes, views
+from tdmld.node.api import Api
+from tdmld.node.store import ChainStore
+from tdmld.rpc.errors import NotFound
 from tdmld.rpc.staketypes import NodeKeyInfo, StakeInfo, ValidatorSetInfo
 from tests.chain.test_slashing import STRANGER, twice
 from tests.chain.world import World, make_genesis, node_key, owner_key
+from tests.node import chainkit
 
 EPOCH, BLOCKS = 10, 5
 NEWCOMER = KeyPair(b"\x31" * 32)
@@ -140,3 +149,37 @@ def test_a_record_of_another_owner_is_not_ones_own(world: World) -> None:
     own = [address(key[1:]) for key, raw in raws.items() if stakes.owned_by(owner, raw)]
     assert own == [node_key(3).address]
     assert not stakes.owned_by(owner[:31] + b"\x00", next(iter(raws.values())))
+
+
+async def test_the_answers_of_a_node_with_a_store(tmp_path: Path) -> None:
+    """Records are found by the beginning of their key, those of others are left out."""
+    with ChainStore(tmp_path / "chain", chainkit.GENESIS) as store:
+        found = dict(store.state_items(stakes.NODES))
+        assert found == {key: raw for key, raw in store.state_items() if key[:1] == b"n"}
+        assert len(found) == 4
+        chain = SimpleNamespace(
+            state=lambda: State(store.get), height=0, committee=SimpleNamespace(epoch=0)
+        )
+        api = Api(
+            key=chainkit.KEYS[0],
+            genesis=chainkit.GENESIS,
+            host=None,  # type: ignore[arg-type]
+            chain=chain,  # type: ignore[arg-type]
+            store=store,
+            machine=None,  # type: ignore[arg-type]
+            agent=SimpleNamespace(),  # type: ignore[arg-type]
+            peers=SimpleNamespace(now_ms=lambda: 0),  # type: ignore[arg-type]
+            data_dir=tmp_path,
+            stop=trio.Event(),
+        )
+        owner, (key,) = chainkit.OWNERS[1], await api.chain_keys(chainkit.OWNERS[1].address)
+        assert key.nominated
+        assert State(store.get).owner_of(public_key(key.node)) == owner.public
+        assert [seat.node for seat in (await api.chain_stake(owner.address)).seats] == [
+            key.node
+        ] * 2
+        assert (await api.chain_validators()).epoch == 0
+        assert (await api.chain_validators(1)).total == "40"
+        for epoch in (-2, 2, 10**9):
+            with pytest.raises(NotFound, match="fixed up to epoch 1"):
+                await api.chain_validators(epoch)
