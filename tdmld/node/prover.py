@@ -35,7 +35,7 @@ async def prove(finality: Finality, kind: str, name: str, checkpoint: int = 0) -
     from genesis, or from the block of height `checkpoint`.
 
     Waits for the block that commits the present state; on an idle chain it is there. Raises
-    DecodeError for a name that means nothing, NotProvable otherwise.
+    DecodeError for a name that means nothing, NotProvable otherwise. Cancellation leaves nothing.
     """
     store = finality.store
     height = None
@@ -63,7 +63,8 @@ async def prove(finality: Finality, kind: str, name: str, checkpoint: int = 0) -
         else:
             claim = _transaction(store, bytes.fromhex(name), height, last)
         anchor = _anchor(store, checkpoint, headers) if checkpoint else None
-        turns = _turns(store, last, anchor)
+        # As many as there are epochs, in megabytes: not in the event loop, where votes wait.
+        turns = await trio.to_thread.run_sync(_turns, store, last, anchor)
     except NotHeld as error:
         raise NotProvable(
             f"this node began with a snapshot at height {store.base} and cannot prove what was "
@@ -72,7 +73,7 @@ async def prove(finality: Finality, kind: str, name: str, checkpoint: int = 0) -
     finally:
         pinned.view.close()
     bundle = Bundle(store.chain_id, anchor, turns, headers, pinned.certificate, claim)
-    size = len(bundle_bytes(bundle))
+    size = len(await trio.to_thread.run_sync(bundle_bytes, bundle))
     if size > BUNDLE_BYTES:
         raise NotProvable(f"the proof has {size} bytes, limit {BUNDLE_BYTES}: {_NEWER}")
     return bundle

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tdmld import devnet
+from tdmld.chain.light import read_bundle
 
 pytestmark = pytest.mark.e2e
 
@@ -19,14 +20,18 @@ def tdmld(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_a_daemon_joins_by_snapshot_and_gives_proofs(tmp_path: Path) -> None:
     network = devnet.make_network(
-        tmp_path / "network", nodes=2, validators=1, asks=[], parameters={"heartbeat_ms": 1000}
+        tmp_path / "network",
+        nodes=2,
+        validators=1,
+        asks=[],
+        parameters={"heartbeat_ms": 500, "epoch_blocks": 2},
     )
     genesis = network.data_dir(0) / "genesis.json"
     owner, proof = network.nodes[0].owner, tmp_path / "proof"
     with network:
         network.start(0)
         network.wait_ready([0])
-        time.sleep(4)  # some heartbeats
+        time.sleep(4)  # some heartbeats, and epochs
         network.start(1, "--sync", "snapshot")
         network.wait_ready([1])
         assert "began with" in (network.data_dir(1) / "logs" / "daemon.jsonl").read_text()
@@ -36,6 +41,7 @@ def test_a_daemon_joins_by_snapshot_and_gives_proofs(tmp_path: Path) -> None:
     checked = tdmld("light", "verify", proof, f"account/{owner}", "--genesis", genesis)
     assert checked.returncode == 0, checked.stderr
     assert f"proven: {owner} has 1000000000" in checked.stdout
+    assert len(read_bundle(proof.read_bytes()).turns) > 0
     raw = bytearray(proof.read_bytes())
     raw[len(raw) // 2] ^= 1
     proof.write_bytes(raw)

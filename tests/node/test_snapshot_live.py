@@ -9,16 +9,19 @@ import trio
 
 from tdmld.chain.checkpoint import Checkpoint
 from tdmld.chain.crypto import KeyPair, sha256
+from tdmld.chain.genesis import chain_id
 from tdmld.chain.light import check_bundle
 from tdmld.node.chainservice import ChainService
 from tdmld.node.chainwire import Protocols
 from tdmld.node.snapshot import SnapshotClient
 from tdmld.node.store import ChainStore
 from tdmld.p2p import Host, PeerInfo, open_host
-from tests.node.lonechain import CHAIN, GENESIS, OWNER, VALIDATOR, pay
+from tests.node.lonechain import OWNER, VALIDATOR, make_genesis, pay
 
 pytestmark = pytest.mark.e2e
 FOLLOWER = KeyPair(b"\x71" * 32)
+GENESIS = make_genesis(epoch_blocks=8)
+CHAIN = chain_id(GENESIS)
 
 
 async def until(true: Callable[[], object]) -> None:
@@ -50,7 +53,7 @@ async def test_a_node_joins_a_running_chain_by_snapshot(tmp_path: Path) -> None:
             async def keep_paying() -> None:
                 nonlocal sent
                 while True:
-                    receipt = await service.wait_for(await service.submit(pay(sent)))
+                    receipt = await service.wait_for(await service.submit(pay(sent, CHAIN)))
                     assert receipt.ok
                     sent += 1
 
@@ -63,6 +66,7 @@ async def test_a_node_joins_a_running_chain_by_snapshot(tmp_path: Path) -> None:
             await join(other, store)
             assert store.base > 20
             assert store.lowest == store.base + 1
+            assert store.turn(1) is not None
             follower = ChainService(other, store, GENESIS)
             await nursery.start(follower.run)
             await until(lambda: store.height > store.base + 5)
@@ -70,7 +74,7 @@ async def test_a_node_joins_a_running_chain_by_snapshot(tmp_path: Path) -> None:
             assert store.root_at(height) == made.root_at(height)
             for node, kind, name in (
                 (follower, "account", OWNER.address),
-                (service, "transaction", sha256(pay(0)).hex()),
+                (service, "transaction", sha256(pay(0, CHAIN)).hex()),
                 (service, "block", "7"),
             ):
                 bundle = await node.prove(kind, name, height - 1)
