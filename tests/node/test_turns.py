@@ -11,9 +11,10 @@ import pytest
 from tdmld.chain import light, turns
 from tdmld.chain.blocks import block_hash, ends_epoch, epoch_of
 from tdmld.chain.checkpoint import Checkpoint
-from tdmld.chain.codec import ZERO_HASH
-from tdmld.chain.crypto import sha256
+from tdmld.chain.codec import ZERO_HASH, encode
+from tdmld.chain.crypto import address, sha256
 from tdmld.chain.errors import ProofRefused
+from tdmld.chain.ledger import BlockResult
 from tdmld.chain.light import (
     BlockClaim,
     Bundle,
@@ -25,10 +26,14 @@ from tdmld.chain.light import (
     read_bundle,
     record_of,
 )
-from tdmld.chain.records import Account
+from tdmld.chain.records import Account, JobStatus
+from tdmld.chain.transactions import Bond
 from tdmld.chain.turns import genesis_set
 from tdmld.node.chainerrors import NotProvable
 from tdmld.node.store import ChainStore
+from tests.chain.chainworld import SHORT, ChainWorld
+from tests.chain.world import make_genesis as make_market
+from tests.chain.world import owner_key
 from tests.node.lightforgeries import CHAIN, EPOCH, FORGERIES, OLD, TOP, Made
 from tests.node.lonechain import CHANGING, extend, grow, make_genesis, pay
 
@@ -102,6 +107,44 @@ def test_every_height_can_be_where_the_chain_stands(tmp_path: Path, top: int) ->
         assert check(one.paid(0), None).final.height == top
         for height in {1, top // 2, top} - {0}:
             check(one.paid(height), one.checkpoint(height))
+
+
+class Restless(ChainWorld):
+    """In every epoch a validator binds more stake."""
+
+    def block(self, *raws: bytes, tainted: bool = False, passed: int = 0) -> BlockResult:
+        if self.chain.height % self.parameters.epoch_blocks == 0:
+            super().block(self.sign(owner_key(3), Bond("vote", 7)))
+        return super().block(*raws, tainted=tainted, passed=passed)
+
+
+def test_the_payment_of_a_job_is_proven_from_a_checkpoint_three_epochs_old(tmp_path: Path) -> None:
+    world = Restless(tmp_path / "chain", make_market(**SHORT, epoch_blocks=24))
+    try:
+        asks = [world.ask(index, until_height=48) for index in range(7)]
+        assert all(receipt.ok for receipt in world.block(*asks).receipts)
+        job = world.submit(audit_rate=1_000_000, rounds=2, unsettled=2, state_every=1)
+        assert world.play_until(job).status is JobStatus.CLOSED
+        while epoch_of(world.height, 24) < 3:
+            world.block()
+        while world.height % world.gap != 1 or not world.chain.closed:
+            world.block()
+        store, old = Made(world.chain), epoch_of(world.height, 24) - 3
+        seats = [store.set(epoch).seats for epoch in range(old, old + 4)]
+        assert all(before != after for before, after in pairwise(seats[1:]))
+        trusted = store.checkpoint(24 * old + 10)
+        worker, paid = max(world.state.payments(job).items(), key=lambda row: row[1].worker)
+        bundle = store.prove("payment", f"{job.hex()}/{address(worker)}", trusted.height)
+        proven = check_bundle(read_bundle(bundle_bytes(bundle)), world.genesis, trusted)
+        assert isinstance(proven.claim, StateClaim)
+        assert record_of(proven.claim) == paid
+        assert paid.worker > 0
+        assert len(bundle.turns) == 2
+        forged = replace(bundle.claim, value=encode(replace(paid, worker=paid.worker + 1)))
+        with pytest.raises(ProofRefused, match="does not lead to the header's state root"):
+            check_bundle(replace(bundle, claim=forged), world.genesis, trusted)
+    finally:
+        world.close()
 
 
 # ---- forgeries -----------------------------------------------------------------------------------
