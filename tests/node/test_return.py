@@ -7,9 +7,10 @@ import pytest
 import trio
 import trio.testing
 
-from tdmld.chain.blocks import Block, Kind, Vote
+from tdmld.chain.blocks import Block, Kind, Vote, sign_vote
 from tdmld.chain.genesis import chain_id
 from tdmld.chain.records import Node
+from tdmld.chain.slashing import from_votes
 from tdmld.chain.state import State
 from tdmld.chain.transactions import (
     Payload,
@@ -30,13 +31,6 @@ from tests.node.test_validator import ME, Bench, bench
 EPOCH = 12
 GENESIS = make_genesis(epoch_blocks=EPOCH)
 CHAIN = chain_id(GENESIS)
-
-
-def signed(payload: Payload, **header: int) -> bytes:
-    by_owner = isinstance(payload, Revoke)
-    key = OWNERS[ME] if by_owner else KEYS[ME]
-    header = {"fee": 10, **header} if by_owner else header
-    return sign_transaction(key, CHAIN, payload, **header)
 
 
 def grow(path: Path, epochs: int, last: tuple[bytes, ...] = ()) -> None:
@@ -61,19 +55,40 @@ def node(store: ChainStore) -> Node:
     return found
 
 
-async def live(made: Bench) -> Block:
+async def live(made: Bench) -> None:
     """One block that everybody votes for and executes; ME does not lead it."""
+    await agreed(made, await notarized(made))
+
+
+async def notarized(made: Bench) -> Block:
+    """The next block. ME votes for it; the others have not yet."""
     block = next_block(made.store)
-    if block.header.proposer == KEYS[ME].public:
-        raise AssertionError("ME leads: it is not jailed in this epoch")
+    assert block.header.proposer != KEYS[ME].public, "it is not jailed in this epoch"
     before = [v for v in made.links.sent if isinstance(v, Vote)]
     await made.hear(Proposal(block, ()))
     await made.links.votes(len(before) + 1)
+    await trio.testing.wait_all_tasks_blocked(0.02)
+    return block
+
+
+async def agreed(made: Bench, block: Block) -> None:
+    """The others vote for it, too, and it is executed."""
     for kind in (Kind.NOTARIZE, Kind.FINALIZE):
         await made.hear(*(vote(kind, block, voter, 0, CHAIN) for voter in (1, 2)))
     await made.executed(block.header.height)
     await trio.testing.wait_all_tasks_blocked(0.02)
-    return block
+
+
+def listen(made: Bench, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Payload]]:
+    """What is submitted, at which height; it gets lost."""
+    heard: list[tuple[int, Payload]] = []
+
+    async def lost(raw: bytes) -> bytes:
+        heard.append((made.store.height, decode_transaction(raw, CHAIN).payload))
+        return raw
+
+    monkeypatch.setattr(made.admission, "submit", lost)
+    return heard
 
 
 def said(made: Bench) -> list[Transaction]:
@@ -85,9 +100,9 @@ async def test_n9_a_jailed_validator_returns_when_it_is_at_work(tmp_path: Path) 
     async with bench(tmp_path, GENESIS) as made:
         jailed = node(made.store).jailed
         assert jailed == EPOCH
-        await trio.testing.wait_all_tasks_blocked(0.02)
-        assert said(made) == [], "not before it finalized a block with the others"
-        await live(made)
+        block = await notarized(made)
+        assert said(made) == [], "not before it finalizes a block with the others"
+        await agreed(made, block)
         (found,) = said(made)
         assert found.payload == Return(EPOCH)
         assert found.signer == KEYS[ME].public
@@ -95,18 +110,31 @@ async def test_n9_a_jailed_validator_returns_when_it_is_at_work(tmp_path: Path) 
         assert said(made) == [found]
 
 
-async def test_n9_who_is_not_jailed_says_nothing(tmp_path: Path) -> None:
+async def test_n9_who_is_not_jailed_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with bench(tmp_path, GENESIS) as made:
+        heard = listen(made, monkeypatch)
         await live(made)
-        assert said(made) == []
+        assert heard == []
 
 
-async def test_n9_a_revoked_key_does_not_ask(tmp_path: Path) -> None:
-    grow(tmp_path, 2, (signed(Revoke(KEYS[ME].public)),))
+@pytest.mark.parametrize("barred", ["revoked", "convicted"])
+async def test_n9_a_key_that_may_not_return_does_not_ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, barred: str
+) -> None:
+    key = KEYS[ME]
+    twice = [sign_vote(key, CHAIN, Kind.NOTARIZE, 1, bytes([n]) * 32, ME) for n in (1, 2)]
+    accusation = sign_transaction(KEYS[1], CHAIN, from_votes(key.public, *twice))
+    revocation = sign_transaction(OWNERS[ME], CHAIN, Revoke(key.public), fee=10)
+    grow(tmp_path, 2, (revocation if barred == "revoked" else accusation,))
     async with bench(tmp_path, GENESIS) as made:
-        assert node(made.store).revoked == 2 * EPOCH
+        record = node(made.store)
+        assert record.jailed
+        assert getattr(record, barred) == 2 * EPOCH
+        heard = listen(made, monkeypatch)
         await live(made)
-        assert said(made) == []
+        assert heard == []
 
 
 async def test_n9_it_is_said_again_after_a_while_and_only_while_jailed(
@@ -114,18 +142,11 @@ async def test_n9_it_is_said_again_after_a_while_and_only_while_jailed(
 ) -> None:
     monkeypatch.setattr(validator, "RETURN_AGAIN", 3)
     grow(tmp_path, 2)
-    heights: list[int] = []
     async with bench(tmp_path, GENESIS) as made:
-
-        async def lost(raw: bytes) -> bytes:
-            assert decode_transaction(raw, CHAIN).payload == Return(EPOCH)
-            heights.append(made.store.height)
-            return raw
-
-        monkeypatch.setattr(made.admission, "submit", lost)
+        heard = listen(made, monkeypatch)
         for _ in range(8):
             await live(made)
-    assert heights == [24, 27, 30]
+    assert heard == [(height, Return(EPOCH)) for height in (24, 27, 30)]
 
 
 async def test_n9_nothing_is_said_while_execution_is_behind(
