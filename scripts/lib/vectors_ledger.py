@@ -35,7 +35,7 @@ ALICE, BOB = owner_key(0), owner_key(1)
 def ledger_money() -> dict[str, Any]:
     """Owner transactions, asks and offers over the state of genesis."""
     world = World(make_genesis(nodes=3, validators=1))
-    scenes = [_money(world), _nodes(world), _offers(world), *_stakes(), *_jail()]
+    scenes = [_money(world), _nodes(world), *_asked(), _offers(world), *_stakes(), *_jail()]
     return ledger_file(scenes)
 
 
@@ -267,7 +267,7 @@ def _nodes(world: World) -> Scene:
     scene.case("an ask for as long as may be", "ASK-2", ask(until_height=1001))
     scene.case("an ask for longer", "ASK-2", ask(until_height=1002))
     scene.case("an ask that is over", "ASK-2", ask(until_height=4), height=5)
-    scene.case("an ask replaced", "ASK-2 ASK-4", ask(), ask(until_height=901, price=1))
+    scene.case("an ask replaced in its block", "ASK-5", ask(), ask(until_height=901, price=1))
     scene.case("an ask repeated", "ASK-2", ask(), ask())
     scene.case("an ask of any class", "ASK-3", ask(class_id="any"))
     scene.case("an ask of no class", "ASK-3", ask(class_id=""))
@@ -289,6 +289,29 @@ def _nodes(world: World) -> Scene:
     scene.case("a node speaks of no job", "FEE-3", nobody)
     scene.case("an owner speaks of no job", "JOB-8", world.sign(ALICE, Fetched(mark("no job"))))
     return scene
+
+
+def _asked() -> list[Scene]:
+    """What is free is rare (ASK-5), and a matching, which is not, does not change that."""
+    world = World(make_genesis(nodes=3, validators=1))
+    world.wait(1)
+    world.block(world.ask(1, until_height=7))
+    pause = -(-world.parameters.epoch_blocks // limits.ASKS)
+    scene = Scene(world, "a node has asked")
+    again = world.ask(1, until_height=150)
+    scene.case("it asks again too soon", "ASK-5", again, height=2 + pause - 1)
+    scene.case("it asks again", "ASK-4 ASK-5", again, height=2 + pause)
+    job = world.submit()
+    offered = Scene(world, "a node has asked, and a job is offered")
+    offered.case("a matching burns a part of the deposit", "MATCH-2 MATCH-5 END-3", height=7)
+    offered.case("an ask that is over, and young", "MATCH-2 ASK-5", height=8)
+    offered.case("an ask that is over for long", "MATCH-2 ASK-5", height=2 + pause)
+    assert not world.job(job).final
+    poor = World(make_genesis(nodes=3, validators=1, offer_deposit=9))
+    poor.submit()
+    small = Scene(poor, "a job with a small deposit is offered")
+    small.case("the part is rounded up", "MATCH-2", height=5)
+    return [scene, offered, small]
 
 
 _BAD_OFFERS: dict[str, tuple[str, dict[str, object]]] = {

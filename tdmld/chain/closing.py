@@ -2,7 +2,8 @@
 
 On a refund, segments that are in the clear (records.CLEARED) are still paid, windows or not; a
 segment whose draw, audit or link is pending, or that failed, is not, nor is any later one of its
-slot, for segments settle in order. Settled payments stay. The deposit goes back in every case.
+slot, for segments settle in order. Settled payments stay. What is left of the deposit goes back in
+every case.
 """
 
 from msgspec.structs import replace

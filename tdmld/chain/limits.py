@@ -46,6 +46,11 @@ RATE_ONE = 1_000_000
 """Rates and reputation are parts of a million."""
 MATCH_TRIES = 4
 """First matching and three more without the decliners."""
+MATCH_COST = 10
+"""One part in so many of the deposit burns for each matching: it looks at every ask."""
+ASKS = 8
+"""Asks of one node in an epoch: they are free. More than the one that it needs, so that a machine
+whose carrier was started again is soon reached by auditors."""
 
 STANDBY_SLOT = 0xFFFF_FFFF
 """The `slot` of an Accept or Decline by the job's standby."""

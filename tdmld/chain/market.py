@@ -13,6 +13,9 @@ Matching is a reverse auction that the chain holds by itself, `match_delay` afte
 A job of class "any" is matched in each class by itself; the lowest sum of prices wins, then the
 first class name. If some role stays empty the offer expires. When a member declines, or
 `accept_window` ends, the job is offered again without it, MATCH_TRIES times in all.
+
+A matching looks at every ask there is, whatever comes of it: so each one burns a part of the
+deposit. Asks are free, so a node may put one in every ASKS-th part of an epoch only.
 """
 
 from collections.abc import Sequence
@@ -66,6 +69,12 @@ def ask(run: Execution, node: bytes, wanted: Ask) -> None:
         old is None or wanted.until_height > old.until_height,
         "an ask is replaced only by one with a greater until_height",
     )
+    pause = _ask_pause(run)
+    require(
+        old is None or run.height >= old.height + pause,
+        f"this node asked less than {pause} blocks ago: it may replace its ask from height "
+        f"{0 if old is None else old.height + pause} on",
+    )
     furthest = run.height + 2 * run.parameters.epoch_blocks
     require(
         run.height <= wanted.until_height <= furthest,
@@ -93,6 +102,11 @@ def ask(run: Execution, node: bytes, wanted: Ask) -> None:
             height=run.height,
         ),
     )
+
+
+def _ask_pause(run: Execution) -> int:
+    """Blocks from one ask of a node to the next."""
+    return -(-run.parameters.epoch_blocks // limits.ASKS)
 
 
 # -- matching
@@ -125,7 +139,7 @@ class Assignment:
 
 def match(run: Execution, entry: Due) -> None:
     """Due: cast the job, or end it."""
-    job = run.job(entry.job)
+    job = _pay(run, run.job(entry.job))
     found = cast(job, _candidates(run, job), run.context.beacon)
     if found is None:
         detail = "no set of asks in force fits the offer's class, memory and prices"
@@ -145,6 +159,15 @@ def match(run: Execution, entry: Due) -> None:
     due.put(run.state, Due(Timer.ACCEPT, job.id), run.height + run.parameters.accept_window)
     nodes = tuple(worker.node for worker in found.workers)
     run.emit(JobMatched(job.id, job.attempt, nodes, found.standby.node))
+
+
+def _pay(run: Execution, job: Job) -> Job:
+    """Burn what a matching costs."""
+    cost = min(job.deposit, -(-run.parameters.offer_deposit // limits.MATCH_COST))
+    paid = replace(job, deposit=job.deposit - cost)
+    run.state.put_job(paid)
+    run.state.burn(cost)
+    return paid
 
 
 def cast(job: Job, candidates: Sequence[Candidate], beacon: bytes) -> Assignment | None:
@@ -210,13 +233,15 @@ def _lot(beacon: bytes, job: Job, slot: int, candidate: Candidate) -> bytes:
 
 
 def _candidates(run: Execution, job: Job) -> list[Candidate]:
-    """Nodes whose asks are in force and that may work for this job; asks that are over go."""
-    found, over = [], []
+    """Nodes whose asks are in force and that may work for this job. Asks that are over go, once
+    their nodes could ask again."""
+    found, over, pause = [], [], _ask_pause(run)
     party = {job.submitter, run.state.owner_of(job.source)}
     for node, standing in run.state.asks():
         record = run.state.node(node)
         if standing.until_height < run.height or record is None:
-            over.append(node)
+            if run.height >= standing.height + pause:
+                over.append(node)
             continue
         if record.owner in party or node in job.declined or record.from_height > run.height:
             continue

@@ -3,7 +3,7 @@
 escrow        rounds x slots x (slot_price_max + standby_price): workers and standby
 audit budget  named by the offer, at least what its rate draws on average
 fees          tx_fee x the most job-bound transactions that can ever succeed
-deposit       offer_deposit, against spam: money that an offer keeps from others for its time
+deposit       offer_deposit, against spam: a part burns for each matching, the rest comes back
 """
 
 from dataclasses import dataclass

@@ -11,7 +11,23 @@ from tdmld.chain.records import CloseReason, Facts, Job, JobStatus
 from tdmld.chain.reputation import reputation
 from tdmld.chain.state import State
 from tdmld.chain.transactions import Accept, Ask, Decline, Register, Stage, sign_registration
-from tests.chain.world import BALANCE, FEE, GIB, STAKE, Vice, World, mark, node_key, owner_key
+from tests.chain.world import (
+    BALANCE,
+    FEE,
+    GIB,
+    STAKE,
+    Vice,
+    World,
+    make_genesis,
+    mark,
+    node_key,
+    owner_key,
+)
+
+PAUSE = 63
+"""ASK-5: an eighth of 500 blocks, rounded up."""
+MATCHING = 1000
+"""MATCH-2: a tenth of the deposit."""
 
 
 def matched(world: World, **offer: object) -> Job:
@@ -65,21 +81,38 @@ def test_an_ask_is_replaced_by_a_later_one_and_never_by_an_older() -> None:
     first = Ask(mark(1), "cpu", GIB, 10, 1, 1, 500)
     later = replace(first, until_height=501, price=99)
     world.do(node_key(1), first)
+    world.wait(PAUSE - 1)
     world.do(node_key(1), later)
     assert "greater until_height" in world.refused(node_key(1), first)
     assert "greater until_height" in world.refused(node_key(1), later)
     standing = world.state.ask(node_key(1).public)
     assert standing is not None
-    assert (standing.price, standing.until_height, standing.height) == (99, 501, 2)
+    assert (standing.price, standing.until_height, standing.height) == (99, 501, 1 + PAUSE)
     assert [node for node, _ in world.state.asks()] == [node_key(1).public]
+
+
+def test_asks_are_free_and_therefore_few() -> None:
+    """ASK-5, also for one that puts short asks and lets matchings delete them (MATCH-2)."""
+    world = World()
+    node = node_key(1)
+    asked = 0
+    for until in range(world.parameters.epoch_blocks):
+        ask = Ask(mark(1), "cpu", GIB, 10, 1, 1, world.height + 1)
+        offer = [world.sign(owner_key(0), world.offer())] if until % 20 == 0 else []
+        receipts = world.block(world.sign(node, ask), *offer).receipts
+        asked += receipts[0].ok
+        assert receipts[0].ok or "from height" in receipts[0].reason
+    assert asked == limits.ASKS
 
 
 def test_asks_that_are_over_are_not_matched_and_forgotten() -> None:
     world = World()
     world.block(*(world.ask(index, until_height=6) for index in range(7)))
     world.wait(3)
-    job = matched(world)
-    assert job.reason is CloseReason.NO_MATCH
+    assert matched(world).reason is CloseReason.NO_MATCH
+    assert len(list(world.state.asks())) == 7, "they could come back as new ones"
+    world.wait(PAUSE)
+    assert matched(world).reason is CloseReason.NO_MATCH
     assert list(world.state.asks()) == []
 
 
@@ -267,13 +300,39 @@ def test_a_job_of_any_class_stays_within_one_and_takes_the_cheapest() -> None:
     assert set(cast(world, job)) == {4, 5, 6}
 
 
-def test_without_a_full_cast_the_offer_expires_and_everything_goes_back() -> None:
+def test_without_a_full_cast_the_offer_expires_and_all_but_the_matching_goes_back() -> None:
     world = World()
     world.block(*(world.ask(i) for i in range(1, 3)))
     job = matched(world)
     assert (job.status, job.reason) == (JobStatus.EXPIRED, CloseReason.NO_MATCH)
-    assert world.balance(0) == BALANCE - FEE
+    assert world.balance(0) == BALANCE - FEE - MATCHING
     assert world.next_due() is None
+
+
+def test_every_matching_burns_a_part_of_the_deposit_whatever_comes_of_it() -> None:
+    world = World()
+    world.all_ask()
+    for index in range(1, 7):
+        world.vices[node_key(index).public] = frozenset({Vice.IGNORES_PLACE})
+    before = world.state.supply.burned
+    job = world.submit()
+    world.play_until(job)
+    assert world.job(job).status is JobStatus.EXPIRED
+    matchings = world.job(job).attempt + 1
+    assert matchings > 1
+    assert world.state.supply.burned == before + FEE + matchings * MATCHING
+
+
+@pytest.mark.parametrize("deposit", [0, 1, 2, 9])
+def test_no_more_burns_than_the_deposit(deposit: int) -> None:
+    world = World(make_genesis(offer_deposit=deposit))
+    world.all_ask()
+    for index in range(1, 7):
+        world.vices[node_key(index).public] = frozenset({Vice.IGNORES_PLACE})
+    job = world.submit()
+    world.play_until(job)
+    burned = min(deposit, world.job(job).attempt + 1)
+    assert world.state.supply.burned == FEE + burned
 
 
 # -- answers

@@ -295,7 +295,7 @@ async def test_forged_votes_and_certificates_count_for_nothing(tmp_path: Path) -
 
 async def test_a_vote_does_not_wait_behind_transactions(tmp_path: Path) -> None:
     async with bench(tmp_path) as made:
-        async with made.admission.turns.of("somebody"):  # somebody else's signatures are being checked
+        async with made.admission.turns.of("b"):  # somebody else's signatures are being checked
             await made.hear(
                 Transactions((transfer(0, 0),)), Proposal(foreign_block(made.store), ())
             )
