@@ -118,6 +118,7 @@ class Executor(Work, Staking):
         rule(self.known(b"n" + signer)["from_height"] <= self.height, "ASK-1")
         old = self.db.get(b"k" + signer)
         rule(old is None or what["until_height"] > old["until_height"], "ASK-2")
+        rule(old is None or self.may_ask_again(old), "ASK-5")
         last = self.height + 2 * self.rules["epoch_blocks"]
         rule(self.height <= what["until_height"] <= last, "ASK-2")
         rule(what["class_id"] not in ("", "any"), "ASK-3")
@@ -125,6 +126,10 @@ class Executor(Work, Staking):
         rule(what["audit_capacity"] <= 1024, "ASK-3")
         self.put(b"k" + signer, what, height=self.height)
         self.index(b"k", signer, True)
+
+    def may_ask_again(self, old: Record) -> bool:
+        """ASK-5."""
+        return self.height >= int(old["height"]) + ceil(self.rules["epoch_blocks"], 8)
 
     def offer(self, signer: bytes, what: Record, job_id: bytes) -> None:
         stages = [named("parameters memory", row) or {} for row in what["stages"]]
@@ -183,13 +188,18 @@ class Executor(Work, Staking):
     def match(self, job_id: bytes, *_: int) -> None:
         """MATCH-2, MATCH-5, MATCH-6."""
         job = self.db[b"j" + job_id]
+        cost = min(job["deposit"], ceil(self.rules["offer_deposit"], 10))
+        self.put_job(job_id, deposit=job["deposit"] - cost)
+        self.burn(cost)
+        job = self.db[b"j" + job_id]
         party = {job["submitter"], self.db[b"n" + job["source"]]["owner"]}
         candidates = []
         for node, ask in sorted(self.asks(), key=lambda row: row[0]):
             record = self.db[b"n" + node]
             if ask["until_height"] < self.height:
-                del self.db[b"k" + node]
-                self.index(b"k", node, False)
+                if self.may_ask_again(ask):
+                    del self.db[b"k" + node]
+                    self.index(b"k", node, False)
             elif (
                 record["owner"] not in party
                 and node not in job["declined"]
