@@ -155,11 +155,12 @@ class Bodies:
         if (header.validators, header.next_validators) != self._sets:
             raise InvalidBlock("the validator sets are others here")
         root = self._store.root_at(header.state_height)
-        if root is None or header.time_ms > self._latest_ms():
+        history = self._store.history_root(header.state_height)
+        if root is None or history is None or header.time_ms > self._latest_ms():
             return None
         if root != header.state_root:
             raise InvalidBlock(f"the state root of {header.state_height} is another one here")
-        if self._store.history_root(header.state_height) != header.history_root:
+        if history != header.history_root:
             raise InvalidBlock(f"the history up to {header.state_height} is another one here")
         return beacon_mix(self._committee.chain_id, mix, header)
 

@@ -11,8 +11,8 @@ The caller keeps the host connected (`host.add_peer`); this service reacts to wh
 
 import logging
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -34,11 +34,11 @@ from tdmld.chain.mempool import Mempool
 from tdmld.chain.pacing import Times
 from tdmld.chain.state import State
 from tdmld.node.admission import Admission
+from tdmld.node.announcer import Announcer
 from tdmld.node.chainerrors import SpecUnavailable
 from tdmld.node.chainlinks import Links
 from tdmld.node.chainwire import (
     GOSSIP_BLOCK_BYTES,
-    GOSSIP_BODY_BYTES,
     GOSSIP_OFFER_BYTES,
     GOSSIP_TX_BYTES,
     Announcement,
@@ -71,7 +71,6 @@ Deliver = Callable[[str, bytes], Awaitable[None]]
 
 log = logging.getLogger(__name__)
 
-MAX_ANNOUNCEMENTS = 64
 EVERYBODY = "*"
 """The destination of transactions that are gossiped."""
 QUIET_SECONDS = 5.0
@@ -121,8 +120,8 @@ class ChainService:
             self._adopt,
             self._connected_validators,
         )
-        self._announcements: deque[AppliedBlock] = deque(maxlen=MAX_ANNOUNCEMENTS)
-        self._announce_news = trio.Event()
+        self._door = GossipDoor(self._finality, self._admission, self._specs)
+        self._announcer = Announcer(partial(self._publish, self._protocols.block), self._door.heard)
         self._heard_block = trio.Event()
         self._gossiping = False
         self._nursery: trio.Nursery | None = None
@@ -295,33 +294,14 @@ class ChainService:
         self._specs.executed(applied)
         header = applied.block.header
         leads = self.committee.nodes[self.committee.leader(header.view + 1)]
-        mine = self._validator is not None and self._validator.key.public in (
-            header.proposer,
-            leads,
-        )
-        if mine and applied.certificate is not None and not self.syncing:
-            self._announcements.append(applied)
-            self._announce_news.set()
+        if self._validator is not None and not self.syncing:
+            me = self._validator.key.public
+            if me == header.proposer:
+                self._announcer.proposed(applied)
+            elif me == leads:
+                self._announcer.leads_next(applied)
         if ends_epoch(applied.height, self._epoch_blocks):
             self._turn()
-
-    async def _announce(self) -> None:
-        """Gossip final blocks: the proposer and the next leader do, so that one may be lost."""
-        while True:
-            while not self._announcements:
-                self._announce_news = trio.Event()
-                await self._announce_news.wait()
-            applied = self._announcements.popleft()
-            assert applied.certificate is not None
-            block = applied.block
-            small = sum(map(len, block.transactions)) <= GOSSIP_BODY_BYTES
-            notice = Announcement(
-                block.header,
-                block.signature,
-                applied.certificate,
-                block.transactions if small else None,
-            )
-            await self._publish(self._protocols.block, encode(notice))
 
     def _heard(self, source: str, raw: bytes) -> None:
         """An announcement that passed the door."""
@@ -400,7 +380,7 @@ class ChainService:
 
     async def _subscribe(self, nursery: trio.Nursery) -> None:
         """Take part in gossip, when the host does."""
-        door = GossipDoor(self._finality, self._admission, self._specs)
+        door = self._door
         topics: tuple[tuple[str, int, Callable[[str, bytes], bool], Deliver], ...] = (
             (
                 self._protocols.block,
@@ -419,7 +399,7 @@ class ChainService:
                 return
             nursery.start_soon(self._pump, channel, deliver)
         self._gossiping = True
-        nursery.start_soon(self._announce)
+        nursery.start_soon(self._announcer.run)
 
     async def _pump(
         self, channel: trio.MemoryReceiveChannel[GossipMessage], deliver: Deliver

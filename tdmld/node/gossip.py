@@ -46,7 +46,7 @@ from tdmld.node.specs import Specs
 OLD_HEIGHTS = 16
 """Announcements this far below our head are still passed on."""
 COPIES = 2
-"""Announcements of one block that are passed on: two validators make one, so that one may be lost.
+"""Announcements of one block that are passed on: two validators make one when the first seems lost.
 The same quorum can be put together in many ways."""
 MAX_REMEMBERED = 128
 """Announced blocks that are remembered."""
@@ -72,6 +72,10 @@ class GossipDoor:
         self._passed: OrderedDict[tuple[bytes, int], Transaction] = OrderedDict()
         """(owner, nonce) -> the last version that was passed on."""
         self._early = Meter(EARLY)
+
+    def heard(self, block: bytes) -> bool:
+        """Whether an announcement of a block was passed on lately."""
+        return block in self._announced
 
     def announcement(self, _: str, raw: bytes) -> bool:
         """Whether a block is final, recent, whole, and not announced enough already."""

@@ -9,6 +9,7 @@ from tdmld.chain import history
 from tdmld.chain.blocks import Certificate, Header, ends_epoch, epoch_of
 from tdmld.chain.codec import encode
 from tdmld.chain.genesis import Genesis
+from tdmld.chain.history import NotHeld
 from tdmld.chain.state import State
 from tdmld.chain.turns import Turn
 from tdmld.node.store_file import number
@@ -34,10 +35,15 @@ class StoredHistory(StoredState):
         return self._base
 
     def history_root(self, height: int) -> bytes | None:
-        """The root of the history up to and with `height`; None when that is not known here."""
-        if not self._base <= height <= self._head.height:
+        """The root of the history up to and with `height`; None when that is not known here.
+
+        It asks the database alone, as `root_at` does: while another thread applies a block the head
+        in memory is behind for a moment, and a height known to one is known to the other.
+        """
+        try:
+            return history.root(self._node, height + 1)
+        except NotHeld:
             return None
-        return history.root(self._node, height + 1)
 
     def history_proof(self, height: int, top: int) -> tuple[bytes, ...]:
         """The path of `height`'s leaf under `history_root(top)`. Raises IndexError when it is

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -49,6 +50,24 @@ def record(store: ChainStore, *votes: Vote) -> list[Vote]:
 
 
 # ---- applying ------------------------------------------------------------------------------------
+
+
+def test_a_height_is_known_at_once_with_its_root_and_its_history(
+    store: ChainStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread applies: what was written is asked for before the head here has moved."""
+    answers: list[tuple[bytes | None, bytes | None]] = []
+    write = store._write
+
+    def write_and_ask(*arguments: Any) -> None:
+        answers.append((store.root_at(1), store.history_root(1)))
+        write(*arguments)
+        answers.append((store.root_at(1), store.history_root(1)))
+
+    monkeypatch.setattr(store, "_write", write_and_ask)
+    store.apply(next_block(store, [transfer(0, 0)]), None)
+    assert answers == [(None, None), (store.root_at(1), store.history_root(1))]
+    assert None not in answers[1]
 
 
 def test_applying_executes_and_answers_questions(store: ChainStore) -> None:

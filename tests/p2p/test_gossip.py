@@ -1,5 +1,7 @@
 """Gossip arrives, once, at others; and no message, however made, takes a host down."""
 
+from collections.abc import Awaitable, Callable
+
 import pytest
 import trio
 import trio.testing
@@ -39,6 +41,17 @@ async def collect(channel: trio.MemoryReceiveChannel[GossipMessage], count: int)
         return [(await channel.receive()).data for _ in range(count)]
 
 
+def noting(write: Callable[..., Awaitable[bool]], seen: list[rpc_pb2.RPC]):
+    """`write_msg` that keeps what it wrote."""
+
+    async def write_and_note(stream: object, rpc: rpc_pb2.RPC) -> bool:
+        written = await write(stream, rpc)
+        seen.append(rpc)
+        return written
+
+    return write_and_note
+
+
 async def test_a_message_reaches_the_others_and_not_its_author():
     async with connected_pair(gossip=True) as (a, b):
         mine, yours = await join(a, b)
@@ -64,6 +77,30 @@ async def test_a_message_is_relayed_and_delivered_once():
         await trio.testing.wait_all_tasks_blocked(0.05)
         with pytest.raises(trio.WouldBlock):
             channels[3].receive_nowait()
+
+
+async def test_small_messages_travel_without_records_and_idontwant():
+    """A large one is worth telling the others that it has come."""
+    seen: list[rpc_pb2.RPC] = []
+    async with hosts(3, gossip=True) as (a, b, c):
+        for host in (b, c):
+            host.add_peer(info(a))
+        c.add_peer(info(b))
+        await until(lambda: len(a.connected()) == len(b.connected()) == 2)
+        channels = await join(a, b, c, limit=50_000)
+        for host in (a, b, c):
+            await until(lambda: len(host._gossip._router.mesh.get(TOPIC, ())) == 2)  # noqa: B023
+            pubsub = host._gossip._pubsub
+            pubsub.write_msg = noting(pubsub.write_msg, seen)
+        await a.publish(TOPIC, b"small")
+        await collect(channels[1], 1)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert any(rpc.publish for rpc in seen)
+        assert not any(rpc.HasField("senderRecord") for rpc in seen)
+        assert not any(rpc.control.idontwant for rpc in seen)
+        await a.publish(TOPIC, bytes(20_000))
+        await collect(channels[1], 1)
+        await until(lambda: any(rpc.control.idontwant for rpc in seen))
 
 
 async def test_a_burst_arrives_completely():
