@@ -29,6 +29,7 @@ from tdmld.chain.crypto import sha256
 from tdmld.chain.errors import InvalidTransaction
 from tdmld.chain.events import JobMatched, JobPreparing, JobUnmatched
 from tdmld.chain.execution import Execution, known_job, known_slot, require
+from tdmld.chain.genesis import Parameters
 from tdmld.chain.records import (
     CloseReason,
     Due,
@@ -69,7 +70,7 @@ def ask(run: Execution, node: bytes, wanted: Ask) -> None:
         old is None or wanted.until_height > old.until_height,
         "an ask is replaced only by one with a greater until_height",
     )
-    pause = _ask_pause(run)
+    pause = ask_pause(run.parameters)
     require(
         old is None or run.height >= old.height + pause,
         f"this node asked less than {pause} blocks ago: it may replace its ask from height "
@@ -104,9 +105,9 @@ def ask(run: Execution, node: bytes, wanted: Ask) -> None:
     )
 
 
-def _ask_pause(run: Execution) -> int:
+def ask_pause(parameters: Parameters) -> int:
     """Blocks from one ask of a node to the next."""
-    return -(-run.parameters.epoch_blocks // limits.ASKS)
+    return -(-parameters.epoch_blocks // limits.ASKS)
 
 
 # -- matching
@@ -235,7 +236,7 @@ def _lot(beacon: bytes, job: Job, slot: int, candidate: Candidate) -> bytes:
 def _candidates(run: Execution, job: Job) -> list[Candidate]:
     """Nodes whose asks are in force and that may work for this job. Asks that are over go, once
     their nodes could ask again."""
-    found, over, pause = [], [], _ask_pause(run)
+    found, over, pause = [], [], ask_pause(run.parameters)
     party = {job.submitter, run.state.owner_of(job.source)}
     for node, standing in run.state.asks():
         record = run.state.node(node)

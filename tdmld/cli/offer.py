@@ -84,7 +84,7 @@ def estimate(job: JobFile, offer: Offer, locked: Lock, fee: int) -> list[str]:
         ("slots and standby", locked.escrow),
         ("audits", locked.audit_budget),
         ("transaction fees", locked.fees),
-        ("deposit (returned)", locked.deposit),
+        ("deposit (9/10 back)", locked.deposit),
         ("fee of the offer", fee),
     ]
     lines += [f"  {name:<20}{units(amount):>18}" for name, amount in rows]

@@ -20,6 +20,7 @@ from blake3 import blake3
 from tdmld.chain import limits as chain_limits
 from tdmld.chain.crypto import KeyPair, address, public_key
 from tdmld.chain.errors import DecodeError, InvalidTransaction
+from tdmld.chain.market import ask_pause
 from tdmld.chain.records import Job, JobStatus, Segment, SlotState
 from tdmld.chain.state import State
 from tdmld.chain.transactions import (
@@ -280,11 +281,10 @@ class Agent:
         if state.node(self.key.public) is None:
             return False
         ask = state.ask(self.key.public)
-        return (
-            ask is None
-            or ask.until_height < height + self.ask_blocks // 2
-            or ask.session != self._session
-        )
+        if ask is None:
+            return True
+        stale = ask.until_height < height + self.ask_blocks // 2 or ask.session != self._session
+        return stale and height + 1 >= ask.height + ask_pause(self.chain.genesis.parameters)
 
     async def _publish_ask(self) -> None:
         assert self.ask is not None
