@@ -14,7 +14,7 @@ can be slashed: hence the age at which a trusted point needs a second look (`tru
 
 from collections.abc import Iterable
 
-from tdmld.chain.blocks import Certificate, Committee, Header, check_finalization, epoch_of
+from tdmld.chain.blocks import Certificate, Committee, Header, check_finalization
 from tdmld.chain.codec import Record
 from tdmld.chain.epochs import committee, set_id
 from tdmld.chain.errors import ProofRefused
@@ -83,8 +83,6 @@ def check_final(
     certificate: Certificate,
 ) -> None:
     """Whether a quorum of the set of the header's epoch finalized it; ProofRefused."""
-    if header.height == 0 or epoch_of(header.height, epoch_blocks) != chosen.epoch:
-        raise ProofRefused(f"block {header.height} is not of epoch {chosen.epoch}")
     check_set(chosen, chosen.epoch, header.validators)
     if not check_finalization(committee_of(chain, chosen), header, epoch_blocks, certificate):
         raise ProofRefused(

@@ -270,7 +270,7 @@ FORGERIES: dict[str, tuple[str, Forgery]] = {
     ),
     "a checkpoint without its place": ("does not place", _anchor(place=lambda *_: None)),
     "a checkpoint in another place": (
-        "does not place|does not contain",
+        "does not contain the checkpoint",
         _place(height=16),
     ),
     "a place with other outcomes": (

@@ -116,9 +116,14 @@ def lies(kind: str) -> Callable[[SyncAnswer], SyncAnswer]:
      "an item left out"],
 )  # fmt: skip
 def test_a_lying_peer_is_left_for_an_honest_one(
-    served: ChainStore, tmp_path: Path, lie: str
+    served: ChainStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lie: str
 ) -> None:
+    monkeypatch.setattr("tdmld.node.snapshot.JOIN_SECONDS", 0.1)
+    monkeypatch.setattr("tdmld.node.snapshot.ROUND_SECONDS", 0.05)
     with ChainStore(tmp_path / "new", GENESIS) as store:
+        with pytest.raises(SnapshotUnavailable):
+            join(store, pipe(served, lies(lie)))
+        assert store.height == 0
         join(store, pipe(served, lies(lie)), pipe(served))
         follow(store, served)
         same(store, served)

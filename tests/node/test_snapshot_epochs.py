@@ -134,13 +134,37 @@ def test_a_peer_that_lies_about_the_validators_is_left_for_an_honest_one(
         same(new, changed)
 
 
+def test_what_a_false_chain_showed_is_not_passed_on(
+    changed: ChainStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no snapshot is joined after all, and every block is executed."""
+    monkeypatch.setattr("tdmld.node.snapshot.JOIN_SECONDS", 0.1)
+    monkeypatch.setattr("tdmld.node.snapshot.ROUND_SECONDS", 0.05)
+    with (
+        ChainStore(tmp_path / "false", CHANGING) as false,
+        ChainStore(tmp_path / "new", CHANGING) as new,
+    ):
+        extend(false)
+        grow(false, 30)
+        with pytest.raises(SnapshotUnavailable):
+            join(new, pipe(false, no_state))
+        for height in range(1, 12):
+            for epoch in range(4):
+                over = new.height >= (epoch + 1) * 5
+                assert new.turn(epoch) == (changed.turn(epoch) if over else None)
+            block = changed.block(height)
+            assert block is not None
+            new.apply(block, changed.certificate(height))
+
+
+def no_state(answer: SyncAnswer) -> SyncAnswer:
+    """Whose turns hold, and who then gives nothing."""
+    return Spec(b"") if isinstance(answer, StateItems) else answer
+
+
 def test_what_a_false_chain_showed_is_forgotten(changed: ChainStore, tmp_path: Path) -> None:
     """A second chain by the same validators shows its turns and then no state; they are not given
     out, and the next snapshot puts the true ones there."""
-
-    def no_state(answer: SyncAnswer) -> SyncAnswer:
-        return Spec(b"") if isinstance(answer, StateItems) else answer
-
     with (
         ChainStore(tmp_path / "false", CHANGING) as false,
         ChainStore(tmp_path / "new", CHANGING) as new,

@@ -13,9 +13,12 @@ from tdmld.chain.blocks import block_hash, ends_epoch, epoch_of
 from tdmld.chain.checkpoint import Checkpoint
 from tdmld.chain.codec import ZERO_HASH, encode
 from tdmld.chain.crypto import address, sha256
+from tdmld.chain.epochs import set_id
 from tdmld.chain.errors import ProofRefused
 from tdmld.chain.ledger import BlockResult
 from tdmld.chain.light import (
+    Ancestor,
+    Anchor,
     BlockClaim,
     Bundle,
     Proven,
@@ -26,7 +29,7 @@ from tdmld.chain.light import (
     read_bundle,
     record_of,
 )
-from tdmld.chain.records import Account, JobStatus
+from tdmld.chain.records import Account, JobStatus, ValidatorSet
 from tdmld.chain.transactions import Bond
 from tdmld.chain.turns import genesis_set
 from tdmld.node.chainerrors import NotProvable
@@ -35,7 +38,7 @@ from tests.chain.chainworld import SHORT, ChainWorld
 from tests.chain.world import make_genesis as make_market
 from tests.chain.world import owner_key
 from tests.node.lightforgeries import CHAIN, EPOCH, FORGERIES, OLD, TOP, Made
-from tests.node.lonechain import CHANGING, extend, grow, make_genesis, pay
+from tests.node.lonechain import CHANGING, certify, churn, extend, grow, make_genesis, pay
 
 replace = msgspec.structs.replace
 
@@ -204,12 +207,16 @@ def test_a_second_chain_by_the_same_validators_is_refused_from_a_checkpoint(
     """Genesis' validators sign another past, years later. Genesis alone cannot tell the two apart
     (PROOF-7); a checkpoint can, also where the sets are the same on both."""
     with ChainStore(tmp_path / "other", CHANGING) as store:
-        extend(store)
+        extend(store, [pay(0, CHAIN), *churn(store)], step_ms=101)
         grow(store, TOP - 1)
         other = Made(store)
+        assert [other.set(epoch) for epoch in range(8)] == [made.set(epoch) for epoch in range(8)]
         check(other.paid(0), None)
         with pytest.raises(ProofRefused, match="does not contain the checkpoint"):
             check(other.paid(), made.checkpoint())
+        headers = replace(other.paid(TOP), anchor=made.paid(TOP).anchor)
+        with pytest.raises(ProofRefused, match="is not the checkpoint's"):
+            check(headers, made.checkpoint(TOP))
         false, true = other.paid(), made.paid()
         for mixed in (
             replace(false, anchor=true.anchor),
@@ -218,6 +225,41 @@ def test_a_second_chain_by_the_same_validators_is_refused_from_a_checkpoint(
         ):
             with pytest.raises(ProofRefused):
                 check(mixed, made.checkpoint())
+
+
+def test_validators_of_ones_own_making_sign_nothing(made: Made) -> None:
+    """Where no turn lies between, the checkpoint's header alone says who signs (PROOF-3)."""
+    keys = made.set(6).seats[:1]
+    mine = ValidatorSet(6, (replace(keys[0], weight=10**6),))
+    bundle, trusted = made.paid(TOP - 1), made.checkpoint(TOP - 1)
+    assert bundle.anchor is not None
+    block = made.store.block(TOP - 1)
+    assert block is not None
+    last = replace(bundle.headers[-1], validators=set_id(mine), state_root=ZERO_HASH)
+    forged = replace(
+        bundle,
+        anchor=Anchor(bundle.anchor.header, None, mine),
+        headers=(block.header, last),
+        certificate=certify(CHAIN, last, mine),
+    )
+    with pytest.raises(ProofRefused, match="of epoch 6 are not those that the header names"):
+        check(forged, trusted)
+    turns.check_final(CHAIN, EPOCH, mine, last, forged.certificate)
+
+
+def test_a_set_is_of_the_epoch_for_which_it_is_named(made: Made) -> None:
+    chosen = made.set(5)
+    turns.check_set(chosen, 5, set_id(chosen))
+    with pytest.raises(ProofRefused, match="of epoch 6 are not those"):
+        turns.check_set(chosen, 6, set_id(chosen))
+
+
+def test_a_place_is_given_only_where_it_shows_something(made: Made) -> None:
+    bundle = made.paid(TOP)
+    assert bundle.anchor is not None
+    more = replace(bundle.anchor, place=Ancestor(TOP, ZERO_HASH, ()))
+    with pytest.raises(ProofRefused, match="is not the checkpoint's"):
+        check(replace(bundle, anchor=more), made.checkpoint(TOP))
 
 
 def test_no_byte_can_be_changed_and_none_left_out(made: Made) -> None:
