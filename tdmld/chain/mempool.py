@@ -89,7 +89,7 @@ class Mempool:
         self._owners = Room(limits.count, limits.size_bytes)
         self._nodes = Room(limits.node_count, limits.node_bytes)
         self._evidence = Room(limits.evidence, limits.evidence * TRANSACTION_BYTES)
-        self._rooms = (self._evidence, self._nodes, self._owners)
+        self._rooms = (self._owners, self._nodes, self._evidence)
         self._lines: dict[bytes, Line] = {}
         self._parking = Parking(limits.parked, limits.parked_per_node)
         self._serial = 0
@@ -101,7 +101,7 @@ class Mempool:
         return sum(len(room.waiting) for room in self._rooms)
 
     def __contains__(self, transaction_id: bytes) -> bool:
-        return any(transaction_id in room.waiting for room in self._rooms)
+        return self._waiting(transaction_id) is not None
 
     def get(self, transaction_id: bytes) -> Transaction | None:
         """A waiting transaction."""
@@ -440,7 +440,7 @@ class Mempool:
         if transaction.fee < least:
             raise InvalidTransaction(
                 f"nonce: one with {rival.nonce} waits already and pays {rival.fee}: to replace it "
-                f"pay at least {least}, to send another one use a later nonce"
+                f"pay at least {least}, to send another use a later nonce or wait for a block"
             )
 
     def _check_balance(self, transaction: Transaction, owed: int, state: State) -> None:

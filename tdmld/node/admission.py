@@ -245,14 +245,11 @@ class Admission:
     ) -> list[Transaction]:
         state, admitted, signatures = State(self._store.get), list[Transaction](), 0
         for transaction in transactions:
-            if meter is not None and meter.spent(source):
-                log.debug("%s has used up its allowance", source)
-                break
             if self._known(transaction.id):
                 continue
             work, times = TRIAL, 1
             try:
-                if self._replaces_final(transaction):
+                if self._finality.limbo and self._replaces_final(transaction):
                     raise InvalidTransaction(
                         f"nonce: {transaction.nonce} is in a final block already: use the next one"
                     )
@@ -270,8 +267,9 @@ class Admission:
                 log.debug("not admitted: %s", error)
             else:
                 admitted.append(transaction)
-            if meter is not None:
-                meter.charge(source, work * times)
+            if meter is not None and not meter.charge(source, work * times):
+                log.debug("%s has used up its allowance", source)
+                break
             if signatures == SIGNATURES:
                 await trio.lowlevel.checkpoint()
                 state, signatures = State(self._store.get), 0

@@ -52,13 +52,11 @@ class Meter:
         account.size -= size
         return True
 
-    def charge(self, peer: str, seconds: float) -> None:
-        """Something of a peer has made us work."""
-        self._account(peer).work -= seconds
-
-    def spent(self, peer: str) -> bool:
-        """Whether a peer has no work left now."""
-        return self._account(peer).work <= 0
+    def charge(self, peer: str, seconds: float) -> bool:
+        """Something of a peer has made us work; whether it has work left now."""
+        account = self._account(peer)
+        account.work -= seconds
+        return account.work > 0
 
     def _account(self, peer: str) -> _Account:
         now, allowance = trio.current_time(), self._allowance
