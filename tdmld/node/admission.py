@@ -247,14 +247,14 @@ class Admission:
         for transaction in transactions:
             if self._known(transaction.id):
                 continue
-            work, times = TRIAL, 1
+            work, times = LOOK, 1
             try:
                 if self._finality.limbo and self._replaces_final(transaction):
                     raise InvalidTransaction(
                         f"nonce: {transaction.nonce} is in a final block already: use the next one"
                     )
                 self.pool.glance(transaction, state)
-                work += work_of(transaction)
+                work = TRIAL + work_of(transaction)
                 signatures += transaction.id not in self._good
                 if not self.signed(transaction):
                     times = FORGED
