@@ -1,6 +1,8 @@
-"""Streams between validators of this epoch and the next: one each pair, opened by the smaller node
-key, re-opened while the peers are connected; they outlive epochs. A link begins with a hello both
-ways; then messages in order, or the link ends.
+"""Streams between validators of this epoch, the next and the one before: one each pair, opened by
+the smaller node key, re-opened while the peers are connected. They are begun an epoch early, and
+end an epoch late: a validator whose last epoch is over is perhaps the only one that knows its last
+block to be final, and those who still vote on it have nobody else to ask. A link begins with a
+hello both ways; then messages in order, or the link ends.
 """
 
 import logging
@@ -30,7 +32,7 @@ Receive = Callable[["Link", ConsensusMessage], Awaitable[None]]
 
 class Link:
     """One validator at the other end. `index`: its place in the present committee, None when it
-    validates from the next epoch on."""
+    validates from the next epoch on, or did until now."""
 
     def __init__(self, index: int | None, stream: Stream) -> None:
         self.index = index
@@ -98,9 +100,13 @@ class Links:
         self._links: dict[str, Link] = {}
         self._dialling: set[str] = set()
 
-    def seat(self, committee: Committee, following: Committee | None) -> None:
-        """These validate now, those next. A node that is in neither links with nobody."""
-        nodes = {*committee.nodes, *(following.nodes if following is not None else ())}
+    def seat(
+        self, committee: Committee, following: Committee | None, former: Committee | None
+    ) -> None:
+        """These validate now, those next, and those did before. A node that is in none of them
+        links with nobody."""
+        others = [one for one in (following, former) if one is not None]
+        nodes = {*committee.nodes, *(node for one in others for node in one.nodes)}
         mine = self._me in nodes
         self._nodes = {address(node): node for node in nodes if mine and node != self._me}
         self._indices = {address(node): index for index, node in enumerate(committee.nodes)}

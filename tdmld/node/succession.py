@@ -1,9 +1,9 @@
 """One epoch's validator after the other, and what other validators say out of time.
 
 When the last block of an epoch is executed, the validators of the next are seated: a node that is
-among them then votes, one that is not any more follows. Links are kept, and begun an epoch early;
-messages that come from the next epoch too soon wait in a small store, and whoever is still in an
-epoch that is over is told how high the chain is.
+among them then votes, one that is not any more follows. Links are begun an epoch early and kept an
+epoch longer; messages that come from the next epoch too soon wait in a small store, and whoever is
+still in an epoch that is over is told how high the chain is.
 """
 
 import logging
@@ -72,7 +72,8 @@ class Succession:
             self.validator.close()
             self.validator = None
         if self._links is not None and self._key is not None:
-            self._links.seat(committee, store.committee(epoch + 1))
+            former = store.committee(epoch - 1) if epoch else None
+            self._links.seat(committee, store.committee(epoch + 1), former)
             if committee.index(self._key.public) is not None:
                 self.validator = self._elected(self._key, committee)
                 self.validator.links = self._links

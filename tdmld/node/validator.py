@@ -469,6 +469,7 @@ class Validator:
                 until,
             )
         self._act(self.core.silence(until))
+        self.wake()  # perhaps it is our turn to lead
 
     def _speak_although_silent(self) -> None:
         view = self.core.view
