@@ -1,8 +1,8 @@
 """Simulated consensus: seeded schedules with faults and attackers, and the table of mutants.
 
-The core, pacing, rotation and block tree are the product's; the shell around them mirrors
-`tdmld/node/validator.py`. Exit 0 when nothing was found, every average reaches its floor, and no
-mutant survives.
+Consensus, the validator's shell and the succession of epochs are the product's; disks, links and
+time are simulated. Exit 0 when nothing was found, every average reaches its floor, and no mutant
+survives.
 """
 
 import argparse
@@ -17,28 +17,34 @@ sys.path.insert(0, str(ROOT))
 from scripts.lib.report import Report, say  # noqa: E402
 from tests.simulation.mutants import MUTANTS, Mutant, killer  # noqa: E402
 from tests.simulation.node import Node  # noqa: E402
-from tests.simulation.runner import FLOORS, Summary, run_many  # noqa: E402
+from tests.simulation.runner import FLOORS, Summary, WorkerDied, run_many  # noqa: E402
 
 SHOWN = 10
 """Findings that are printed in full."""
 
 
-def replay(seed: int, validators: int | None) -> str:
-    """The command that runs one schedule again."""
+def replay(seed: int, validators: int | None, count: int = 1) -> str:
+    """The command that runs schedules again."""
     size = f" --validators {validators}" if validators else ""
-    return f"scripts/sim consensus --seeds 1 --first-seed {seed}{size}"
+    return f"scripts/sim consensus --seeds {count} --first-seed {seed}{size}"
 
 
 def consensus(options: argparse.Namespace) -> int:
     report, summary = Report("scripts/sim"), Summary()
     began = time.monotonic()
-    for outcome in run_many(options.first_seed, options.seeds, options.validators):
-        summary.add(outcome)
-        if outcome.found and len(summary.findings) <= SHOWN:
-            say(f"seed {outcome.seed}: {outcome.kind}: {outcome.found}")
-            say(f"    again: {replay(outcome.seed, options.validators)}")
-        if summary.seeds % 1000 == 0:
-            say(f"{summary.seeds} schedules, {len(summary.findings)} findings")
+    try:
+        for outcome in run_many(options.first_seed, options.seeds, options.validators):
+            summary.add(outcome)
+            if outcome.found and len(summary.findings) <= SHOWN:
+                say(f"seed {outcome.seed}: {outcome.kind}: {outcome.found}")
+                say(f"    again: {replay(outcome.seed, options.validators)}")
+            if summary.seeds % 1000 == 0:
+                say(f"{summary.seeds} schedules, {len(summary.findings)} findings")
+    except WorkerDied as died:
+        say(f"{died}; {summary.seeds} schedules before them are done")
+        again = replay(died.first, options.validators, died.last - died.first + 1)
+        say(f"    again: {again}")
+        return 1
     seconds = time.monotonic() - began
     below = summary.below_floor()
     report.document |= {
@@ -52,6 +58,7 @@ def consensus(options: argparse.Namespace) -> int:
         "floors": FLOORS,
         "below_floor": below,
         "heights_least": summary.least_height,
+        "schedules_with_a_set_change": summary.changed,
         "heights_average": round(summary.heights / summary.seeds, 2),
         "crash_points": dict(sorted(summary.points.items())),
         "schedules_with": dict(sorted(summary.strategies.items())),
@@ -72,7 +79,7 @@ def mutants(options: argparse.Namespace) -> int:
             say(f"{mutant.name}: {mutant.killer} does not kill it; {shown} does")
         what = mutant.killed(found) if found is not None else ""
         doc = (mutant.broken.__doc__ or "").partition("\n")[0]
-        print(f"{mutant.rule:4} {mutant.name:24} {shown!s:32} {what[:72]}")
+        print(f"{mutant.rule:7} {mutant.name:24} {shown!s:32} {what[:72]}")
         rows.append(
             {
                 "rule": mutant.rule,
@@ -106,7 +113,13 @@ def main() -> int:
     one = commands.add_parser("consensus", help="seeded schedules; prints how to replay a finding")
     one.add_argument("--seeds", type=at_least_one, default=300, help="how many (default 300)")
     one.add_argument("--first-seed", type=int, default=0)
-    one.add_argument("--validators", type=int, choices=range(4, 33), metavar="4..32")
+    one.add_argument(
+        "--validators",
+        type=int,
+        choices=range(4, 33),
+        metavar="4..32",
+        help="members of the first set",
+    )
     one.add_argument("--json", type=Path, help="write one JSON document there")
     one.set_defaults(run=consensus)
     two = commands.add_parser("mutants", help="every rule, mutants that break it, what kills them")

@@ -1,46 +1,56 @@
-"""Mutants of the shell: each breaks one rule of N1 to N6 (or P8, which the shell keeps)."""
+"""Mutants of the shell: each breaks one rule of N1 to N6, N8, N9 (or P8, which the shell keeps)."""
 
-from collections.abc import Sequence
+from typing import Any
 
-from tdmld.chain.blocks import Block, Certificate, Header, Vote
+from msgspec.structs import replace
+
+from tdmld.chain.blocks import Block, Header, Vote, sign_block
 from tdmld.chain.pending import BlockTree
-from tdmld.node.validator import MAX_FUTURE_MS
-from tests.simulation.disk import Signed
+from tdmld.chain.transactions import Evidence
+from tdmld.node.chainlinks import Link
+from tdmld.node.chainwire import ConsensusMessage, Proposal
+from tdmld.node.validator import MAX_FUTURE_MS, Batch
+from tests.simulation.disk import Signed, Store
+from tests.simulation.facts import CHAIN_ID
 from tests.simulation.node import Node
+from tests.simulation.parts import Eyes, WatchedBodies
 
 
-class SendsUnstored(Node):
+class SendsUnstored(Eyes):
     """N1: a vote is sent when it is cast, and stored afterwards."""
 
-    def post(self, item: Vote | Block) -> None:
+    def _post(self, item: Vote | Block) -> None:
         if isinstance(item, Vote):
-            self.say_vote(item)
-        super().post(item)
+            self.links.broadcast(item)
+        super()._post(item)
 
 
-class SendsUnsynced(Node):
+class SendsUnsynced(Eyes):
     """N1: sent after a write that was not synced."""
 
-    def record(self, signed: Signed) -> Sequence[Vote]:
-        synced = self.disk.synced
-        kept = super().record(signed)
-        self.disk.synced = synced
+    def _record(self, batch: Batch) -> list[Vote]:
+        disk = self.node.disk
+        synced = disk.synced
+        kept = super()._record(batch)
+        disk.synced = synced
         return kept
 
 
 class RestartSaysNothing(Node):
     """N2: stored votes and proposals are not told to new links."""
 
-    def linked(self, peer: Node) -> None:
-        disk, self.disk = self.disk, type(self.disk)()
-        super().linked(peer)
-        self.disk = disk
+    def greet(self, process: Node) -> None:
+        votes, bodies = self.store.votes, self.store.bodies
+        store: Any = self.store
+        store.votes = store.bodies = lambda: []
+        super().greet(process)
+        store.votes, store.bodies = votes, bodies
 
 
-class Amnesiac(Node):
+class Amnesiac(Store):
     """N2, S9: a restart forgets its votes."""
 
-    def stored_votes(self) -> list[Vote]:
+    def votes(self) -> list[Vote]:
         return []
 
 
@@ -49,91 +59,109 @@ class ProposesAgain(Node):
 
     def boot(self) -> None:
         rows = list(self.disk.rows)
-        bare = [
+        self.disk.rows = [
             Signed(row.votes, (), (), row.certificates) if isinstance(row, Signed) else row
             for row in rows
         ]
-        self.disk.rows = bare
         try:
             super().boot()
         finally:
             self.disk.rows = rows
 
 
-class JudgesByView(Node):
+class JudgesByView(Eyes):
     """N3: the body of a view that has passed is thrown away."""
 
-    def on_proposal(self, source: int, data: tuple[Block, tuple[Certificate, ...]]) -> None:
-        if data[0].header.view >= self.core.view:
-            super().on_proposal(source, data)
+    async def receive(self, link: Link, message: ConsensusMessage) -> None:
+        if isinstance(message, Proposal) and message.block.header.view < self.core.view:
+            return
+        await super().receive(link, message)
 
 
-class AsksForNothing(Node):
+class AsksForNothing(Eyes):
     """N3: a missing body is not asked for."""
 
-    def ask(self, now: float) -> bool:
+    def _ask(self, now: float) -> bool:
         return False
 
 
-class TrustsState(Node):
+class TrustsState(WatchedBodies):
     """N4: a state that is not executed here yet is taken on trust."""
 
-    def root_at(self, height: int) -> bytes | None:
-        known = super().root_at(height)
-        return self._named if known is None else known
+    def _verdict(self, header: Header) -> bytes | None:
+        store: Any = self._store
+        known, past = store.root_at, store.history_root
+        store.root_at = lambda height: known(height) or header.state_root
+        store.history_root = lambda height: past(height) or header.history_root
+        try:
+            found = super()._verdict(header)
+        finally:
+            store.root_at, store.history_root = known, past
+        if found is not None:
+            self.node.world.watcher.notarizable(self.node, header)
+        return found
 
-    def verdict(self, header: Header) -> bool:
-        self._named = header.state_root
-        return super().verdict(header)
 
-
-class TrustsClocks(Node):
+class TrustsClocks(WatchedBodies):
     """N4: any time goes."""
 
-    def verdict(self, header: Header) -> bool:
-        skew, self._skew = self._skew, self._skew + 1e6
+    def _verdict(self, header: Header) -> bytes | None:
+        node = self.node
+        skew, node.skew = node.skew, node.skew + 1e6
         try:
-            return super().verdict(header)
+            found = super()._verdict(header)
         finally:
-            self._skew = skew
+            node.skew = skew
+        if found is not None:
+            node.world.watcher.notarizable(node, header)
+        return found
 
 
-class RefusesTheFuture(Node):
+class RefusesTheFuture(Eyes):
     """N4: what is too early is thrown away instead of waiting."""
 
-    def keep(self, block: Block, wanted: bool) -> bool:
-        if block.header.time_ms > self.now_ms() + MAX_FUTURE_MS:
-            return False
-        return super().keep(block, wanted)
+    async def _body(self, block: Block) -> None:
+        if block.header.time_ms <= self.node.now_ms() + MAX_FUTURE_MS:
+            await super()._body(block)
 
 
-class NeverLooksAgain(Node):
+class NeverLooksAgain(Eyes):
     """N4: what waits is judged only when something else arrives."""
 
-    def tick(self) -> float:
-        waiting, self.undecided = self.undecided, {}
+    ticking = False
+
+    def _tick(self) -> float:
+        self.ticking = True
         try:
-            return super().tick()
+            return super()._tick()
         finally:
-            self.undecided = waiting | self.undecided
+            self.ticking = False
+
+    def _propose(self, view: int) -> None:
+        self.ticking = False
+        super()._propose(view)
+        self.ticking = True
+
+    def _judge(self) -> None:
+        if not self.ticking:
+            super()._judge()
 
 
-class NamesTheUnexecuted(Node):
+class NamesTheUnexecuted(Eyes):
     """N5: names the final height with the state of the executed one."""
 
-    def make(self, view: int, parent: Header, parent_hash: bytes, body: tuple[bytes, ...]) -> Block:
-        executed, self.executed = self.executed, self.height
-        try:
-            return super().make(view, parent, parent_hash, body)
-        finally:
-            self.executed = executed
+    def _post(self, item: Vote | Block) -> None:
+        if isinstance(item, Block):
+            header = replace(item.header, state_height=self._finality.height)
+            item = sign_block(self.key, CHAIN_ID, header, item.transactions)
+        super()._post(item)
 
 
-class ProposesWhileLagging(Node):
+class ProposesWhileLagging(Eyes):
     """N5, P8: proposes however far execution lags."""
 
-    def may_propose(self) -> bool:
-        return self.core.may_propose() and self.core.view not in self.proposed
+    def _may_propose(self) -> bool:
+        return self.core.may_propose() and self.core.view not in self._proposed
 
 
 class SpeaksAtOnce(Node):
@@ -144,28 +172,88 @@ class SpeaksAtOnce(Node):
         super().boot()
 
 
-class SpeaksWhenGreeted(Node):
+class SpeaksWhenGreeted(Eyes):
     """N6: greeted by a quorum, it votes in the view that it hears of."""
 
-    def speak_when_greeted(self) -> None:
-        newborn = self.newborn
-        super().speak_when_greeted()
-        if newborn and not self.newborn:
-            self.act(self.core.silence(0))
+    def _speak_when_greeted(self) -> None:
+        newborn = self._newborn
+        super()._speak_when_greeted()
+        if newborn and not self._newborn:
+            self._act(self.core.silence(0))
 
 
-class NeverSpeaks(Node):
+class SleepsWhenGreeted(Eyes):
+    """N6: greeted by a quorum, it waits for something else before it looks what is due."""
+
+    def _speak_when_greeted(self) -> None:
+        before = self._wake
+        super()._speak_when_greeted()
+        if self._wake is before and before.is_set():
+            self._wake = type(before)()
+
+
+class NeverSpeaks(Eyes):
     """N6: silent for ever once it was empty on a running chain."""
 
-    def speak_although_silent(self) -> None:
+    def _speak_although_silent(self) -> None:
         """Not even when the chain stands still."""
 
 
-class SwallowsTimeOut(Node):
+class SwallowsTimeOut(Eyes):
     """N6: a time-out that fell into the silence is not made up for (the first version of N6)."""
 
-    def make_up(self, view: int) -> None:
-        """Not here."""
+    def _tick(self) -> float:
+        core: Any = self.core
+        out, self.said = core.time_out, getattr(self, "said", 0)
+
+        def once(view: int) -> list[object]:
+            if view == self.said:
+                return []
+            self.said = view
+            return out(view)  # type: ignore[no-any-return]
+
+        core.time_out = once
+        try:
+            return super()._tick()
+        finally:
+            del core.time_out
+
+
+class AccusesNobody(Eyes):
+    """N8: evidence is seen, and nothing said."""
+
+    def _accuse(self, evidence: Evidence) -> None:
+        """Not me."""
+
+
+class ComparesNothing(Eyes):
+    """N8: a vote for another block than one was shown is no reason to ask for it."""
+
+    def _compare(self, link: Link, vote: Vote) -> None:
+        """One block a view is enough for me."""
+
+
+class AccusesAgain(Eyes):
+    """N8: every contradiction is an accusation, not one an epoch."""
+
+    def _accuse(self, evidence: Evidence) -> None:
+        self._accused.clear()
+        super()._accuse(evidence)
+
+
+class StaysInJail(Eyes):
+    """N9: never asks for its turns."""
+
+    def _return(self) -> None:
+        """I have time."""
+
+
+class ReturnsAgainAndAgain(Eyes):
+    """N9: says Return with every vote that finalizes."""
+
+    def _return(self) -> None:
+        self._returned = -1000
+        super()._return()
 
 
 class LastBlockOnly(BlockTree):

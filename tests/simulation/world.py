@@ -8,13 +8,19 @@ import heapq
 import random
 from collections.abc import Callable
 
+from tdmld.chain.blocks import Committee, view_epoch
+from tdmld.chain.consensus import Simplex
+from tdmld.chain.crypto import sha256
+from tdmld.node.chainwire import Hello
+from tdmld.node.succession import MAX_EARLY
 from tests.simulation.attackers.named import ATTACKERS, TWINS
-from tests.simulation.facts import Electorate
+from tests.simulation.elections import Elections
+from tests.simulation.facts import standing_in
 from tests.simulation.invariants import Stuck, Watcher
 from tests.simulation.node import Node
 from tests.simulation.plan import Plan, random_plan
 
-POINTS = ("boot", "persist", "send", "sending", "count", "final", "apply", "applied")
+POINTS = ("boot", "persist", "send", "sending", "count", "final", "apply", "applied", "turn")
 """Where a process may die, besides between two events."""
 CRASH_CHANCE = 0.4
 WIPED_FROM = 3
@@ -24,7 +30,7 @@ MAX_EVENTS = 400_000
 TABLE_LIMIT = 4000
 """Entries that a core may hold, however long it is attacked."""
 
-Interference = Callable[[Node, Node, str, object], float | None]
+Interference = Callable[[Node, Node, object], float | None]
 
 
 class Crash(BaseException):
@@ -35,46 +41,63 @@ class World:
     """One schedule. `node` is the class of honest nodes: mutants replace it."""
 
     def __init__(self, plan: Plan, seed: int, node: type[Node] = Node) -> None:
+        if not standing_in():
+            raise RuntimeError("worlds live within stand_ins()")
         self.plan, self.rng = plan, random.Random(seed)
         self.now = 0.0
-        self.calm = False
-        self._electorate = Electorate(plan.stakes)
+        self.calm = self.executed = False
+        self.unsettled = False
+        """Who wants links with whom has changed."""
+        self.elections = Elections(plan)
         self.watcher = Watcher(self)
-        self.accused: set[int] = set()
         self.timeouts = self.blocks_made = self.events = self.restarts = 0
         self.crash_points: dict[str, int] = {}
         self.doomed: dict[int, str] = {}
         self.unwiped = plan.wiped
         self.told: list[bytes] = []
+        self.jailed: dict[int, int] = {}
+        """Node -> the height at which it was jailed, for traces (N9)."""
         self.interfere: Interference | None = None
         """A trace's own network: seconds to hold a message back, None to lose it."""
         self._queue: list[tuple[float, int, Node | None, int, str, object]] = []
         self._serial = 0
         self._groups: dict[int, int] | None = None
-        self._indices: dict[int, frozenset[int]] = {}
-        self._peers: dict[int, list[Node]] = {}
         self.nodes: list[Node] = []
+        self.follows = node.follows
         named = dict(plan.attackers)
-        self._attackers = frozenset(named)
-        for index in range(len(plan.stakes)):
-            strategy = named.get(index)
-            cls = node if strategy is None else ATTACKERS.get(strategy, node)
-            self.nodes.append(cls(self, index, index, honest=strategy is None))
-        for index, strategy in plan.attackers:
+        for number in range(len(plan.stakes)):
+            strategy = named.get(number)
+            cls = node if strategy in (None, TWINS) else Node
+            one = cls(self, number, number, honest=strategy is None)
+            if strategy in ATTACKERS:
+                one.validator_type = ATTACKERS[strategy]
+            self.nodes.append(one)
+        for number, strategy in plan.attackers:
             if strategy == TWINS:
-                self.nodes.append(node(self, len(self.nodes), index, honest=False))
+                self.nodes.append(node(self, len(self.nodes), number, honest=False))
+        self._attackers = frozenset(named)
         for one in self.nodes:
             self._start(one)
 
     # ---- who -------------------------------------------------------------------------------
 
-    def committee(self, height: int = 0) -> Electorate:
-        """Who votes on `height`. One set for the whole chain as yet: a world with epochs answers
-        by height here, and nodes and watcher ask only here."""
-        return self._electorate
+    def committee(self, epoch: int = 0) -> Committee:
+        """Who validates an epoch that is decided."""
+        return self.watcher.committee(epoch)
 
-    def is_honest(self, index: int) -> bool:
-        return index not in self._attackers
+    def is_honest(self, number: int) -> bool:
+        return number not in self._attackers
+
+    def blame(self, node: Node) -> None:
+        """A trace makes this one do what nobody honest does."""
+        self._attackers |= {node.number}
+        node.honest = False
+
+    def leader(self, view: int) -> Node:
+        """Who leads a view."""
+        committee = self.committee(view_epoch(view))
+        public = committee.nodes[committee.leader(view)]
+        return next(node for node in self.nodes if node.key.public == public)
 
     def token(self) -> int:
         self._serial += 1
@@ -82,39 +105,44 @@ class World:
 
     # ---- links -----------------------------------------------------------------------------
 
-    def connected(self, one: Node, other: Node) -> bool:
+    def together(self, one: Node, other: Node) -> bool:
         return self._groups is None or self._groups[one.name] == self._groups[other.name]
 
-    def peers(self, node: Node) -> list[Node]:
-        """Everybody who is linked with `node`."""
-        known = self._peers.get(node.name)
-        if known is None:
-            known = [n for n in self.nodes if n.up and n is not node and self.connected(node, n)]
-            self._peers[node.name] = known
-        return known
-
-    def indices(self, node: Node) -> frozenset[int]:
-        """Validators linked with `node`, itself included."""
-        known = self._indices.get(node.name)
-        if known is None:
-            known = frozenset([node.index, *(peer.index for peer in self.peers(node))])
-            self._indices[node.name] = known
-        return known
-
-    def weight(self, indices: frozenset[int]) -> int:
-        stakes = self._electorate.stakes
-        return sum(stakes[i] for i in indices)
-
-    def linked(self, node: Node, index: int) -> list[Node]:
-        return [peer for peer in self.peers(node) if peer.index == index]
+    def connected(self, node: Node) -> list[Node]:
+        """Every process with another key that is up on the same side."""
+        return [
+            n for n in self.nodes if n.up and n.number != node.number and self.together(n, node)
+        ]
 
     def relink(self) -> None:
-        """Links changed: everybody looks again."""
-        self._peers.clear()
-        self._indices.clear()
+        """Links are as both sides want them. What is new is greeted, once all have theirs."""
+        self.unsettled = False
+        fresh: list[tuple[Node, Node]] = []
+        met: list[tuple[Node, Node]] = []
         for node in self.nodes:
+            if not node.up:
+                continue
+            found: dict[int, list[Node]] = {}
+            peers = self.connected(node)
+            for peer in peers:
+                if node.links.wants(peer.peer) and peer.links.wants(node.peer):
+                    found.setdefault(peer.number, []).append(peer)
+            reached = {(p.name, p.life) for row in found.values() for p in row}
+            if reached != node.reached:
+                node.links.reach(found)
+                fresh += [(node, p) for row in found.values() for p in row
+                          if (p.name, p.life) not in node.reached]  # fmt: skip
+                node.reached = reached
+                node.wake()
+            known = {(p.name, p.life) for p in peers}
+            met += [(node, p) for p in peers if (p.name, p.life) not in node.met]
+            node.met = known
+        for node, peer in fresh:
             if node.up:
-                node.woken = True
+                self._guarded(node, "greet", peer)
+        for node, peer in met:
+            if node.up:
+                self._guarded(node, "meet", peer)
 
     # ---- messages --------------------------------------------------------------------------
 
@@ -122,46 +150,42 @@ class World:
         self._serial += 1
         heapq.heappush(self._queue, (self.now + delay, self._serial, node, node.life, what, data))
 
-    def transmit(
-        self, source: Node, target: Node, what: str, data: object, hold: float = 0
-    ) -> None:
+    def transmit(self, source: Node, target: Node, message: object, hold: float = 0) -> None:
         """One message on its way: lost, late, twice, overtaken. A hello is not lost: it begins
         a link, and links deliver or end."""
         rng, plan = self.rng, self.plan
+        if not target.up:
+            return
         if self.interfere is not None:
-            more = self.interfere(source, target, what, data)
+            more = self.interfere(source, target, message)
             if more is None:
                 return
             hold += more
         if self.calm:
             delay = 0.004 + 0.016 * rng.random()
         else:
-            if plan.loss and rng.random() < plan.loss and what != "on_hello":
+            if plan.loss and rng.random() < plan.loss and not isinstance(message, Hello):
+                return
+            if plan.held_back and self.watcher.holds_back(message, plan.held_back):
                 return
             delay = plan.delay * (0.2 + 0.8 * rng.random())
             if plan.slow and rng.random() < plan.slow:
                 delay += 4 * rng.random()
             if plan.duplicate and rng.random() < plan.duplicate:
-                self._arrive(delay * 2 + hold, source, target, what, data)
-        self._arrive(delay + hold, source, target, what, data)
+                self._arrive(delay * 2 + hold, source, target, message)
+        self._arrive(delay + hold, source, target, message)
 
-    def _arrive(self, delay: float, source: Node, target: Node, what: str, data: object) -> None:
+    def _arrive(self, delay: float, source: Node, target: Node, message: object) -> None:
         self._serial += 1
         heapq.heappush(
             self._queue,
-            (self.now + delay, self._serial, target, target.life, what, (source.name, data)),
+            (self.now + delay, self._serial, target, target.life, "", (source, message)),
         )
 
-    def broadcast(self, source: Node, what: str, data: object) -> None:
-        for target in self.peers(source):
-            if self.doomed:
-                self.point(source, "sending")
-            self.transmit(source, target, what, data)
-
-    def send(self, source: Node, name: int, what: str, data: object) -> None:
-        target = self.nodes[name]
-        if target.up and source.up and self.connected(source, target):
-            self.transmit(source, target, what, data)
+    def send(self, source: Node, target: Node, message: object) -> None:
+        """Beside the links."""
+        if target.up and source.up and self.together(source, target):
+            self.transmit(source, target, message)
 
     # ---- faults ----------------------------------------------------------------------------
 
@@ -175,10 +199,11 @@ class World:
         self.doomed.pop(node.name, None)
         self.restarts += 1
         node.stop()
-        if self.unwiped == node.index and node.core.view >= WIPED_FROM and self.rng.random() < 0.7:
+        late = node.validator is None or node.core.view >= WIPED_FROM
+        if self.unwiped == node.number and late and self.rng.random() < 0.7:
             self.unwiped = None
             node.disk.wipe()
-        self.relink()
+        self.unsettled = True
         self.later(0.2 + 3.8 * self.rng.random(), node, "boot", None)
 
     def _start(self, node: Node) -> None:
@@ -186,24 +211,29 @@ class World:
             node.boot()
         except Crash:
             self.crash(node)
-            return
         self.relink()
-        for peer in list(self.peers(node)):
-            node.linked(peer)
-            peer.linked(node)
 
     def partition(self, on: bool) -> None:
-        groups = {n.name: self.rng.randrange(2) for n in self.nodes} if on else None
         if self.calm and on:
             return
-        before, self._groups = self._groups, groups
+        self._groups = {n.name: self.rng.randrange(2) for n in self.nodes} if on else None
         self.relink()
-        for i, one in enumerate(self.nodes):
-            for other in self.nodes[i + 1 :]:
-                cut = before is not None and before[one.name] != before[other.name]
-                if cut and one.up and other.up and self.connected(one, other):
-                    one.linked(other)
-                    other.linked(one)
+
+    def edge(self) -> None:
+        """The last block of an epoch was notarized for the first time: what the plan has for it."""
+        plan, rng = self.plan, self.rng
+        if self.calm:
+            return
+        for _ in range(plan.edge_crashes):
+            self._doom(rng.choice(self.nodes), rng.choice(POINTS[1:]))
+        if rng.random() < plan.edge_partitions:
+            begin = self.now + rng.uniform(0, 0.3)
+            self._at(begin, "partition", True)
+            self._at(begin + rng.uniform(0.5, 5), "partition", False)
+
+    def _doom(self, node: Node, name: str) -> None:
+        if node.up:
+            self.doomed.setdefault(node.name, name)
 
     # ---- the run ---------------------------------------------------------------------------
 
@@ -213,7 +243,7 @@ class World:
         self.told.append(raw)
         origin = self.rng.choice([node for node in self.nodes if node.honest])
         if origin.up:
-            self._guarded(origin, "receive", raw)
+            self._guarded(origin, "submitted", raw)
 
     def _at(self, time: float, what: str, data: object) -> None:
         self._serial += 1
@@ -234,7 +264,7 @@ class World:
         """A third of the crashes fall between events, the others where the code says `point`."""
         victims = [node for node in self.nodes if node.up and node.name not in self.doomed]
         if self.unwiped is not None:
-            victims = [node for node in victims if node.index == self.unwiped] or victims
+            victims = [node for node in victims if node.number == self.unwiped] or victims
         if self.calm or not victims:
             return
         victim = self.rng.choice(victims)
@@ -253,70 +283,80 @@ class World:
             if not node.up:
                 self._start(node)
         elif node.up and life == node.life:
-            arguments = data if what.startswith("on_") else (data,)
-            self._guarded(node, what, *arguments)  # type: ignore[misc]
+            if not what:
+                self._guarded(node, "on_message", *data)  # type: ignore[misc]
+            else:
+                self._guarded(node, what, data)
         self.settle(node)
 
     def _guarded(self, node: Node, what: str, *arguments: object) -> None:
         """The process runs, and may die while it does."""
         try:
             getattr(node, what)(*arguments)
+            node.after()
         except Crash:
             self.crash(node)
 
     def settle(self, touched: Node | None) -> None:
         """Run the clocks of all who were woken."""
-        for node in self.nodes if touched is None or touched.woken else ():
+        if self.unsettled:
+            self.relink()
+            touched = None
+        for node in self.nodes if touched is None else (touched,):
             if node.up and node.woken:
                 self._guarded(node, "run_clock")
+                if self.unsettled:
+                    self.settle(None)
 
     def run_until(self, end: float) -> None:
+        self.settle(None)
         while self._queue and self._queue[0][0] <= end:
             self.step()
         self.now = max(self.now, end)
 
     def heal(self) -> None:
-        """The end of chaos: all up, all linked, prompt delivery, transactions told again."""
+        """The end of chaos: all up, all linked anew, prompt delivery, transactions told again."""
         self.calm = True
         self.doomed.clear()
         self._groups = None
-        self.relink()
         for node in self.nodes:
             if not node.up:
                 node.boot()
+            node.reached, node.met = set(), set()
         self.relink()
         for node in self.nodes:
-            for peer in self.peers(node):
-                node.linked(peer)
-            for raw in self.told:
-                node.on_transaction(node.name, raw)
+            node.pool.enqueue(self.told, "")
         self.settle(None)
 
     def pending(self) -> bool:
         """Whether something that must become final everywhere is not."""
-        honest = [node for node in self.nodes if node.honest]
         top = len(self.watcher.ids)
-        if any(node.executed < top for node in honest):
+        honest = [node for node in self.nodes if node.honest]
+        if any(node.store.height < top for node in honest):
             return True
-        return any(raw not in node.done for node in honest for raw in self.told)
+        told = set(map(sha256, self.told))
+        return not all(told <= node.store.done for node in honest)
 
     def run(self) -> "World":
         """Chaos, then calm; raises Violation or Stuck."""
         self._schedule()
-        self.settle(None)
         self.run_until(self.plan.chaos)
         self.heal()
         number, end = len(self.told), self.now + self.plan.calm
+        waiting = self.pending()
         while True:
-            if self.pending():
+            if self.executed:
+                waiting, self.executed = self.pending(), False
+            if waiting:
                 if not self._queue or self._queue[0][0] > end or self.events > MAX_EVENTS:
-                    views = [node.core.view for node in self.nodes]
+                    views = [node.validator and node.core.view for node in self.nodes]
                     heights = [node.height for node in self.nodes]
                     raise Stuck(f"views {views}, heights {heights} at {self.now:.1f} s")
                 self.step()
             elif len(self.watcher.ids) < self.plan.heights:
                 self.submit(number)
                 number += 1
+                waiting = True
                 self.settle(None)
             else:
                 break
@@ -324,15 +364,21 @@ class World:
         return self
 
     def check_bounds(self) -> None:
-        """S8, S10: a core keeps nothing below its final view, and not much above."""
+        """S8, S10: a core keeps nothing below its final view, and not much above; and few early
+        messages wait."""
         for node in self.nodes:
-            core = node.core
-            views = [key[1] for key in core._tallies] + [key[1] for key in core._first]
-            views += [*core._nullified, *core._blocks, *core._heard, *core._notarized]
-            if node.honest and (
-                min(views, default=0) < core.final_view or len(views) > TABLE_LIMIT
-            ):
-                raise Stuck(f"node {node.name} keeps {len(views)} entries from {min(views)}")
+            if not node.honest:
+                continue
+            if any(len(rows) > MAX_EARLY for rows in node.succession._early.values()):
+                raise Stuck(f"node {node.name} keeps too many early messages")
+            if node.validator is not None:
+                self._check_core(node, node.core)
+
+    def _check_core(self, node: Node, core: Simplex) -> None:
+        views = [key[1] for key in core._tallies] + [key[1] for key in core._first]
+        views += [*core._nullified, *core._blocks, *core._heard, *core._notarized]
+        if min(views, default=0) < core.final_view or len(views) > TABLE_LIMIT:
+            raise Stuck(f"node {node.name} keeps {len(views)} entries from {min(views)}")
 
 
 def run_seed(seed: int, node: type[Node] = Node, validators: int | None = None) -> World:

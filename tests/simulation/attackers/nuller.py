@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 
 from tdmld.chain.blocks import Kind
-from tdmld.chain.consensus import Effect, EnterView
+from tdmld.chain.consensus import Effect
 from tests.simulation.attackers.attacker import Attacker
+from tests.simulation.parts import entered
 
 
 class Nuller(Attacker):
     """NULLIFY beside everything else."""
 
-    def act(self, effects: Sequence[Effect]) -> None:
-        super().act(effects)
-        for effect in effects:
-            if isinstance(effect, EnterView):
-                self.vote_to(self.targets(), self.sign(Kind.NULLIFY, effect.view))
+    def _act(self, effects: Sequence[Effect]) -> None:
+        super()._act(effects)
+        for view in entered(effects):
+            self.vote_to(self.targets(), self.sign(Kind.NULLIFY, view))

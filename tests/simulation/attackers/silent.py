@@ -6,5 +6,5 @@ from tests.simulation.attackers.attacker import Attacker
 class SilentLeader(Attacker):
     """Each of its turns costs a time-out."""
 
-    def propose(self, view: int) -> None:
-        self.start_view(view, None)
+    def _propose(self, view: int) -> None:
+        self._proposed.add(view)

@@ -1,47 +1,45 @@
-"""Says old things again: votes and certificates of the past, and votes for the far future."""
+"""Says old things again, votes and certificates of the past, also of epochs that are over, and
+votes for the far future, also of epochs to come."""
 
 from collections.abc import Sequence
 
-from tdmld.chain.blocks import Certificate, Kind, Vote
-from tdmld.chain.consensus import AHEAD, Effect, EnterView
+from tdmld.chain.blocks import EPOCH_VIEWS, Certificate, Kind, Vote, turn
+from tdmld.chain.consensus import AHEAD, Effect
+from tdmld.node.chainlinks import Link
+from tdmld.node.chainwire import ConsensusMessage
 from tests.simulation.attackers.attacker import Attacker
+from tests.simulation.parts import entered
 
 HOARD = 60
 
 
 class StaleVotes(Attacker):
-    """Hoards what it hears, and lets it loose in random order."""
+    """Hoards what it hears, for ever, and lets it loose in random order."""
 
-    def boot(self) -> None:
-        self.hoard: list[tuple[str, Vote | Certificate]] = []
-        super().boot()
+    @property
+    def hoard(self) -> list[object]:
+        return self.node.hoard
 
-    def _keep(self, what: str, message: Vote | Certificate) -> None:
-        if len(self.hoard) < HOARD:
-            self.hoard.append((what, message))
-        elif self.world.rng.random() < 0.2:
-            self.hoard[self.world.rng.randrange(HOARD)] = what, message
+    async def receive(self, link: Link, message: ConsensusMessage) -> None:
+        if isinstance(message, Vote | Certificate):
+            if len(self.hoard) < HOARD:
+                self.hoard.append(message)
+            elif self.world.rng.random() < 0.2:
+                self.hoard[self.world.rng.randrange(HOARD)] = message
+        await super().receive(link, message)
 
-    def on_vote(self, source: int, vote: Vote) -> None:
-        self._keep("on_vote", vote)
-        super().on_vote(source, vote)
-
-    def on_certificate(self, source: int, certificate: Certificate) -> None:
-        self._keep("on_certificate", certificate)
-        super().on_certificate(source, certificate)
-
-    def act(self, effects: Sequence[Effect]) -> None:
-        super().act(effects)
-        for effect in effects:
-            if isinstance(effect, EnterView):
-                self._let_loose(effect.view)
+    def _act(self, effects: Sequence[Effect]) -> None:
+        super()._act(effects)
+        for view in entered(effects):
+            self._let_loose(view)
 
     def _let_loose(self, view: int) -> None:
         rng = self.world.rng
         for target in self.some():
-            for what, message in rng.sample(self.hoard, min(3, len(self.hoard))):
-                self.world.transmit(self, target, what, message)
-        ahead = view + rng.choice((1, 2, 5, AHEAD, AHEAD + 1, 4 * AHEAD))
+            for message in rng.sample(self.hoard, min(3, len(self.hoard))):
+                self.tell([target], message)
+        far = (1, 2, 5, AHEAD, AHEAD + 1, 4 * AHEAD, EPOCH_VIEWS, EPOCH_VIEWS + 1 - turn(view))
+        ahead = view + rng.choice(far)
         for _ in range(3):
             kind = rng.choice((Kind.NOTARIZE, Kind.FINALIZE))
             self.vote_to(self.some(), self.sign(kind, ahead, rng.randbytes(32)))

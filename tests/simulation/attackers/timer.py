@@ -3,7 +3,8 @@ before them at one half and after them at the other."""
 
 from collections.abc import Sequence
 
-from tdmld.chain.blocks import Block, Vote
+from tdmld.chain.blocks import Vote
+from tdmld.node.validator import Batch
 from tests.simulation.attackers.attacker import Attacker
 
 
@@ -13,16 +14,15 @@ class Timer(Attacker):
     def _hold(self) -> float:
         return self.world.plan.times.timeout * (0.85 + 0.3 * self.world.rng.random())
 
-    def propose(self, view: int) -> None:
+    def _propose(self, view: int) -> None:
         block = self.build(view)
         if block is not None:
-            self.start_view(view, block)
             for target in self.targets():
                 hold = self._hold()
                 self.block_to([target], block, hold)
                 self.endorse(block, [target], hold)
 
-    def publish(self, batch: Sequence[Vote | Block], kept: Sequence[Vote]) -> None:
+    def _publish(self, batch: Batch, kept: Sequence[Vote]) -> None:
         for vote in kept:
             for target in self.targets():
                 early = self.world.rng.random() < 0.5
