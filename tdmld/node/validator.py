@@ -10,11 +10,13 @@ Rules of the shell
   N4  A block whose named state is not executed here yet waits; so does one from the near future.
   N5  Leaders name what they have executed, and propose nothing while execution lags.
   N6  A directory that never voted belongs perhaps to a validator that did. It says nothing before
-      validators with a quorum of stake, itself included, have greeted it with what they know; when
-      that is more than genesis, nothing in the next ABSTAIN_VIEWS views either. It cannot have
-      voted beyond them: whoever voted in view v had seen v - 1 end, and one of those who ended it
-      is honest and among the greeters, so they know of the end of v - 2. Unless it is needed: when
-      a view has lasted SILENT_SECONDS longer than it should, the chain is stuck without it.
+      validators with a quorum of stake, itself included, have greeted it with what they know, and
+      nothing in the next ABSTAIN_VIEWS views either. It cannot have voted beyond them: whoever
+      voted in view v had seen v - 1 end, and one of those who ended it is honest and among the
+      greeters, so they know of the end of v - 2. It does not abstain when they know no more than
+      the begin of an epoch before which it was not elected: a validator that joins would cost its
+      first epoch that time. Nor when it is needed: when a view has lasted SILENT_SECONDS longer
+      than it should, the chain is stuck without it.
   N7  Nothing is proposed on the last block of an epoch. In views after its notarization everybody
       votes on that same block again, until it is final and executed here; then this object is over
       and the next epoch has one of its own (`succession`).
@@ -27,6 +29,7 @@ Rules of the shell
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -153,6 +156,8 @@ class Validator:
         self._newborn = store.signer is None
         """Whether N6 still waits for greetings, and from whom they came."""
         self._greeted = {me}
+        former = store.committee(committee.epoch - 1) if committee.epoch else None
+        self._joins = former is None or former.index(key.public) is None
         self._late_since = 0.0
         self._seen_view = 0
         self._rotation = committee.rotation
@@ -180,6 +185,7 @@ class Validator:
         self._unstored: list[Certificate] = []
         """Certificates seen since the last batch was written; the next one takes them along."""
         self._wake = trio.Event()
+        self._over = False
         self._due = next_due(store.get) is not None
         for block in store.bodies():
             self._bodies.tree.add(block, wanted=True)
@@ -200,7 +206,9 @@ class Validator:
         return self._committee.epoch
 
     def close(self) -> None:
-        """The epoch is over: follow nothing any more. Cancel `run` too."""
+        """The epoch is over: follow nothing any more. Cancel `run` too; a task of it that was woken
+        before runs once more, when the links are those of the next epoch already."""
+        self._over = True
         self._finality.on_executed.remove(self._executed)
 
     def start(self) -> None:
@@ -461,7 +469,7 @@ class Validator:
             return
         self._newborn = False
         view = self.core.view
-        until = 0 if view == 1 else view + ABSTAIN_VIEWS
+        until = 0 if self._joins and turn(view) == 1 else view + ABSTAIN_VIEWS
         if until:
             log.warning(
                 "this directory has no record of votes, but the chain is running: "
@@ -558,6 +566,8 @@ class Validator:
                 await self._wake.wait()
 
     def _tick(self) -> float:
+        if self._over:
+            return math.inf
         now, core = self._now(), self.core
         leader = self._rotation.leader(turn(core.view))
         connected = self.links.indices | {self._me}
