@@ -245,9 +245,11 @@ class Store:
         bodies: Sequence[Block],
         certificates: Sequence[Certificate] = (),
     ) -> list[Vote]:
-        """One synced batch. Who attacks keeps no record of what it signs."""
+        """One synced batch. Who attacks keeps no record of what it signs, only that it did: it
+        never abstains (N6)."""
         node, watcher = self.node, self.node.world.watcher
         kept = list(votes)
+        self._disk.signer = True
         if node.honest:
             kept = self._disk.record(
                 Signed(tuple(votes), tuple(proposals), tuple(bodies), tuple(certificates))

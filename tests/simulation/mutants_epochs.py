@@ -124,6 +124,15 @@ class OnceAgain(Eyes):
             super()._again()
 
 
+class TicksOn(Eyes):
+    """N7: when its epoch is over a validator that was woken looks once more what is due (the first
+    version, which took the places of the new validators for its own, and died)."""
+
+    def close(self) -> None:
+        super().close()
+        self._over = False
+
+
 class ProposesOnTheLast(Eyes):
     """N7: a child is made of the last block."""
 

@@ -182,6 +182,22 @@ class SpeaksWhenGreeted(Eyes):
             self._act(self.core.silence(0))
 
 
+class AbstainsWhenItJoins(Eyes):
+    """N6: a validator that joins abstains like one that lost its directory (the first version)."""
+
+    def start(self) -> None:
+        self._joins = self.epoch == 0
+        super().start()
+
+
+class SpeaksAtEveryEdge(Eyes):
+    """N6: who was a validator before speaks at once in a new epoch, like one that joins."""
+
+    def start(self) -> None:
+        self._joins = True
+        super().start()
+
+
 class SleepsWhenGreeted(Eyes):
     """N6: greeted by a quorum, it waits for something else before it looks what is due."""
 

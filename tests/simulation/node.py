@@ -5,6 +5,7 @@ wait for the time), catch-up and gossip; no decision of a validator is.
 Messages are events; `world.point` is where a crash may fall.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ from tdmld.node.sync import PAUSE, ROUNDS, BadAnswer, SyncServer, check_blocks
 from tdmld.node.validator import Batch
 from tests.simulation.disk import Disk, Store
 from tests.simulation.facts import Key, now, peer_of
-from tests.simulation.invariants import Stuck
+from tests.simulation.invariants import Stuck, Violation
 from tests.simulation.parts import Eyes, Pool, Terms, WatchedBodies, Wires
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Node:
         self.world, self.name, self.number, self.honest = world, name, number, honest
         self.key, self.peer = Key(number), peer_of(number)
         self.disk = Disk()
-        self.up = False
+        self.up = self.gone = False
         self.hoard: list[object] = []
         """What an attacker keeps from epoch to epoch."""
         self.helps = True
@@ -224,11 +225,22 @@ class Node:
         if mine and applied.certificate is not None:
             self.announce(applied.block, applied.certificate)
         if ends_epoch(applied.height, self.world.plan.epoch_blocks):
-            self.turned, self.running = True, None
+            former, self.turned, self.running = self.validator, True, None
             self.succession.turn()
+            if former is not None:
+                self.ends(former)
             self.world.point(self, "turn")
             if not self.writing:
                 self.world.later(0.0, self, "begin", None)
+
+    def ends(self, former: Eyes) -> None:
+        """Its clock was woken, and runs before it hears that it is cancelled."""
+        try:
+            over = former._tick() == math.inf
+        except IndexError:  # it asks the new links for validators that its epoch does not have
+            over = False
+        if not over:
+            raise Violation(f"node {self.name}: a validator acts after its epoch")
 
     def begin(self, _: object) -> None:
         if self.turned and not self.writing:

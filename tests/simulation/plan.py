@@ -15,6 +15,7 @@ STRATEGIES = (
     "withholder",
     "timer",
     "two faces",
+    "absent",
 )
 """Attackers by name; each has a room in `tests/simulation/attackers`."""
 

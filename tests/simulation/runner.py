@@ -17,14 +17,14 @@ from tests.simulation.plan import random_plan
 from tests.simulation.world import World
 
 FLOORS = {
-    "nullified_views": 2.0,
+    "nullified_views": 1.8,
     "double_notarizations": 1.2,
     "restarts": 1.2,
     "attacker_stake": 0.18,
     "epoch_edges": 2.0,
     "set_changes": 2.0,
     "later_views": 1.5,
-    "accusations": 1.5,
+    "accusations": 3.0,
 }
 """What a schedule must contain on average, so that it tests anything: stated, checked, printed.
 `set_changes` are epochs that end and are followed by other validators or weights, `later_views`

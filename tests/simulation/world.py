@@ -8,12 +8,12 @@ import heapq
 import random
 from collections.abc import Callable
 
-from tdmld.chain.blocks import Committee, view_epoch
+from tdmld.chain.blocks import Committee, turn, view_epoch
 from tdmld.chain.consensus import Simplex
 from tdmld.chain.crypto import sha256
 from tdmld.node.chainwire import Hello
 from tdmld.node.succession import MAX_EARLY
-from tests.simulation.attackers.named import ATTACKERS, TWINS
+from tests.simulation.attackers.named import ABSENT, ATTACKERS, TWINS
 from tests.simulation.elections import Elections
 from tests.simulation.facts import standing_in
 from tests.simulation.invariants import Stuck, Watcher
@@ -24,8 +24,9 @@ POINTS = ("boot", "persist", "send", "sending", "count", "final", "apply", "appl
 """Where a process may die, besides between two events."""
 CRASH_CHANCE = 0.4
 WIPED_FROM = 3
-"""The first view in which a directory is lost. Before it N6 cannot help: nobody need know more than
-genesis, and a lost directory looks like a new chain."""
+"""The first view in which a validator that joins, at genesis or later, loses its directory. Before
+it N6 cannot help: nobody need know more than the begin of the epoch, and a lost directory looks
+like one that never was."""
 MAX_EVENTS = 400_000
 TABLE_LIMIT = 4000
 """Entries that a core may hold, however long it is attacked."""
@@ -67,7 +68,7 @@ class World:
         named = dict(plan.attackers)
         for number in range(len(plan.stakes)):
             strategy = named.get(number)
-            cls = node if strategy in (None, TWINS) else Node
+            cls = node if strategy in (None, TWINS, ABSENT) else Node
             one = cls(self, number, number, honest=strategy is None)
             if strategy in ATTACKERS:
                 one.validator_type = ATTACKERS[strategy]
@@ -199,11 +200,14 @@ class World:
         self.doomed.pop(node.name, None)
         self.restarts += 1
         node.stop()
-        late = node.validator is None or node.core.view >= WIPED_FROM
+        part = node.validator
+        late = part is None or turn(part.view) >= WIPED_FROM or not part._joins
         if self.unwiped == node.number and late and self.rng.random() < 0.7:
             self.unwiped = None
             node.disk.wipe()
         self.unsettled = True
+        if node.gone:
+            return
         self.later(0.2 + 3.8 * self.rng.random(), node, "boot", None)
 
     def _start(self, node: Node) -> None:
@@ -212,6 +216,13 @@ class World:
         except Crash:
             self.crash(node)
         self.relink()
+
+    def vanish(self, number: object) -> None:
+        """One goes, and does not come back."""
+        node = next(one for one in self.nodes if one.number == number)
+        node.gone = True
+        if node.up:
+            self.crash(node)
 
     def partition(self, on: bool) -> None:
         if self.calm and on:
@@ -259,6 +270,9 @@ class World:
             self._at(begin + rng.uniform(0.5, 5), "partition", False)
         for _ in range(plan.crashes):
             self._at(rng.uniform(0, plan.chaos), "strike", None)
+        for number, strategy in plan.attackers:
+            if strategy == ABSENT:
+                self._at(rng.uniform(0, plan.chaos), "vanish", number)
 
     def strike(self, _: object) -> None:
         """A third of the crashes fall between events, the others where the code says `point`."""
@@ -280,7 +294,7 @@ class World:
         if node is None:
             getattr(self, what)(data)
         elif what == "boot":
-            if not node.up:
+            if not (node.up or node.gone):
                 self._start(node)
         elif node.up and life == node.life:
             if not what:
@@ -320,7 +334,7 @@ class World:
         self.doomed.clear()
         self._groups = None
         for node in self.nodes:
-            if not node.up:
+            if not node.up and not node.gone:
                 node.boot()
             node.reached, node.met = set(), set()
         self.relink()

@@ -1,4 +1,5 @@
-"""The attackers by name. Twins are no class: two honest processes run with one key."""
+"""The attackers by name. Twins are no class: two honest processes run with one key. Nor is who is
+absent: an honest process that ends for good at some time."""
 
 from tests.simulation.attackers.equivocator import Equivocator
 from tests.simulation.attackers.faces import TwoFaces
@@ -10,7 +11,7 @@ from tests.simulation.attackers.timer import Timer
 from tests.simulation.attackers.withholder import Withholder
 from tests.simulation.parts import Eyes
 
-TWINS = "twins"
+TWINS, ABSENT = "twins", "absent"
 
 ATTACKERS: dict[str | None, type[Eyes]] = {
     "equivocator": Equivocator,

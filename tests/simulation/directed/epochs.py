@@ -27,6 +27,7 @@ from tests.simulation.directed.base import (
     restart,
     tell,
 )
+from tests.simulation.disk import Applied
 from tests.simulation.facts import CHAIN_ID
 from tests.simulation.node import Node
 from tests.simulation.parts import is_kind
@@ -187,6 +188,14 @@ def computes_the_sets(node: NodeType) -> None:
     expect("no vote", not any(one.core.cast(Kind.NOTARIZE, 1) for one in honest))
 
 
+def knows_who_was_passed_over(node: NodeType) -> None:
+    """EPOCH-5: the first view of an epoch follows whatever view the last block had; the second does
+    not. (In schedules the watcher compares every final block.)"""
+    views = ((5, 6), (5, 7), (7, FIRST_VIEW), (7, FIRST_VIEW + 1), (FIRST_VIEW, FIRST_VIEW + 1))
+    found = [node.follows(parent, view) for parent, view in views]
+    expect("tainted where a view was", found == [True, False, True, False, True])
+
+
 def slow(world: World, one: Node) -> None:
     """Everybody but this one, which does not execute, is in the next epoch; its first block is
     final there. From then on nothing reaches it."""
@@ -329,6 +338,47 @@ def catches_up_over_a_later_view(node: NodeType) -> None:
     tell(world, 1)
     world.run_until(world.now + 20.0)
     expect("it has what the others have", one.height >= LAST)
+
+
+def joins_at_once(node: NodeType) -> None:
+    """N6: one of four is away, and another joins, whose directory never voted: no view of the new
+    epoch passes without it (the first version stood still for half a minute)."""
+    after: Weights = ((0, 1), (1, 1), (2, 1), (4, 1))
+    world = edge(node, (1, 1, 1, 1, 0), after, after)
+    leave(world, world.nodes[2])
+    world.run_until(world.now + 1.0)
+    tell(world, 0)
+    while min(heights(world)) < LAST:
+        world.step()
+    tell(world, 1)
+    world.run_until(world.now + 8.0)
+    expect("the new epoch goes on", min(heights(world)) > LAST)
+
+
+def abstains_at_the_edge(node: NodeType) -> None:
+    """N6: a validator of both epochs has nullified the first view of the new one, and loses its
+    directory before anybody hears of it; then the block of that view comes. It does not vote."""
+    world = edge(node)
+    tell(world, 0)
+    while not all(one.succession.committee.epoch == 1 for one in world.nodes):
+        world.step()
+    one = next(n for n in world.nodes if n is not world.leader(FIRST_VIEW))
+    expect("none has begun it", {n.core.view for n in world.nodes} == {FIRST_VIEW})
+    world.interfere = lambda source, *_: None if source is one else 0.0
+    one.part._act(one.core.time_out(FIRST_VIEW))
+    one.after()
+    world.run_until(world.now + 0.1)
+    expect("it has voted", one.core.cast(Kind.NULLIFY, FIRST_VIEW))
+    one.stop()
+    applied = [row for row in one.disk.rows if isinstance(row, Applied)]
+    one.disk.wipe()
+    one.disk.rows += applied
+    world.interfere = None
+    world.relink()
+    world._start(one)
+    tell(world, 1)
+    world.run_until(world.now + 2.0)
+    expect("the others went on", max(heights(world)) > LAST)
 
 
 def restarts_in_a_later_view(node: NodeType) -> None:
