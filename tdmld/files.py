@@ -45,7 +45,7 @@ def write_file(
             aside.unlink()
         else:
             aside.replace(path)
-    except BaseException:
+    except BaseException:  # whatever it was, and an interrupt: no half file stays beside the whole
         aside.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)

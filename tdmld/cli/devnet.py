@@ -53,7 +53,7 @@ def up(
     _say(f"started {len(started)} of {len(network.nodes)} nodes; waiting until they are ready")
     try:
         network.wait_ready(timeout_seconds=timeout)
-    except BaseException:
+    except BaseException:  # also an interrupt: nothing is left running that nobody knows of
         for index in started:
             network.stop(index)
         raise

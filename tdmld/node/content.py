@@ -433,7 +433,7 @@ class ContentClient:
             finally:
                 os.close(fd)
             aside.replace(target)
-        except BaseException:
+        except BaseException:  # also cancellation: no half file stays
             aside.unlink(missing_ok=True)
             raise
         await trio.to_thread.run_sync(sync_directory, target.parent)

@@ -38,7 +38,7 @@ async def pin(finality: Finality, take: Callable[[], V]) -> Pinned[V]:
             try:
                 first = await _committed(store, feed, view)
                 headers = None if first is None else await _certified(store, feed, first)
-            except BaseException:
+            except BaseException:  # also cancellation: a view holds files until it is closed
                 view.close()
                 raise
             if headers is not None:

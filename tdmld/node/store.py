@@ -113,7 +113,7 @@ class ChainStore(SignGuard, StoredHistory):
         self._set_ids: dict[int, tuple[bytes, bytes]] = {}
         try:
             self._load()
-        except BaseException:
+        except BaseException:  # whatever it was: the database's lock must not outlive it
             self.close()
             raise
 

@@ -69,7 +69,7 @@ async def open_listeners(addresses: Sequence[str]) -> list[trio.SocketListener]:
     try:
         for text in addresses:
             listeners.append(await _open_listener(text))
-    except BaseException:
+    except BaseException:  # also cancellation: no port stays taken
         for listener in listeners:
             listener.socket.close()
         raise
@@ -92,7 +92,7 @@ async def _open_listener(text: str) -> trio.SocketListener:
     except OSError as error:
         opened.close()
         raise ListenFailed(f"cannot listen on {text}: {_explain(error)}") from error
-    except BaseException:
+    except BaseException:  # also cancellation: no port stays taken
         opened.close()
         raise
 

@@ -1,5 +1,6 @@
 """Real daemons: a node begins with another's state, and a proof is checked without any node."""
 
+import json
 import subprocess
 import sys
 import time
@@ -18,6 +19,14 @@ def tdmld(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
+def height(data_dir: Path) -> int:
+    """The command takes its time: asking again is no busy loop."""
+    asked = tdmld("chain", "head", "--json", "--data-dir", data_dir)
+    assert asked.returncode == 0, asked.stderr
+    found: int = json.loads(asked.stdout)["height"]
+    return found
+
+
 def test_a_daemon_joins_by_snapshot_and_gives_proofs(tmp_path: Path) -> None:
     network = devnet.make_network(
         tmp_path / "network",
@@ -28,10 +37,12 @@ def test_a_daemon_joins_by_snapshot_and_gives_proofs(tmp_path: Path) -> None:
     )
     genesis = network.data_dir(0) / "genesis.json"
     owner, proof = network.nodes[0].owner, tmp_path / "proof"
+    deadline = time.monotonic() + 60
     with network:
         network.start(0)
         network.wait_ready([0])
-        time.sleep(4)  # some heartbeats, and epochs
+        while height(network.data_dir(0)) < 6:  # some epochs
+            assert time.monotonic() < deadline
         network.start(1, "--sync", "snapshot")
         network.wait_ready([1])
         assert "began with" in (network.data_dir(1) / "logs" / "daemon.jsonl").read_text()

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import trio
+import trio.testing
 
 from tdmld.chain.blocks import Block, Kind, block_hash
 from tdmld.chain.checkpoint import Checkpoint
@@ -248,13 +249,18 @@ def test_a_proof_waits_for_the_block_that_commits_the_state(tmp_path: Path) -> N
                 async def ask() -> None:
                     found.append(await prove(finality, "account", OWNERS[3].address))
 
+                async def until(done: Callable[[], bool]) -> None:
+                    with trio.fail_after(20):
+                        while not done():
+                            await trio.testing.wait_all_tasks_blocked(0.01)
+
                 add(transfer(0, 0))
-                await trio.sleep(0.05)
+                await until(lambda: store.height == 1)
                 nursery.start_soon(ask)
-                await trio.sleep(0.05)
+                await trio.testing.wait_all_tasks_blocked(0.05)
                 assert not found
                 add(transfer(0, 1))
-                await trio.sleep(0.05)
+                await until(lambda: bool(found))
                 (bundle,) = found
                 assert check(bundle).height == 1
                 assert isinstance(bundle.claim, StateClaim)

@@ -9,13 +9,17 @@ import pytest
 import trio
 
 from tdmld.chain.codec import encode
+from tdmld.chain.genesis import chain_id
 from tdmld.chain.light import Bundle, check_bundle
 from tdmld.chain.state import State
 from tdmld.node.chainerrors import NotProvable, SnapshotUnavailable
-from tdmld.node.chainwire import Spec, StateItems, SyncAnswer, Turns
+from tdmld.node.chainservice import ChainService
+from tdmld.node.chainwire import Protocols, Spec, StateItems, SyncAnswer, Turns
 from tdmld.node.finality import Finality
 from tdmld.node.prover import prove
+from tdmld.node.snapshot import SnapshotClient
 from tdmld.node.store import ChainStore
+from tdmld.p2p import PeerInfo, open_host
 from tests.node.lonechain import CHANGING, CHANGING_PAYEE, extend, finalization, grow
 from tests.node.snapkit import checkpoint, follow, join, pipe, same
 
@@ -225,3 +229,44 @@ def test_ten_thousand_blocks_by_snapshot_and_by_replay_give_one_root(tmp_path: P
 
 def check_it(bundle: Bundle) -> None:
     assert check_bundle(bundle, CHANGING).final.height == 10_002
+
+
+@pytest.mark.slow
+async def test_new_nodes_join_ten_thousand_blocks_over_the_network(tmp_path: Path) -> None:
+    """The same between running nodes, over sockets: one new node begins with a snapshot, one takes
+    every block, and both follow to one root."""
+    chain = chain_id(CHANGING)
+    with (
+        ChainStore(tmp_path / "made", CHANGING) as made,
+        ChainStore(tmp_path / "snapshot", CHANGING) as snapshot,
+        ChainStore(tmp_path / "replay", CHANGING) as replay,
+        trio.fail_after(300),
+    ):
+        grow(made, 10_000)
+        extend(made)
+        async with (
+            open_host(bytes([81]) * 32) as maker,
+            open_host(bytes([82]) * 32) as by_snapshot,
+            open_host(bytes([83]) * 32) as by_blocks,
+            trio.open_nursery() as nursery,
+        ):
+            await nursery.start(ChainService(maker, made, CHANGING).run)
+            seconds = {}
+            for host in (by_snapshot, by_blocks):
+                host.add_peer(PeerInfo(maker.peer_id, tuple(maker.addresses)))
+            start = trio.current_time()
+            await SnapshotClient(by_snapshot, Protocols(chain).sync, snapshot).join()
+            seconds["snapshot"] = round(trio.current_time() - start, 2)
+            assert snapshot.base >= 10_000 - 2
+            start = trio.current_time()
+            for host, store in ((by_snapshot, snapshot), (by_blocks, replay)):
+                service = ChainService(host, store, CHANGING)
+                feed = service.heads()
+                await nursery.start(service.run)
+                while store.height < made.height:
+                    await feed.receive()
+            seconds["replay"] = round(trio.current_time() - start, 2)
+            nursery.cancel_scope.cancel()
+        for store in (snapshot, replay):
+            same(store, made)
+    print(seconds)
