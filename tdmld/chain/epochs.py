@@ -55,13 +55,18 @@ def committee(chain_id: bytes, chosen: ValidatorSet) -> Committee:
     )
 
 
+def genesis_set(genesis: Genesis, epoch: int) -> ValidatorSet:
+    """The validators of epoch 0 or 1."""
+    seats = [Seat(v.node, v.owner, v.stake) for v in genesis.validators]
+    return ValidatorSet(epoch, tuple(sorted(seats, key=lambda seat: seat.node)))
+
+
 def found(state: State, genesis: Genesis) -> None:
     """What genesis says of validators: the sets of the first two epochs."""
     for validator in genesis.validators:
         state.put_nominee(validator.owner, validator.node)
-    seats = [Seat(v.node, v.owner, v.stake) for v in genesis.validators]
     for epoch in (0, 1):
-        state.put_validator_set(ValidatorSet(epoch, tuple(sorted(seats, key=lambda s: s.node))))
+        state.put_validator_set(genesis_set(genesis, epoch))
     state.put_epoch_start(0, EpochStart(0, genesis.time_ms))
 
 

@@ -25,6 +25,7 @@ from tdmld.chain.blocks import Certificate, Header, block_hash, epoch_of
 from tdmld.chain.checkpoint import Checkpoint
 from tdmld.chain.codec import Hash, Natural, Record, decode, encode
 from tdmld.chain.crypto import public_key, sha256
+from tdmld.chain.epochs import genesis_set
 from tdmld.chain.errors import DecodeError, InvalidTransaction, ProofRefused
 from tdmld.chain.genesis import Genesis, chain_id
 from tdmld.chain.limits import RECORD_BYTES, TRANSACTION_BYTES
@@ -42,7 +43,7 @@ from tdmld.chain.records import (
 from tdmld.chain.state import u32, u64
 from tdmld.chain.transactions import Transaction, decode_transaction
 from tdmld.chain.tree import TreeProof, verify_proof
-from tdmld.chain.turns import MAX_TURNS, Turn, check_final, check_set, follow, genesis_set
+from tdmld.chain.turns import MAX_TURNS, Turn, check_final, check_set, follow
 
 BUNDLE_BYTES = 16 << 20
 """Greatest bundle that is looked at."""

@@ -19,7 +19,7 @@ from tdmld.chain.codec import Record
 from tdmld.chain.epochs import committee, set_id
 from tdmld.chain.errors import ProofRefused
 from tdmld.chain.genesis import Genesis
-from tdmld.chain.records import Seat, ValidatorSet
+from tdmld.chain.records import ValidatorSet
 
 MAX_TURNS = 4096
 """In one bundle: what a stranger checks at most. Nodes follow them in pages, without an end."""
@@ -31,12 +31,6 @@ class Turn(Record, frozen=True):
     header: Header
     certificate: Certificate
     validators: ValidatorSet
-
-
-def genesis_set(genesis: Genesis, epoch: int) -> ValidatorSet:
-    """The validators of epoch 0 or 1."""
-    seats = [Seat(v.node, v.owner, v.stake) for v in genesis.validators]
-    return ValidatorSet(epoch, tuple(sorted(seats, key=lambda seat: seat.node)))
 
 
 def committee_of(chain: bytes, chosen: ValidatorSet) -> Committee:

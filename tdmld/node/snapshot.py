@@ -30,12 +30,13 @@ from tdmld.chain import history
 from tdmld.chain.blocks import Header, beacon_mix, block_hash, epoch_of
 from tdmld.chain.checkpoint import Checkpoint
 from tdmld.chain.codec import decode, encode
+from tdmld.chain.epochs import genesis_set
 from tdmld.chain.errors import ChainError, DecodeError, ProofRefused
 from tdmld.chain.genesis import protocol_at
 from tdmld.chain.history import NotHeld
 from tdmld.chain.light import Ancestor, check_headers, shows
 from tdmld.chain.records import ValidatorSet
-from tdmld.chain.turns import Turn, check_final, follow, genesis_set
+from tdmld.chain.turns import Turn, check_final, follow
 from tdmld.node.chainerrors import SnapshotUnavailable, StoreError
 from tdmld.node.chainwire import (
     STATE_BYTES,

@@ -25,7 +25,7 @@ Rules of the shell
       blocks shows nobody both.
   N9  A validator whose node is jailed in the executed state says Return when it votes to finalize:
       then it is at work, and not behind. Once an epoch, and again while it is still jailed
-      RETURN_AGAIN heights later.
+      RETURN_AGAIN heights later (N8, N9: `claims`).
 """
 
 import logging
@@ -40,7 +40,6 @@ from tdmld.chain.blocks import (
     Block,
     Certificate,
     Committee,
-    Header,
     Kind,
     Vote,
     block_hash,
@@ -70,17 +69,8 @@ from tdmld.chain.genesis import protocol_at
 from tdmld.chain.ledger import next_due
 from tdmld.chain.pacing import Pacing, Propose, Repeat, Situation, TimeOut, Times
 from tdmld.chain.pending import MAX_BLOCKS
-from tdmld.chain.slashing import from_votes, offender
-from tdmld.chain.state import State
-from tdmld.chain.transactions import (
-    Evidence,
-    ProposalEvidence,
-    Return,
-    sign_transaction,
-)
 from tdmld.node.admission import Admission
 from tdmld.node.bodies import Bodies
-from tdmld.node.chainerrors import ServiceBusy
 from tdmld.node.chainlinks import Link, Links
 from tdmld.node.chainwire import (
     BlockRequest,
@@ -89,6 +79,7 @@ from tdmld.node.chainwire import (
     Proposal,
     Transactions,
 )
+from tdmld.node.claims import Claims
 from tdmld.node.finality import Finality
 from tdmld.node.proposer import Position, build_block
 from tdmld.node.store import AppliedBlock
@@ -107,8 +98,6 @@ NEAR_VIEWS = 16
 """Proposals of views further ahead are not kept unless asked for."""
 ABSTAIN_VIEWS = 4
 SILENT_SECONDS = 30.0
-RETURN_AGAIN = 20
-"""Heights after which a Return that is not on the chain is said again (N9)."""
 EVER = 2**63
 """Beyond every view."""
 
@@ -172,14 +161,7 @@ class Validator:
         self._proposed: set[int] = set()
         self._want: Finalized | None = None
         self._asked = -ASK_AGAIN
-        self._leaders: dict[int, tuple[Header, bytes]] = {}
-        """View -> the first signed header that was seen in it (N8)."""
-        self._accused: set[bytes] = set()
-        self._returned = -RETURN_AGAIN
-        """Height at which Return was said last (N9)."""
-        self._claims: list[Evidence | Return] = []
-        """What is to be said on the chain (N8, N9)."""
-        self._claims_news = trio.Event()
+        self._claims = Claims(key, store, admission)
         self._outbox: list[Vote | Block] = []
         self._outbox_news = trio.Event()
         self._unstored: list[Certificate] = []
@@ -222,7 +204,7 @@ class Validator:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._write)
             nursery.start_soon(self._clock)
-            nursery.start_soon(self._claim_all)
+            nursery.start_soon(self._claims.run)
 
     # ---- effects -----------------------------------------------------------------------------
 
@@ -232,8 +214,8 @@ class Validator:
                 case CastVote(kind, view, block):
                     chain_id = self._committee.chain_id
                     self._post(sign_vote(self.key, chain_id, kind, view, block, self._me))
-                    if kind is Kind.FINALIZE:
-                        self._return()
+                    if kind is Kind.FINALIZE and self._finality.backlog <= MAX_BACKLOG:
+                        self._claims.at_work()
                 case Certified(certificate, forward):
                     self._unstored.append(certificate)
                     if forward:
@@ -247,8 +229,7 @@ class Validator:
                 case Answer(voter):
                     self._help(voter)
                 case Conflict(first, second):
-                    log.error("validator %d signed twice: %s and %s", first.voter, first, second)
-                    self._accuse(from_votes(self._committee.nodes[first.voter], first, second))
+                    self._claims.voted_twice(self._committee.nodes[first.voter], first, second)
         if effects:
             self._again()
             self._finish()
@@ -265,43 +246,6 @@ class Validator:
             again = Proposed(tip.view, tip.hash, True)
             if not core.knows(core.view, tip.hash):
                 self._act(core.add_block(core.view, tip.hash, again))
-
-    def _accuse(self, evidence: Evidence) -> None:
-        """N8: once an epoch for each node, as the chain counts."""
-        node = offender(evidence)[0]
-        if node != self.key.public and node not in self._accused:
-            self._accused.add(node)
-            self._claim(evidence)
-
-    def _return(self) -> None:
-        """N9."""
-        height = self._store.height
-        if height < self._returned + RETURN_AGAIN or self._finality.backlog > MAX_BACKLOG:
-            return
-        node = State(self._store.get).node(self.key.public)
-        if node is not None and node.jailed and not node.revoked and not node.convicted:
-            log.warning("jailed at height %d for missing turns to lead: returning", node.jailed)
-            self._returned = height
-            self._claim(Return(node.jailed))
-
-    def _claim(self, claim: Evidence | Return) -> None:
-        self._claims.append(claim)
-        self._claims_news.set()
-
-    async def _claim_all(self) -> None:
-        while True:
-            while not self._claims:
-                self._claims_news = trio.Event()
-                await self._claims_news.wait()
-            await self._claim_next()
-
-    async def _claim_next(self) -> None:
-        claim = self._claims.pop()
-        raw = sign_transaction(self.key, self._store.chain_id, claim)
-        try:
-            await self._admission.submit(raw)
-        except (ChainError, ServiceBusy) as error:
-            log.info("%s is not needed: %s", type(claim).__name__, error)
 
     def _post(self, item: Vote | Block) -> None:
         self._outbox.append(item)
@@ -343,7 +287,7 @@ class Validator:
         view = blocks[-1].header.view
         self._unstored = [known for known in self._unstored if known.view > view]
         self._proposed = {proposed for proposed in self._proposed if proposed > view}
-        self._leaders = {seen: row for seen, row in self._leaders.items() if seen > view}
+        self._claims.forget(view)
 
     def _executed(self, applied: AppliedBlock) -> None:
         self._bodies.executed(applied)
@@ -500,7 +444,7 @@ class Validator:
         except ChainError as error:
             log.warning("a bad block of view %d: %s", header.view, error)
             return
-        self._watch(header, block.signature)
+        self._claims.led(header, block.signature)
         if not all(await self._admission.verified(unknown)):
             log.warning("view %d: a transaction in the block is not signed", header.view)
             return
@@ -513,22 +457,12 @@ class Validator:
 
     def _compare(self, link: Link, vote: Vote) -> None:
         """N8: has this voter been shown another block than we have?"""
-        seen = self._leaders.get(vote.view)
         if (
-            seen is not None
-            and vote.kind is Kind.NOTARIZE
-            and vote.hash != block_hash(seen[0])
+            vote.kind is Kind.NOTARIZE
             and vote.hash not in self._bodies.tree  # N7: a last block, voted on again
-            and seen[0].proposer not in self._accused
+            and self._claims.contradicts(vote.view, vote.hash)
         ):
             link.tell(BlockRequest(vote.hash))
-
-    def _watch(self, header: Header, signature: bytes) -> None:
-        """N8, of leaders; the signature is good."""
-        first, first_signature = self._leaders.setdefault(header.view, (header, signature))
-        if first != header:
-            log.error("two blocks of one leader for view %d", header.view)
-            self._accuse(ProposalEvidence(first, first_signature, header, signature))
 
     # ---- judging (N3, N4) --------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from tdmld.chain.blocks import Block, Kind, block_hash
 from tdmld.chain.checkpoint import Checkpoint
 from tdmld.chain.codec import ZERO_HASH
 from tdmld.chain.crypto import sha256
+from tdmld.chain.epochs import genesis_set
 from tdmld.chain.errors import DecodeError, ProofRefused
 from tdmld.chain.light import (
     BlockClaim,
@@ -27,7 +28,7 @@ from tdmld.chain.light import (
     state_key,
 )
 from tdmld.chain.records import Account
-from tdmld.chain.turns import Turn, check_final, genesis_set
+from tdmld.chain.turns import Turn, check_final
 from tdmld.node.chainerrors import NotProvable
 from tdmld.node.finality import Finality
 from tdmld.node.prover import prove

@@ -20,7 +20,7 @@ from tdmld.chain.transactions import (
     decode_transaction,
     sign_transaction,
 )
-from tdmld.node import validator, views
+from tdmld.node import claims, validator, views
 from tdmld.node.admission import has_backing
 from tdmld.node.chainwire import Proposal
 from tdmld.node.finality import Finality
@@ -140,7 +140,7 @@ async def test_n9_a_key_that_may_not_return_does_not_ask(
 async def test_n9_it_is_said_again_after_a_while_and_only_while_jailed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(validator, "RETURN_AGAIN", 3)
+    monkeypatch.setattr(claims, "RETURN_AGAIN", 3)
     grow(tmp_path, 2)
     async with bench(tmp_path, GENESIS) as made:
         heard = listen(made, monkeypatch)

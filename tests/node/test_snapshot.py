@@ -15,10 +15,10 @@ from tdmld.chain.blocks import block_hash
 from tdmld.chain.checkpoint import Checkpoint
 from tdmld.chain.codec import ZERO_HASH
 from tdmld.chain.crypto import sha256
+from tdmld.chain.epochs import genesis_set
 from tdmld.chain.errors import InvariantViolation, ProofRefused
 from tdmld.chain.ledger import recount
 from tdmld.chain.state import State
-from tdmld.chain.turns import genesis_set
 from tdmld.node.chainerrors import CheckpointMismatch, SnapshotUnavailable
 from tdmld.node.chainwire import Snapshot, SyncAnswer
 from tdmld.node.finality import Finality

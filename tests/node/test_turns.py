@@ -13,7 +13,7 @@ from tdmld.chain.blocks import block_hash, ends_epoch, epoch_of
 from tdmld.chain.checkpoint import Checkpoint
 from tdmld.chain.codec import ZERO_HASH, encode
 from tdmld.chain.crypto import address, sha256
-from tdmld.chain.epochs import set_id
+from tdmld.chain.epochs import genesis_set, set_id
 from tdmld.chain.errors import ProofRefused
 from tdmld.chain.ledger import BlockResult
 from tdmld.chain.light import (
@@ -31,7 +31,6 @@ from tdmld.chain.light import (
 )
 from tdmld.chain.records import Account, JobStatus, ValidatorSet
 from tdmld.chain.transactions import Bond
-from tdmld.chain.turns import genesis_set
 from tdmld.node.chainerrors import NotProvable
 from tdmld.node.store import ChainStore
 from tests.chain.chainworld import SHORT, ChainWorld

@@ -9,6 +9,7 @@ from tdmld.chain.pending import BlockTree
 from tdmld.chain.transactions import Evidence
 from tdmld.node.chainlinks import Link
 from tdmld.node.chainwire import ConsensusMessage, Proposal
+from tdmld.node.claims import Claims
 from tdmld.node.validator import MAX_FUTURE_MS, Batch
 from tests.simulation.disk import Signed, Store
 from tests.simulation.facts import CHAIN_ID
@@ -235,11 +236,22 @@ class SwallowsTimeOut(Eyes):
             del core.time_out
 
 
-class AccusesNobody(Eyes):
+class _SaysOtherwise(Eyes):
+    """With claims of its own."""
+
+    claims: type[Claims]
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._claims = self.claims(self.key, self._store, self._admission)
+
+
+class AccusesNobody(_SaysOtherwise):
     """N8: evidence is seen, and nothing said."""
 
-    def _accuse(self, evidence: Evidence) -> None:
-        """Not me."""
+    class claims(Claims):
+        def accuse(self, evidence: Evidence) -> None:
+            """Not me."""
 
 
 class ComparesNothing(Eyes):
@@ -249,27 +261,30 @@ class ComparesNothing(Eyes):
         """One block a view is enough for me."""
 
 
-class AccusesAgain(Eyes):
+class AccusesAgain(_SaysOtherwise):
     """N8: every contradiction is an accusation, not one an epoch."""
 
-    def _accuse(self, evidence: Evidence) -> None:
-        self._accused.clear()
-        super()._accuse(evidence)
+    class claims(Claims):
+        def accuse(self, evidence: Evidence) -> None:
+            self._accused.clear()
+            super().accuse(evidence)
 
 
-class StaysInJail(Eyes):
+class StaysInJail(_SaysOtherwise):
     """N9: never asks for its turns."""
 
-    def _return(self) -> None:
-        """I have time."""
+    class claims(Claims):
+        def at_work(self) -> None:
+            """I have time."""
 
 
-class ReturnsAgainAndAgain(Eyes):
+class ReturnsAgainAndAgain(_SaysOtherwise):
     """N9: says Return with every vote that finalizes."""
 
-    def _return(self) -> None:
-        self._returned = -1000
-        super()._return()
+    class claims(Claims):
+        def at_work(self) -> None:
+            self._returned = -1000
+            super().at_work()
 
 
 class LastBlockOnly(BlockTree):

@@ -152,8 +152,8 @@ class Node:
         """What became due while the process ran: for the tasks that wait for it."""
         validator = self.running
         if validator is not None:
-            while validator._claims:
-                now(validator._claim_next())
+            while validator._claims.pending:
+                now(validator._claims.say_next())
             if validator._outbox and not self.writing:
                 self.writing = True
                 delay = 0.001 + 0.009 * self.world.rng.random()
