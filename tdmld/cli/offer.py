@@ -11,9 +11,10 @@ from tdmld.cli.text import size, units
 from tdmld.errors import UserError
 from tdmld.node.offers import offered_stages
 from tdmld.rpc.types import ChainParameters, NodeStatus
+from tdmld.train.budget import stage_disk
 from tdmld.train.errors import SpecError
 from tdmld.train.jobfile import JobFile, load_job_file
-from tdmld.train.spec import spec_id, stage_disk
+from tdmld.train.spec import spec_id
 
 
 def read_job_file(path: Path) -> JobFile:

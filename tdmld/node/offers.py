@@ -8,7 +8,8 @@ from tdmld.chain.crypto import sha256
 from tdmld.chain.limits import STANDBY_SLOT
 from tdmld.chain.records import Job
 from tdmld.chain.transactions import Stage
-from tdmld.train.spec import Spec, stage_disk, stage_memory, stage_parameters, standby_disk
+from tdmld.train.budget import stage_disk, stage_memory, standby_disk
+from tdmld.train.spec import Spec, stage_parameters
 
 
 class OfferRefused(Exception):

@@ -5,7 +5,9 @@ A token is a byte. Windows are drawn from all tokens but the held-out last part:
     index = u64(BLAKE3("tdmld data 1" ‖ seed ‖ lane ‖ step ‖ micro-batch ‖ sequence)[:8])
             mod (training tokens - sequence length)                  (all u64, big-endian)
 
-Inputs are the tokens from there, labels the same shifted by one.
+Inputs are the tokens from there, labels the same shifted by one. Of images the number of a record
+is drawn in the same way, mod (training records); a record is a label byte, then the pixels, channel
+by channel and row by row, a byte each.
 """
 
 import mmap
@@ -43,7 +45,7 @@ def shard_file(path: Path) -> Iterator[tuple[bytes, int]]:
 def window_index(spec: Spec, lane: int, step: int, micro_batch: int, sequence: int) -> int:
     """Where the window of one sequence begins."""
     seed = digest(DATA_DOMAIN, struct.pack("!5Q", spec.seed, lane, step, micro_batch, sequence))
-    return int.from_bytes(seed[:8], "big") % (spec.train_tokens - spec.data.sequence)
+    return spec.window(int.from_bytes(seed[:8], "big"))
 
 
 def step_indices(spec: Spec, lane: int, step: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from tdmld.train.families import Weight
+from tdmld.train.family import Weight
 from tdmld.train.spec import Spec
 
 INIT_DOMAIN = b"tdmld init 1"
@@ -36,10 +36,9 @@ def draw_normal(seed: int, name: str, count: int, std: float) -> NDArray[np.floa
     return values
 
 
-def draw_weight(spec: Spec, weight: Weight) -> NDArray[np.float32]:
-    """The first value of a parameter, in its shape."""
+def draw_weight(spec: Spec, weight: Weight) -> NDArray[np.float32] | NDArray[np.int64]:
+    """The first value of a parameter or buffer, in its shape."""
     if weight.initial == "normal":
-        std = float(str(spec.config["initializer_range"]))
-        return draw_normal(spec.seed, weight.name, weight.count, std).reshape(weight.shape)
-    fill = 1.0 if weight.initial == "ones" else 0.0
-    return np.full(weight.shape, fill, dtype=np.float32)
+        return draw_normal(spec.seed, weight.name, weight.count, weight.std).reshape(weight.shape)
+    fill, dtype = int(weight.initial == "ones"), {"F32": np.float32, "I64": np.int64}[weight.dtype]
+    return np.full(weight.shape, fill, dtype=dtype)

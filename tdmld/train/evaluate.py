@@ -3,22 +3,23 @@
 Both load the result directory the way any user would, by `AutoModelForCausalLM.from_pretrained`.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 from transformers.utils.logging import disable_progress_bar
 
 from tdmld.train.data import Tokens
 from tdmld.train.errors import FileError
-from tdmld.train.model import token_loss
+from tdmld.train.model import mean_cross_entropy, pixel_values
 from tdmld.train.numerics import ATTENTION
 from tdmld.train.spec import Spec
 
 HELDOUT_WINDOWS = 256
-"""At most so many windows are read, spread evenly over the held-out text."""
+"""At most so many windows of text are read, spread evenly over what is held out."""
 _BATCH = 16
 
 
@@ -29,13 +30,19 @@ def load_model(directory: Path) -> Any:
     """
     disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+        pictures = config.model_type == "resnet"
+        kind = AutoModelForImageClassification if pictures else AutoModelForCausalLM
+        model = kind.from_pretrained(
             directory,
+            config=config,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
-            attn_implementation=ATTENTION,
             dtype=torch.float32,
+            **({} if pictures else {"attn_implementation": ATTENTION}),
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise FileError(f"{directory} holds no model: {error}; fetch it again") from error
@@ -50,23 +57,50 @@ def heldout_starts(first: int, count: int, sequence: int) -> list[int]:
 
 
 def heldout_loss(directory: Path, spec: Spec, data: Tokens) -> float:
-    """Mean loss in nats a token (byte) over the held-out text, in windows of the spec's sequence.
+    """Mean loss over the held-out data: nats a token (byte) of text, in windows of the spec's
+    sequence, or nats an image.
 
     ValueError when the spec holds nothing out, or less than one window.
     """
-    length = spec.data.sequence
-    starts = heldout_starts(spec.train_tokens, spec.heldout_tokens, length)
+    total, count = 0.0, 0
+    for logits, labels in _answers(directory, spec, data):
+        total += float(mean_cross_entropy(logits, labels)) * len(labels)
+        count += len(labels)
+    return total / count
+
+
+def heldout_accuracy(directory: Path, spec: Spec, data: Tokens) -> float:
+    """The share of held-out tokens or images whose label the model finds likeliest."""
+    right, count = 0, 0
+    for logits, labels in _answers(directory, spec, data):
+        right += int((logits.argmax(dim=-1) == labels).sum())
+        count += labels.numel()
+    return right / count
+
+
+def _answers(
+    directory: Path, spec: Spec, data: Tokens
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(logits, labels) of batches of held-out windows."""
+    length, images = spec.data.sequence, spec.model.images
+    starts = (
+        list(range(spec.train_tokens, spec.data.tokens, spec.record))
+        if images
+        else heldout_starts(spec.train_tokens, spec.heldout_tokens, length)
+    )
     if not starts:
         raise ValueError(f"{spec.heldout_tokens} held-out tokens are less than one window")
     model = load_model(directory)
-    total = 0.0
-    with torch.no_grad():
-        for at in range(0, len(starts), _BATCH):
-            rows = [list(data.window(start, length + 1)) for start in starts[at : at + _BATCH]]
-            tokens = torch.tensor(rows, dtype=torch.long)
-            logits = model(input_ids=tokens[:, :-1].contiguous(), use_cache=False).logits
-            total += float(token_loss(logits, tokens[:, 1:].contiguous())) * len(rows)
-    return total / len(starts)
+    for at in range(0, len(starts), _BATCH):
+        rows = [list(data.window(start, length + 1)) for start in starts[at : at + _BATCH]]
+        read = torch.tensor(rows, dtype=torch.long)
+        with torch.no_grad():
+            if images:
+                pixels = pixel_values(read[:, 1:], int(str(spec.config["num_channels"])))
+                yield model(pixel_values=pixels).logits, read[:, 0]
+            else:
+                inputs = read[:, :-1].contiguous()
+                yield model(input_ids=inputs, use_cache=False).logits, read[:, 1:].contiguous()
 
 
 def sample_text(

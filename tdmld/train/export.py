@@ -26,8 +26,8 @@ _CHUNK_BYTES = 1024 * 1024
 
 def result_limits(spec: Spec) -> dict[str, int]:
     """The greatest size that each file of the spec's result may have, in bytes."""
-    parameters = sum(weight.count for stage in range(spec.stages) for weight in spec.weights(stage))
-    sizes = (limits.CONFIG_FILE_BYTES, 4 * parameters + limits.STATE_HEADER_BYTES)
+    values = sum(weight.count for stage in range(spec.stages) for weight in spec.shared(stage))
+    sizes = (limits.CONFIG_FILE_BYTES, 8 * values + limits.STATE_HEADER_BYTES)
     return dict(zip(RESULT_FILES, sizes, strict=True))
 
 
@@ -52,7 +52,7 @@ def merge_states(spec: Spec, shared_files: Sequence[Path], out: Path) -> Result:
         tensors: list[TensorData] = []
         for stage, path in enumerate(shared_files):
             found = list(stack.enter_context(StateFile(path)))
-            expected = [(w.name, "F32", w.shape) for w in spec.weights(stage)]
+            expected = [(w.name, w.dtype, w.shape) for w in spec.shared(stage)]
             if [tensor[:3] for tensor in found] != expected:
                 raise FileError(f"{path} does not hold the weights of stage {stage}")
             tensors.extend(found)

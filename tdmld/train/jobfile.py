@@ -15,7 +15,7 @@ from tdmld.train import limits
 from tdmld.train.data import shard_file
 from tdmld.train.digest import data_root
 from tdmld.train.errors import SpecError
-from tdmld.train.families import FAMILIES
+from tdmld.train.families import family_of
 from tdmld.train.spec import (
     Data,
     DecimalText,
@@ -60,7 +60,7 @@ class JobFile(msgspec.Struct, frozen=True):
 
 class _DataSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     text: str
-    tokenizer: Literal["bytes"]
+    tokenizer: Literal["bytes", "images"]
     sequence: Annotated[int, msgspec.Meta(ge=1, le=limits.SEQUENCE)]
     heldout: DecimalText
 
@@ -105,11 +105,7 @@ def load_job_file(path: Path) -> JobFile:
         file = msgspec.convert(document, type=_File)
     except msgspec.ValidationError as error:
         raise typed_error(error) from error
-    family = FAMILIES.get(file.family)
-    if family is None:
-        known = ", ".join(sorted(FAMILIES))
-        raise SpecError("family", f"unknown model family {file.family!r}", f"use one of {known}")
-    config = family.canonical(_read_config(path.parent / file.config))
+    config = family_of(file.family).canonical(_read_config(path.parent / file.config))
     text_path = path.parent / file.data.text
     shards = _shards(text_path)
     spec = Spec(
@@ -117,7 +113,7 @@ def load_job_file(path: Path) -> JobFile:
         family=file.family,
         config=config,
         seed=file.seed,
-        init=SeedInit(file.init),
+        init=SeedInit(),
         privacy=file.privacy,
         class_=file.class_,
         data=Data(

@@ -1,33 +1,44 @@
-"""Cutting a Hugging Face model at its decoder layers.
+"""Cutting a Hugging Face model between its layers.
 
-The family's own module is built on the meta device, its list of layers replaced by the stage's
-slice, and what other stages own by a pass-through; its own forward makes masks and positions, so
-nothing is re-implemented. Only the stage's weights ever have memory. Parameters keep the names
+The family's own module is built on the meta device, its list of layers replaced by the slot's
+slice, and what other slots own by a pass-through; its own forward makes masks and positions, so
+nothing is re-implemented. Only the slot's weights ever have memory. Parameters keep the names
 that they have in the whole model.
 """
 
 import copy
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 from transformers.configuration_utils import PreTrainedConfig
 
 from tdmld.train.errors import SpecError
-from tdmld.train.numerics import ATTENTION
+from tdmld.train.family import Part
+from tdmld.train.numerics import ATTENTION, EXPERTS
 from tdmld.train.spec import Spec
 
-_LAYER_LISTS = ("layers", "h", "blocks")
+_LAYER_LISTS = ("layers", "h")
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in")
+_POSITIONS = "wpe"
 _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+_DTYPES = {"F32": torch.float32, "I64": torch.int64}
 
 
 class _Pass(nn.Module):
-    """Stands where another stage owns the part."""
+    """Stands where another slot owns the part."""
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         return value
+
+
+class _NoPositions(nn.Module):
+    """Stands for a table of positions: adding -0.0 changes no value's bits."""
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        return torch.full((1,), -0.0)
 
 
 def hugging_face_config(spec: Spec) -> PreTrainedConfig:
@@ -37,54 +48,51 @@ def hugging_face_config(spec: Spec) -> PreTrainedConfig:
     return AutoConfig.for_model(kind, **values)
 
 
-def whole_model(config: PreTrainedConfig) -> nn.Module:
-    """The whole causal LM of a config, its parameters on the current default device."""
+def whole_model(spec: Spec) -> nn.Module:
+    """The whole model, its parameters on the current default device.
+
+    A decoder is in evaluation mode (no dropout), a classifier in training mode (its batch norms
+    look at the batch).
+    """
+    config = hugging_face_config(spec)
+    if spec.model.images:
+        pictures = AutoModelForImageClassification.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        return cast(nn.Module, pictures).train()
+    more = {"experts_implementation": EXPERTS} if hasattr(config, "num_experts") else {}
     model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        config, attn_implementation=ATTENTION, dtype=torch.float32
+        config, attn_implementation=ATTENTION, dtype=torch.float32, **more
     )
-    model.eval()
-    return cast(nn.Module, model)
+    return cast(nn.Module, model).eval()
 
 
 class StageModule(nn.Module):
-    """One stage of the model.
+    """What a slot holds of the model.
 
-    `forward` takes token ids (batch, sequence) on the first stage and hidden states (batch,
-    sequence, width) on the others, and gives logits on the last stage and hidden states on the
-    others, float32. `weights` maps whole-model names, sorted, to parameters without values.
+    `forward` takes token ids (batch, sequence) or pixels (batch, channels, side, side) in the first
+    slot and boundary tensors in the others; it gives logits in the last slot of a line and boundary
+    tensors otherwise, float32. `head` makes logits of boundary tensors in the first slot of a ring.
+    `weights` maps whole-model names, sorted, to parameters without values, `statistics` likewise
+    what no optimizer changes; `tied` is the pair of parameters that share one weight, if any:
+    their gradients are summed apart over the micro-batches and added once, whatever order of
+    micro-batches a schedule has. That is part of the program.
     """
 
     def __init__(self, spec: Spec, stage: int) -> None:
         super().__init__()
-        self.is_first, self.is_last = spec.is_first(stage), spec.is_last(stage)
-        first, last = spec.layers(stage)
-        config = hugging_face_config(spec)
-        with torch.device("meta"):
-            model = cast(Any, whole_model(copy.deepcopy(config)))
-        base = model.base_model
-        list_name = _attribute(base, _LAYER_LISTS)
-        layers = nn.ModuleList(list(getattr(base, list_name))[first:last])
-        setattr(base, list_name, layers)
-        for index, layer in enumerate(layers):
-            for module in layer.modules():
-                if hasattr(module, "layer_idx"):
-                    cast(Any, module).layer_idx = index
-        for owner in (model.config, base.config):
-            owner.num_hidden_layers = last - first
-            if getattr(owner, "layer_types", None):
-                owner.layer_types = list(config.layer_types[first:last])
-        if not self.is_first:
-            setattr(base, _attribute(base, _EMBEDDINGS), _Pass())
-        if not self.is_last:
-            setattr(base, _attribute(base, _NORMS), _Pass())
-            model.lm_head = _Pass()
-        _fill_buffers(model, config)
-        prefix = f"{model.base_model_prefix}.{list_name}."
-        self.model = model
+        part = spec.part(stage)
+        rings = spec.is_ring and part.head
+        self.body = _cut(spec, Part(part.first, part.last, part.entry, part.head and not rings))
+        self.end = (
+            _cut(spec, Part(spec.whole.last, spec.whole.last, False, True)) if rings else None
+        )
         self.weights: dict[str, nn.Parameter] = {}
-        named = {_whole_name(name, prefix, first): name for name, _ in model.named_parameters()}
-        expected = spec.weights(stage)
-        shapes = {whole: tuple(model.get_parameter(name).shape) for whole, name in named.items()}
+        self.statistics: dict[str, torch.Tensor] = {}
+        found = [*self.body.own(), *(self.end.own() if self.end is not None else ())]
+        by_name = {name: (owner, leaf) for name, owner, leaf in found}
+        shapes = {
+            name: tuple(getattr(owner, leaf).shape) for name, (owner, leaf) in by_name.items()
+        }
+        expected = spec.shared(stage)
         if shapes != {weight.name: weight.shape for weight in expected}:
             raise SpecError(
                 "family",
@@ -92,23 +100,140 @@ class StageModule(nn.Module):
                 "use the pinned version of transformers",
             )
         for weight in expected:
-            parameter = nn.Parameter(torch.zeros(weight.shape, dtype=torch.float32))
-            owner_name, _, leaf = named[weight.name].rpartition(".")
-            setattr(model.get_submodule(owner_name), leaf, parameter)
-            self.weights[weight.name] = parameter
+            owner, leaf = by_name[weight.name]
+            value = torch.zeros(weight.shape, dtype=_DTYPES[weight.dtype])
+            if leaf in owner._buffers:
+                owner._buffers[leaf] = self.statistics[weight.name] = value
+            else:
+                parameter = nn.Parameter(value)
+                setattr(owner, leaf, parameter)
+                self.weights[weight.name] = parameter
+        self.tied = self._tie(spec, part)
+
+    def _tie(self, spec: Spec, part: Part) -> tuple[nn.Parameter, nn.Parameter] | None:
+        if not (part.head and spec.model.tied(spec.config)):
+            return None
+        entry = cast(Any, self.body).model.get_input_embeddings()
+        head = cast(Any, self.end if self.end is not None else self.body).model
+        head.get_output_embeddings().weight = second = nn.Parameter(entry.weight.data)
+        return entry.weight, second
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        inputs = {"input_ids" if self.is_first else "inputs_embeds": value, "use_cache": False}
-        if self.is_last:
+        return cast(torch.Tensor, self.body(value))
+
+    def head(self, value: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        assert self.end is not None
+        return cast(torch.Tensor, self.end(value))
+
+
+Owned = tuple[str, nn.Module, str]
+"""A weight's or buffer's name in the whole model, the module that has it, its name there."""
+
+
+class _Decoder(nn.Module):
+    """Layers of a decoder, with the ends that belong to the part."""
+
+    def __init__(self, spec: Spec, part: Part) -> None:
+        super().__init__()
+        self.part = part
+        with torch.device("meta"):
+            model = cast(Any, whole_model(spec))
+        config = copy.deepcopy(model.config)
+        base = model.base_model
+        self.list_name = _attribute(base, _LAYER_LISTS)
+        layers = nn.ModuleList(list(getattr(base, self.list_name))[part.first : part.last])
+        setattr(base, self.list_name, layers)
+        for index, layer in enumerate(layers):
+            for module in layer.modules():
+                if hasattr(module, "layer_idx"):
+                    cast(Any, module).layer_idx = index
+        for owner in (model.config, base.config):
+            owner.num_hidden_layers = part.last - part.first
+            if getattr(owner, "layer_types", None):
+                owner.layer_types = list(config.layer_types[part.first : part.last])
+        if not part.entry:
+            setattr(base, _attribute(base, _EMBEDDINGS), _Pass())
+            if hasattr(base, _POSITIONS):
+                setattr(base, _POSITIONS, _NoPositions())
+        if not part.head:
+            setattr(base, _attribute(base, _NORMS), _Pass())
+            model.lm_head = _Pass()
+        _fill_buffers(model, config)
+        self.model = model
+
+    def own(self) -> Iterator[Owned]:
+        """The parameters of the part; a tied head's is the embedding's."""
+        prefix = f"{self.model.base_model_prefix}.{self.list_name}."
+        tied = self.model.config.tie_word_embeddings
+        for name, _ in self.model.named_parameters():
+            owner, _, leaf = name.rpartition(".")
+            if tied and name == "lm_head.weight":
+                continue
+            whole = name
+            if name.startswith(prefix):
+                index, _, rest = name[len(prefix) :].partition(".")
+                whole = f"{prefix}{int(index) + self.part.first}.{rest}"
+            yield whole, self.model.get_submodule(owner), leaf
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        key = "input_ids" if self.part.entry else "inputs_embeds"
+        inputs = {key: value, "use_cache": False}
+        if self.part.head:
             return cast(torch.Tensor, self.model(**inputs).logits)
         return cast(torch.Tensor, self.model.base_model(**inputs).last_hidden_state)
 
 
-def token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats a token of (batch, sequence, vocabulary) logits."""
+class _Classifier(nn.Module):
+    """Blocks of a residual network, with the ends that belong to the part."""
+
+    def __init__(self, spec: Spec, part: Part) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            model = cast(Any, whole_model(spec))
+        blocks = [
+            (f"resnet.encoder.stages.{stage}.layers.{place}", block)
+            for stage, stage_module in enumerate(model.resnet.encoder.stages)
+            for place, block in enumerate(stage_module.layers)
+        ]
+        named = blocks[part.first : part.last]
+        if part.entry:
+            named.insert(0, ("resnet.embedder", model.resnet.embedder))
+        if part.head:
+            named.append(("resnet.pooler", model.resnet.pooler))
+            named.append(("classifier", model.classifier))
+        self.names = [name for name, _ in named]
+        self.pieces = nn.ModuleList(piece for _, piece in named)
+
+    def own(self) -> Iterator[Owned]:
+        """The parameters and running statistics of the part."""
+        for prefix, piece in zip(self.names, self.pieces, strict=True):
+            for name, _ in (*piece.named_parameters(), *piece.named_buffers()):
+                owner, _, leaf = name.rpartition(".")
+                yield f"{prefix}.{name}", piece.get_submodule(owner), leaf
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        for piece in self.pieces:
+            value = piece(value)
+        return value
+
+
+def _cut(spec: Spec, part: Part) -> _Decoder | _Classifier:
+    return _Classifier(spec, part) if spec.model.images else _Decoder(spec, part)
+
+
+def mean_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in nats a label: of (..., classes) logits and (...) labels."""
     flat = logits.reshape(-1, logits.shape[-1])
     return nn.functional.cross_entropy(flat, labels.reshape(-1))
+
+
+def pixel_values(raw: torch.Tensor, channels: int) -> torch.Tensor:
+    """Pictures (batch, channels, side, side) of uint8 pixels (batch, bytes): byte / 128 - 1,
+    which is exact."""
+    side = round((raw.shape[1] / channels) ** 0.5)
+    return raw.to(torch.float32).div_(128).sub_(1).view(-1, channels, side, side)
 
 
 def _attribute(base: nn.Module, names: tuple[str, ...]) -> str:
@@ -118,18 +243,16 @@ def _attribute(base: nn.Module, names: tuple[str, ...]) -> str:
     return found
 
 
-def _whole_name(name: str, prefix: str, first: int) -> str:
-    if not name.startswith(prefix):
-        return name
-    index, _, rest = name[len(prefix) :].partition(".")
-    return f"{prefix}{int(index) + first}.{rest}"
-
-
 def _fill_buffers(model: nn.Module, config: PreTrainedConfig) -> None:
-    """Compute what meta left empty: rotary tables, from the whole model's config."""
+    """Compute what meta left empty: rotary tables, from the whole model's config, and the scale of
+    an embedding."""
     for name, module in list(model.named_modules()):
         empty = [key for key, value in module.named_buffers(recurse=False) if value.is_meta]
         if not empty:
+            continue
+        if empty == ["embed_scale"]:
+            scale = torch.tensor(cast(Any, module).scalar_embed_scale)
+            module.register_buffer("embed_scale", scale, persistent=False)
             continue
         if "Rotary" not in type(module).__name__:
             raise SpecError("family", f"buffer of {name} is unknown", "the family cannot be cut")

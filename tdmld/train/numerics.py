@@ -6,17 +6,21 @@ to the class of the machine, and the class is found out by golden segments, not 
 """
 
 import os
+import zlib
 from collections.abc import Mapping, MutableMapping
 from importlib.metadata import version
 
 from tdmld.train.digest import digest
 from tdmld.train.errors import NumericsError
 from tdmld.train.spec import Spec, spec_bytes, spec_id
+from tdmld.train.wireformat import split_name
 
 PROGRAM_VERSION = 1
 """Raised whenever the arithmetic of a segment changes."""
 ATTENTION = "eager"
 """Plain matrix products and a softmax: no kernel choice depends on shapes or masks."""
+EXPERTS = "eager"
+"""Experts one after the other, in their order."""
 
 _SET = {
     "OMP_NUM_THREADS": "1",
@@ -88,7 +92,11 @@ def program_hash(spec: Spec) -> bytes:
     lines = [
         f"program {PROGRAM_VERSION}",
         f"attention {ATTENTION}",
+        f"experts {EXPERTS}",
         *(f"{key}={value}" for key, value in sorted(_SET.items())),
         *(f"{package} {version(package)}" for package in _PACKAGES),
     ]
+    wires = (spec.train.wire,) if isinstance(spec.train.wire, str) else spec.train.wire
+    if any(split_name(wire)[1] for wire in wires):
+        lines.append(f"zlib {zlib.ZLIB_RUNTIME_VERSION}")
     return digest(b"tdmld program 1", spec_id(spec_bytes(spec)), "\n".join(lines).encode())

@@ -17,8 +17,8 @@ from tdmld.train.channel import Channel
 from tdmld.train.data import step_indices
 from tdmld.train.digest import ZERO_DIGEST, digest, indices_root, link_root, merkle_root
 from tdmld.train.errors import SegmentFault
-from tdmld.train.model import token_loss
-from tdmld.train.schedule import one_f_one_b, step_scalars
+from tdmld.train.model import mean_cross_entropy, pixel_values
+from tdmld.train.schedule import operations, step_scalars, traffic
 from tdmld.train.segment import (
     LinkRoots,
     OnStep,
@@ -30,6 +30,7 @@ from tdmld.train.segment import (
 from tdmld.train.slot import Slot
 from tdmld.train.spec import StageClip
 from tdmld.train.wire import decode, encode, tensor_bytes
+from tdmld.train.wireformat import WireError
 
 
 def run_segment(
@@ -68,15 +69,28 @@ def run_segment(
             LinkRoots(link, link_root(frames[link, "sent"]), link_root(frames[link, "received"]))
             for link in slot.spec.links(slot.stage)
         ),
-        has_loss=slot.spec.is_last(slot.stage),
+        has_loss=slot.spec.has_loss(slot.stage),
         steps=tuple(steps),
     )
 
 
 def collect_gradients(slot: Slot) -> list[torch.Tensor]:
-    """The gradients that the backward passes of a step have summed, in order of names."""
+    """The gradients that the backward passes of a step have summed, in order of names.
+
+    Zeros where nothing passed (an expert that no token chose); for a tied weight the sum of what
+    it received as embedding and of what it received as head, each over all micro-batches.
+    """
+    if slot.module.tied is not None:
+        entry, head = slot.module.tied
+        assert entry.grad is not None
+        assert head.grad is not None
+        entry.grad.add_(head.grad)
+        head.grad = None
     found = [weight.grad for weight in slot.weights]
-    return [gradient for gradient in found if gradient is not None]
+    return [
+        torch.zeros_like(weight, requires_grad=False) if gradient is None else gradient
+        for weight, gradient in zip(slot.weights, found, strict=True)
+    ]
 
 
 def mean_loss(losses: Sequence[torch.Tensor]) -> float:
@@ -85,6 +99,11 @@ def mean_loss(losses: Sequence[torch.Tensor]) -> float:
     for loss in losses[1:]:
         total = total + loss
     return float(total / len(losses))
+
+
+def _gradient(entering: torch.Tensor) -> torch.Tensor:
+    assert entering.grad is not None
+    return entering.grad
 
 
 @dataclass
@@ -106,47 +125,60 @@ class _Step:
         step = slot.step
         inputs, labels, data = self._data(step)
         open_batches: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for operation, number in one_f_one_b(spec.stages, slot.stage, spec.train.micro_batches):
+        for kind, number in operations(spec, slot.stage):
             seq = step * spec.train.micro_batches + number
-            if operation == "F":
-                if inputs is not None:
-                    entering = inputs[number]
-                else:
-                    entering = self._receive("up", seq).requires_grad_(True)
+            into, out = traffic(spec, slot.stage, kind)
+            received = None if into is None else self._receive(into, seq)
+            if kind == "F":
+                entering = inputs[number] if received is None else received.requires_grad_(True)
                 leaving = slot.module(entering)
-                if labels is not None:
-                    leaving = token_loss(leaving, labels[number])
-                    self.losses.append(leaving.detach())
+                if out is None:
+                    leaving = self._loss(leaving, labels[number])
                 else:
-                    self._send("down", seq, leaving)
+                    self._send(out, seq, leaving)
                 open_batches[number] = (entering, leaving)
-            else:
-                gradient = None if labels is not None else self._receive("down", seq)
+            elif kind == "B":
                 entering, leaving = open_batches.pop(number)
-                torch.autograd.backward(leaving, gradient)
-                if inputs is None:
-                    assert entering.grad is not None
-                    self._send("up", seq, entering.grad)
-                del entering, leaving, gradient
+                torch.autograd.backward(leaving, received)
+                if out is not None:
+                    self._send(out, seq, _gradient(entering))
+            else:
+                assert received is not None
+                assert out is not None
+                entering = received.requires_grad_(True)
+                leaving = self._loss(slot.module.head(entering), labels[number])
+                torch.autograd.backward(leaving)
+                self._send(out, seq, _gradient(entering))
+            del entering, leaving, received
         root = self._update(step)
         bits = loss_bits(self.loss) if self.loss is not None else 0
         return StepDigests(step, tuple(self.digests), data, root, bits)
 
-    def _data(
-        self, step: int
-    ) -> tuple[list[torch.Tensor] | None, list[torch.Tensor] | None, bytes]:
+    def _data(self, step: int) -> tuple[list[torch.Tensor], list[torch.Tensor], bytes]:
         """Inputs and labels of each micro-batch, where this stage has them, and their root."""
         spec, tokens = self.slot.spec, self.slot.data
-        first, last = spec.is_first(self.slot.stage), spec.is_last(self.slot.stage)
+        first, last = spec.has_input(self.slot.stage), spec.has_loss(self.slot.stage)
         if not (first or last) or tokens is None:
-            return None, None, ZERO_DIGEST
+            return [], [], ZERO_DIGEST
         indices = step_indices(spec, self.slot.lane, step)
         length, size = spec.data.sequence + 1, spec.train.micro_batch_size
         raw = bytearray(b"".join(tokens.window(index, length) for index in indices))
-        windows = torch.frombuffer(raw, dtype=torch.uint8).long().view(-1, size, length)
-        inputs = [window[:, :-1].contiguous() for window in windows] if first else None
-        labels = [window[:, 1:].contiguous() for window in windows] if last else None
+        windows = torch.frombuffer(raw, dtype=torch.uint8).view(-1, size, length)
+        if spec.model.images:
+            channels = int(str(spec.config["num_channels"]))
+            inputs = [pixel_values(window[:, 1:], channels) for window in windows] if first else []
+            labels = [window[:, 0].long() for window in windows] if last else []
+        else:
+            inputs = [window[:, :-1].long() for window in windows] if first else []
+            labels = [window[:, 1:].long() for window in windows] if last else []
         return inputs, labels, indices_root(indices)
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if (most := int(labels.max())) >= logits.shape[-1]:
+            raise SegmentFault("label", self.slot.step, f"the data have a label {most}")
+        loss = mean_cross_entropy(logits, labels)
+        self.losses.append(loss.detach())
+        return loss
 
     def _update(self, step: int) -> bytes:
         """Average, root, clip, optimize; returns the gradient root."""
@@ -184,21 +216,22 @@ class _Step:
         payload = self.channel.receive(link, seq)
         arrived = time.perf_counter()
         self.waiting += arrived - began
-        if len(payload) != spec.frame_bytes:
-            raise SegmentFault(
-                "size", step, f"frame {seq} of {link} has {len(payload)} bytes, not the spec's"
-            )
         self._note(link, "received", seq, payload)
         self.verifying += time.perf_counter() - arrived
-        tensor = decode(payload, spec)
-        del payload
+        stage = self.slot.stage
+        try:
+            tensor = decode(payload, spec.boundary(stage, link), spec.wire(stage, link))
+        except WireError as error:
+            raise SegmentFault("size", step, f"frame {seq} of {link}: {error}") from error
+        finally:
+            del payload
         self.channel.release(link, seq)
         if not bool(torch.isfinite(tensor).all()):
             raise SegmentFault("nonfinite", step, f"frame {seq} of {link} has values not finite")
         return tensor
 
     def _send(self, link: str, seq: int, tensor: torch.Tensor) -> None:
-        payload = encode(tensor, self.slot.spec.train.wire)
+        payload = encode(tensor, self.slot.spec.wire(self.slot.stage, link))
         began = time.perf_counter()
         self._note(link, "sent", seq, payload)
         self.verifying += time.perf_counter() - began

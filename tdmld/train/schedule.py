@@ -10,8 +10,9 @@ from typing import Literal, NamedTuple
 
 from tdmld.train.spec import Spec
 
-Operation = tuple[Literal["F", "B"], int]
-"""Forward or backward of one micro-batch."""
+Kind = Literal["F", "B", "H"]
+Operation = tuple[Kind, int]
+"""Forward or backward of a micro-batch, or forward and backward of the head that closes a ring."""
 
 
 def one_f_one_b(stages: int, stage: int, micro_batches: int) -> tuple[Operation, ...]:
@@ -21,6 +22,46 @@ def one_f_one_b(stages: int, stage: int, micro_batches: int) -> tuple[Operation,
     for number in range(micro_batches - warm):
         order += [("F", warm + number), ("B", number)]
     return (*order, *(("B", number) for number in range(micro_batches - warm, micro_batches)))
+
+
+def ring_start(stages: int, micro_batches: int) -> tuple[Operation, ...]:
+    """The order of the slot at both ends of a ring: the first and the last of `stages` + 1 parts.
+
+    Its forwards run ahead as those of the first part of a pipeline that long; its heads run so far
+    ahead of its backwards as a gradient needs to come round when a backward costs two forwards.
+    It never waits in a circle: B(n) needs F(n + stages - 1) sent, and heads up to H(n) alone.
+    """
+    warm, lead = min(stages, micro_batches), min(2 * stages // 3, micro_batches)
+    order: list[Operation] = [("F", number) for number in range(warm)]
+    order += [("H", number) for number in range(lead)]
+    for number in range(micro_batches):
+        if warm + number < micro_batches:
+            order.append(("F", warm + number))
+        if lead + number < micro_batches:
+            order.append(("H", lead + number))
+        order.append(("B", number))
+    return tuple(order)
+
+
+def operations(spec: Spec, stage: int) -> tuple[Operation, ...]:
+    """The order of work of a stage in each step."""
+    batches = spec.train.micro_batches
+    if spec.is_ring:
+        return (
+            ring_start(spec.stages, batches)
+            if stage == 0
+            else one_f_one_b(spec.stages + 1, stage, batches)
+        )
+    return one_f_one_b(spec.stages, stage, batches)
+
+
+def traffic(spec: Spec, stage: int, kind: Kind) -> tuple[str | None, str | None]:
+    """(link that an operation receives from, link that it sends to)"""
+    if kind == "H":
+        return "up", "up"
+    into = None if spec.has_input(stage) else "up"
+    out = "down" if "down" in spec.links(stage) else None
+    return (into, out) if kind == "F" else (out, into)
 
 
 class StepFrame(NamedTuple):
@@ -34,13 +75,12 @@ class StepFrame(NamedTuple):
 def step_frames(spec: Spec, stage: int, step: int) -> tuple[StepFrame, ...]:
     """The frames of a step in the order in which the runner meets them: that of the step leaf."""
     found: list[StepFrame] = []
-    for operation, number in one_f_one_b(spec.stages, stage, spec.train.micro_batches):
+    for kind, number in operations(spec, stage):
         seq = step * spec.train.micro_batches + number
-        into, out = ("up", "down") if operation == "F" else ("down", "up")
-        links = spec.links(stage)
-        if into in links:
+        into, out = traffic(spec, stage, kind)
+        if into is not None:
             found.append(StepFrame(into, "received", seq))
-        if out in links:
+        if out is not None:
             found.append(StepFrame(out, "sent", seq))
     return tuple(found)
 

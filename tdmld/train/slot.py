@@ -10,25 +10,29 @@ from tdmld.train.digest import Leaf, digest, state_root
 from tdmld.train.draw import draw_weight
 from tdmld.train.errors import FileError
 from tdmld.train.model import StageModule
-from tdmld.train.spec import Spec, state_tensors
+from tdmld.train.spec import GivenInit, Spec
 from tdmld.train.statefile import (
     PARTS,
     StateFile,
     TensorData,
     part_file,
+    state_tensors,
     write_safetensors,
 )
 from tdmld.train.wire import tensor_bytes
 
+_NAMES = {torch.float32: "F32", torch.int64: "I64"}
+_LAYOUTS = {"F32": "<f4", "I64": "<i8"}
 Roots = tuple[bytes, bytes]
 """(shared root, lane root)"""
 
 
 class Slot:
-    """What a segment works on. Make it with `create`, then `init_from_seed` or `load`.
+    """What a segment works on. Make it with `create`, then `init_from_seed`, `init_from_file` or
+    `load`.
 
-    The shared part of the state is the weights; the lane part the two AdamW moments and the number
-    of steps done. All sequences stand in the order of parameter names.
+    The shared part of the state is the weights and running statistics; the lane part the two AdamW
+    moments and the number of steps done. All sequences stand in the order of parameter names.
     """
 
     def __init__(self, spec: Spec, stage: int, lane: int, data: Tokens | None) -> None:
@@ -38,25 +42,53 @@ class Slot:
         self.weights = list(self.module.weights.values())
         self.first_moments = [torch.zeros_like(w, requires_grad=False) for w in self.weights]
         self.second_moments = [torch.zeros_like(w, requires_grad=False) for w in self.weights]
+        self._shared: dict[str, torch.Tensor] = {**self.module.weights, **self.module.statistics}
         self.step = 0
         self._leaves: dict[str, tuple[Leaf, ...]] | None = None
 
     @classmethod
     def create(cls, spec: Spec, stage: int, lane: int, data: Tokens | None) -> "Slot":
-        """A slot with memory but no values. `data` is needed by the first and the last stage."""
-        if data is None and (spec.is_first(stage) or spec.is_last(stage)):
-            raise ValueError("the first and the last stage need the data")
+        """A slot with memory but no values. `data` is needed where inputs or labels are."""
+        if data is None and (spec.has_input(stage) or spec.has_loss(stage)):
+            raise ValueError("a stage with inputs or labels needs the data")
         return cls(spec, stage, lane, data)
 
     def init_from_seed(self) -> None:
-        """Boundary 0: drawn weights, zero moments, no step done."""
+        """Boundary 0: drawn weights, zero moments, no step done. ValueError when the spec gives
+        the weights."""
+        if isinstance(self.spec.init, GivenInit):
+            raise ValueError("the spec gives the weights: use init_from_file")
         with torch.no_grad():
-            for weight, tensor in zip(self.spec.weights(self.stage), self.weights, strict=True):
-                tensor.copy_(torch.from_numpy(draw_weight(self.spec, weight)))
-            for moment in (*self.first_moments, *self.second_moments):
-                moment.zero_()
+            for weight in self.spec.shared(self.stage):
+                self._shared[weight.name].copy_(torch.from_numpy(draw_weight(self.spec, weight)))
+        self._begin()
+
+    def init_from_file(self, path: Path) -> None:
+        """Boundary 0 of a job that goes on from given weights: the shared part from `path`, zero
+        moments, no step done. FileError when the file is not the one that the spec names."""
+        if not isinstance(self.spec.init, GivenInit):
+            raise ValueError("the spec draws the weights: use init_from_seed")
+        with StateFile(path) as file:
+            if file.manifest("shared").root.hex() != self.spec.init.roots[self.stage]:
+                raise FileError(f"{path} does not hold the weights that the spec names; fetch it")
+            self._take("shared", self._checked("shared", file))
+        self._begin()
+
+    def _begin(self) -> None:
+        for moment in (*self.first_moments, *self.second_moments):
+            moment.zero_()
         self.step = 0
         self.touch()
+
+    def _checked(self, part: str, file: StateFile) -> list[TensorData]:
+        """The tensors of a file; FileError unless they are this slot's."""
+        found = list(file)
+        expected = state_tensors(self.spec, self.stage)
+        if [t[:3] for t in found] != [
+            (t.name, t.dtype, t.shape) for t in expected if t.part == part
+        ]:
+            raise FileError(f"{file.path} is no state of stage {self.stage} of this job")
+        return found
 
     def touch(self) -> None:
         """The state has changed: known roots no longer hold."""
@@ -64,7 +96,7 @@ class Slot:
 
     def _tensors(self, part: str) -> list[TensorData]:
         if part == "shared":
-            named: list[tuple[str, torch.Tensor]] = [*zip(self.names, self.weights, strict=True)]
+            named: list[tuple[str, torch.Tensor]] = sorted(self._shared.items())
         else:
             moments = (("exp_avg", self.first_moments), ("exp_avg_sq", self.second_moments))
             named = [
@@ -73,7 +105,7 @@ class Slot:
                 for name, tensor in zip(self.names, tensors, strict=True)
             ]
         found = [
-            TensorData(name, "F32", tuple(tensor.shape), tensor_bytes(tensor))
+            TensorData(name, _NAMES[tensor.dtype], tuple(tensor.shape), tensor_bytes(tensor))
             for name, tensor in named
         ]
         if part == "lane":
@@ -109,31 +141,25 @@ class Slot:
 
         Returns the roots of what was read; the caller compares them with the ones it expects.
         """
-        expected = state_tensors(self.spec, self.stage)
         for part in PARTS:
             with StateFile(directory / part_file(part)) as file:
-                found = list(file)
-                wanted = [(t.name, t.dtype, t.shape) for t in expected if t.part == part]
-                if [tensor[:3] for tensor in found] != wanted:
-                    raise FileError(f"{file.path} is no state of stage {self.stage} of this job")
-                self._take(part, found)
+                self._take(part, self._checked(part, file))
         self.touch()
         return self.roots()
 
     def _take(self, part: str, found: list[TensorData]) -> None:
-        targets = dict(zip(self.names, self.weights, strict=True)) if part == "shared" else {}
         lane: dict[str, torch.Tensor] = {}
         for name, first, second in zip(
             self.names, self.first_moments, self.second_moments, strict=True
         ):
             lane |= {f"exp_avg.{name}": first, f"exp_avg_sq.{name}": second}
         with torch.no_grad():
-            for name, _, shape, data in found:
+            for name, dtype, shape, data in found:
                 if name == "step" and part == "lane":
                     self.step = int.from_bytes(data, "little", signed=True)
                     if not 0 <= self.step <= self.spec.train.steps:
                         raise FileError(f"a state after {self.step} steps is none of this job")
                     continue
-                target = targets[name] if part == "shared" else lane[name]
-                values = np.frombuffer(data, dtype="<f4").reshape(shape).copy()
+                target = self._shared[name] if part == "shared" else lane[name]
+                values = np.frombuffer(data, dtype=_LAYOUTS[dtype]).reshape(shape).copy()
                 target.copy_(torch.from_numpy(values))

@@ -13,6 +13,7 @@ from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
+from math import prod
 from typing import Annotated, Literal
 
 import msgspec
@@ -20,10 +21,9 @@ import msgspec
 from tdmld.train import limits
 from tdmld.train.digest import data_root
 from tdmld.train.errors import SpecError
-from tdmld.train.families import FAMILIES, Family, Weight
-
-SharedOrLane = Literal["shared", "lane"]
-
+from tdmld.train.families import FAMILIES, family_of
+from tdmld.train.family import Family, Part, Weight, by_name
+from tdmld.train.wireformat import Wire, plain_bytes
 
 _DECIMAL = re.compile(r"(0|[1-9][0-9]*)(\.[0-9]+)?(e-?[0-9]{1,2})?")
 DecimalText = Annotated[str, msgspec.Meta(max_length=limits.DECIMAL_CHARACTERS)]
@@ -63,10 +63,18 @@ class StageClip(_Part, frozen=True, tag_field="kind", tag="stage"):
     norm: DecimalText
 
 
-class SeedInit(_Part, frozen=True):
+class SeedInit(_Part, frozen=True, tag_field="kind", tag="seed"):
     """Weights are drawn from (seed, parameter name)."""
 
-    kind: Literal["seed"]
+
+class GivenInit(_Part, frozen=True, tag_field="kind", tag="given"):
+    """Weights are given: for each stage the root of the shared state that it begins with.
+
+    The root is the content id of the stage's safetensors file (`statefile`), and what the chain
+    compares at boundary 0.
+    """
+
+    roots: Annotated[tuple[HexDigest, ...], msgspec.Meta(min_length=1, max_length=limits.STAGES)]
 
 
 class Lanes(_Part, frozen=True):
@@ -90,9 +98,12 @@ class Pipeline(_Part, frozen=True):
 
 
 class Data(_Part, frozen=True):
-    """The text as shards (id, size) with their Merkle root; `tokens` counts all of them."""
+    """The data as shards (id, size) with their Merkle root; `tokens` counts all bytes.
 
-    tokenizer: Literal["bytes"]
+    Text: a token is a byte. Images: records of a label byte and `sequence` bytes of pixels.
+    """
+
+    tokenizer: Literal["bytes", "images"]
     sequence: Annotated[int, msgspec.Meta(ge=1, le=limits.SEQUENCE)]
     heldout: DecimalText
     tokens: Annotated[int, msgspec.Meta(ge=1, le=limits.TEXT_BYTES)]
@@ -104,24 +115,19 @@ class Data(_Part, frozen=True):
 
 
 class Train(_Part, frozen=True):
-    """Steps, micro-batches and arithmetic."""
+    """Steps, micro-batches and arithmetic.
+
+    `wire` is one format, or one for each link (the links in the order of the stages above them)
+    where they differ.
+    """
 
     steps: Annotated[int, msgspec.Meta(ge=1, le=limits.STEPS)]
     micro_batches: Annotated[int, msgspec.Meta(ge=1, le=limits.MICRO_BATCHES)]
     micro_batch_size: Annotated[int, msgspec.Meta(ge=1, le=limits.MICRO_BATCH_SIZE)]
     precision: Literal["fp32"]
-    wire: Literal["fp32", "bf16"]
+    wire: Wire | Annotated[tuple[Wire, ...], msgspec.Meta(max_length=limits.STAGES)]
     optimizer: Optimizer
     schedule: Schedule
-
-
-class StateTensor(msgspec.Struct, frozen=True):
-    """One tensor of a slot's state; `dtype` as safetensors spells it."""
-
-    part: SharedOrLane
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 class Spec(_Part, frozen=True):
@@ -131,7 +137,7 @@ class Spec(_Part, frozen=True):
     family: Annotated[str, msgspec.Meta(max_length=32)]
     config: dict[str, bool | int | str | None]
     seed: Annotated[int, msgspec.Meta(ge=0, le=limits.SEED)]
-    init: SeedInit
+    init: SeedInit | GivenInit
     privacy: Literal["open"]
     class_: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,64}$")] = msgspec.field(name="class")
     data: Data
@@ -165,13 +171,24 @@ class Spec(_Part, frozen=True):
         return self.train.steps // self.pipeline.segment_steps
 
     @property
+    def is_ring(self) -> bool:
+        """Whether the slots form a U: the first one holds embedding, head and loss, and the last
+        one is joined to it. A head that is tied to the embedding needs that."""
+        return self.stages > 1 and self.model.tied(self.config)
+
+    @property
+    def record(self) -> int:
+        """Bytes that belong together: an image with its label, or one token."""
+        return self.data.sequence + 1 if self.model.images else 1
+
+    @property
     def heldout_tokens(self) -> int:
-        """Tokens at the end of the text that training never sees."""
-        return int(Fraction(self.data.heldout) * self.data.tokens)
+        """Tokens at the end of the data that training never sees, whole records."""
+        return int(Fraction(self.data.heldout) * (self.data.tokens // self.record)) * self.record
 
     @property
     def has_heldout(self) -> bool:
-        """Whether at least one window of text is held out."""
+        """Whether at least one window of the data is held out."""
         return self.heldout_tokens > self.data.sequence
 
     @property
@@ -187,10 +204,25 @@ class Spec(_Part, frozen=True):
         return per_step * self.pipeline.segment_steps
 
     @property
+    def link_count(self) -> int:
+        """Links of a lane: between neighbours, and in a ring from the last stage to the first."""
+        return self.stages if self.is_ring else self.stages - 1
+
+    @property
     def frame_bytes(self) -> int:
-        """Size of every boundary tensor on the wire."""
-        values = self.train.micro_batch_size * self.data.sequence * self.model.width(self.config)
-        return values * {"fp32": 4, "bf16": 2}[self.train.wire]
+        """The greatest size of a frame on any link."""
+        downs = ((stage, "down") for stage in range(self.link_count))
+        return max((self.link_frame_bytes(*down) for down in downs), default=1)
+
+    @property
+    def ahead(self) -> int:
+        """By so many a frame's number may exceed what its receiver ever sent the other way."""
+        return self.stages + self.is_ring
+
+    def window(self, number: int) -> int:
+        """Where the window that a drawn number names begins."""
+        count = (self.train_tokens - self.data.sequence - 1) // self.record + 1
+        return number % count * self.record
 
     @property
     def shards(self) -> tuple[tuple[bytes, int], ...]:
@@ -201,18 +233,47 @@ class Spec(_Part, frozen=True):
         """The layers [first, last) of a stage."""
         return self.pipeline.cuts[stage], self.pipeline.cuts[stage + 1]
 
-    def is_first(self, stage: int) -> bool:
-        """Whether the stage reads tokens."""
+    def part(self, stage: int) -> Part:
+        """What of the model a stage holds."""
+        return Part(*self.layers(stage), self.has_input(stage), self.has_loss(stage))
+
+    def has_input(self, stage: int) -> bool:
+        """Whether the stage reads tokens or images."""
         return stage == 0
 
-    def is_last(self, stage: int) -> bool:
+    def has_loss(self, stage: int) -> bool:
         """Whether the stage computes the loss."""
-        return stage == self.stages - 1
+        return stage == (0 if self.is_ring else self.stages - 1)
 
     def links(self, stage: int) -> tuple[str, ...]:
         """The links of a stage, "up" before "down"."""
-        up = () if self.is_first(stage) else ("up",)
-        return up if self.is_last(stage) else (*up, "down")
+        if self.is_ring:
+            return ("up", "down")
+        up = () if stage == 0 else ("up",)
+        return up if stage == self.stages - 1 else (*up, "down")
+
+    def neighbour(self, stage: int, link: str) -> int:
+        """The stage at the other end of a link."""
+        return (stage + (1 if link == "down" else -1)) % self.stages
+
+    def _above(self, stage: int, link: str) -> int:
+        """The number of a link: the stage for which it is the one down."""
+        return stage if link == "down" else self.neighbour(stage, link)
+
+    def wire(self, stage: int, link: str) -> Wire:
+        """The format of the frames on a link, in both directions."""
+        wire = self.train.wire
+        return wire if isinstance(wire, str) else wire[self._above(stage, link)]
+
+    def boundary(self, stage: int, link: str) -> tuple[int, ...]:
+        """Shape of the boundary tensors on a link, the micro-batch first."""
+        border = self.pipeline.cuts[self._above(stage, link) + 1]
+        shape = self.model.boundary(self.config, border, self.data.sequence)
+        return self.train.micro_batch_size, *shape
+
+    def link_frame_bytes(self, stage: int, link: str) -> int:
+        """The greatest size of a frame on a link."""
+        return plain_bytes(self.wire(stage, link), prod(self.boundary(stage, link)))
 
     def slot_index(self, lane: int, stage: int) -> int:
         """The number of a slot in the job."""
@@ -220,93 +281,25 @@ class Spec(_Part, frozen=True):
 
     def weights(self, stage: int) -> tuple[Weight, ...]:
         """The stage's parameters under their names in the whole model, sorted."""
-        return self.model.weights(self.config, *self.layers(stage))
+        return self.model.weights(self.config, self.part(stage))
 
+    def buffers(self, stage: int) -> tuple[Weight, ...]:
+        """What training changes beside the stage's parameters, sorted by name."""
+        return self.model.buffers(self.config, self.part(stage))
 
-def frame_bytes(spec: Spec) -> int:
-    """Size of every boundary tensor on the wire, in bytes."""
-    return spec.frame_bytes
+    def shared(self, stage: int) -> tuple[Weight, ...]:
+        """The tensors of the shared part of a stage's state, sorted by name."""
+        return by_name((*self.weights(stage), *self.buffers(stage)))
+
+    @property
+    def whole(self) -> Part:
+        """The whole model."""
+        return Part(0, self.pipeline.cuts[-1], True, True)
 
 
 def stage_parameters(spec: Spec, stage: int) -> int:
     """Number of trained values of a stage."""
     return sum(weight.count for weight in spec.weights(stage))
-
-
-WORKER_BASE_BYTES = 400 * 1024 * 1024
-"""Resident memory of a worker before it holds a model: interpreter, torch, transformers."""
-
-
-def stage_memory(spec: Spec, stage: int) -> int:
-    """Bytes of memory that a worker of this stage and its carrier need at their peak.
-
-    Weights, gradients and two moments (fp32), the activations of the micro-batches that 1F1B keeps
-    open, a step's windows of text, frames in shared memory and those that the carrier keeps at
-    hand, digests of what is not settled, and the process itself. An estimate that errs upwards.
-    """
-    train, links = spec.train, len(spec.links(stage))
-    tokens = spec.train.micro_batch_size * spec.data.sequence
-    open_batches = min(spec.stages - stage, spec.train.micro_batches)
-    activations = spec.model.activation_bytes(spec.config, *spec.layers(stage), tokens)
-    frames = 3 * links * (2 * spec.stages + 2) * spec.frame_bytes
-    windows = train.micro_batches * train.micro_batch_size
-    sides = spec.is_first(stage) + spec.is_last(stage)
-    # A byte and an int64 for each token, one more int64 for each of inputs and labels.
-    text = windows * (100 + (spec.data.sequence + 1) * (9 + 8 * sides)) if sides else 0
-    digests = _segment_frames(spec, stage) * _DIGEST_BYTES * (spec.pipeline.unsettled + 2)
-    return (
-        WORKER_BASE_BYTES
-        + 17 * stage_parameters(spec, stage)
-        + open_batches * activations
-        + frames
-        + text
-        + digests
-    )
-
-
-_DIGEST_BYTES = 160
-"""A digest in a Python dict or list, with its key."""
-_FRAME_RECORD_BYTES = 76
-"""Beside the payload, in a frame log."""
-_STATE_BYTES = 12
-"""Of a trained value: itself and two moments."""
-KEPT_STATES = 2
-"""States that are kept besides those that something unsettled needs."""
-
-
-def _segment_frames(spec: Spec, stage: int) -> int:
-    """Frames that a stage sends and receives in a segment."""
-    batches = spec.pipeline.segment_steps * spec.train.micro_batches
-    return 2 * len(spec.links(stage)) * batches
-
-
-def stage_disk(spec: Spec, stage: int) -> int:
-    """Bytes of disk that a worker of this stage needs at its peak: the frames and states of the
-    segments that are not settled (D, and the one that runs), the text."""
-    unsettled = spec.pipeline.unsettled
-    frames = _segment_frames(spec, stage) * (spec.frame_bytes + _FRAME_RECORD_BYTES)
-    states = (unsettled + KEPT_STATES) * _STATE_BYTES * stage_parameters(spec, stage)
-    return (unsettled + 1) * frames + states + spec.data.tokens
-
-
-def standby_disk(spec: Spec) -> int:
-    """Bytes of disk that a standby of the whole job needs at its peak: copies of every stage's
-    state (one more while it arrives), the result, the text."""
-    parameters = sum(stage_parameters(spec, stage) for stage in range(spec.stages))
-    return ((KEPT_STATES + 1) * _STATE_BYTES + 4) * parameters + spec.data.tokens
-
-
-def state_tensors(spec: Spec, stage: int) -> tuple[StateTensor, ...]:
-    """Every tensor of a slot's state, shared part first, each part sorted by name."""
-    weights = spec.weights(stage)
-    shared = [StateTensor("shared", weight.name, "F32", weight.shape) for weight in weights]
-    lane = [
-        StateTensor("lane", f"{moment}.{weight.name}", "F32", weight.shape)
-        for moment in ("exp_avg", "exp_avg_sq")
-        for weight in weights
-    ]
-    lane.append(StateTensor("lane", "step", "I64", ()))
-    return tuple(shared + sorted(lane, key=lambda tensor: tensor.name))
 
 
 def spec_bytes(spec: Spec) -> bytes:
@@ -375,10 +368,7 @@ def decimal(field: str, text: str, low: str, high: str) -> Decimal:
 
 def check_spec(spec: Spec) -> None:
     """Every rule that types cannot say. Raises SpecError at the first one that is broken."""
-    family = FAMILIES.get(spec.family)
-    if family is None:
-        known = ", ".join(sorted(FAMILIES))
-        raise SpecError("family", f"unknown model family {spec.family!r}", f"use one of {known}")
+    family = family_of(spec.family)
     family.check(spec.config)
     _check_pipeline(spec, family)
     _check_train(spec)
@@ -393,13 +383,20 @@ def check_spec(spec: Spec) -> None:
 
 def _check_pipeline(spec: Spec, family: Family) -> None:
     cuts, layers = spec.pipeline.cuts, family.layers(spec.config)
-    if any(below >= above for below, above in pairwise(cuts)):
+    first = int(spec.is_ring and cuts[1] == 0)  # the slot of both ends may hold no layer
+    if any(below >= above for below, above in pairwise(cuts[first:])):
         raise SpecError("pipeline.cuts", f"{list(cuts)} does not increase", "list rising borders")
     if cuts[0] != 0 or cuts[-1] != layers:
         raise SpecError(
             "pipeline.cuts",
             f"{list(cuts)} does not cover the model's {layers} layers",
             f"start with 0 and end with {layers}",
+        )
+    if isinstance(spec.init, GivenInit) and len(spec.init.roots) != spec.stages:
+        raise SpecError(
+            "init.roots",
+            f"{len(spec.init.roots)} roots for {spec.stages} stages",
+            "give one root a stage",
         )
     if spec.train.steps % spec.pipeline.segment_steps:
         raise SpecError(
@@ -432,6 +429,14 @@ def _check_train(spec: Spec) -> None:
             f"a step has {tokens} tokens, at most {limits.STEP_TOKENS}",
             "use fewer or smaller micro-batches, or a shorter sequence",
         )
+    if not isinstance(spec.train.wire, str) and (
+        len(spec.train.wire) != spec.link_count or len(set(spec.train.wire)) < 2
+    ):
+        raise SpecError(
+            "train.wire",
+            f"{len(spec.train.wire)} formats for {spec.link_count} links, or all the same",
+            "write one format, or one for each link where they differ",
+        )
     decimal("train.optimizer.lr", optimizer.lr, "1e-9", "10")
     for number, beta in enumerate(optimizer.betas):
         decimal(f"train.optimizer.betas[{number}]", beta, "0", "0.99999")
@@ -457,24 +462,19 @@ def _check_train(spec: Spec) -> None:
 def _check_data(spec: Spec, family: Family) -> None:
     data = spec.data
     decimal("data.heldout", data.heldout, "0", "0.5")
-    if family.vocabulary(spec.config) != 256:
+    family.check_data(spec.config, data.tokenizer, data.sequence)
+    if data.tokens % spec.record:
         raise SpecError(
-            "config.vocab_size",
-            f"{family.vocabulary(spec.config)} does not fit the tokenizer bytes",
-            "use 256",
-        )
-    if data.sequence > family.positions(spec.config):
-        raise SpecError(
-            "data.sequence",
-            f"{data.sequence} exceeds max_position_embeddings {family.positions(spec.config)}",
-            "shorten the sequence or raise max_position_embeddings in the config",
+            "data.tokens",
+            f"{data.tokens} bytes are no whole number of records of {spec.record}",
+            "a record is a label byte and the pixels of one image",
         )
     sizes = [size for _, size in data.shards]
     if any(size != limits.SHARD_BYTES for size in sizes[:-1]) or sum(sizes) != data.tokens:
         raise SpecError(
             "data.shards",
             "sizes do not add up to the tokens",
-            "cut the text into shards of 1 MiB, only the last one shorter",
+            "cut the data into shards of 1 MiB, only the last one shorter",
         )
     if data_root(spec.shards).hex() != data.root:
         raise SpecError("data.root", "is not the root of the shards", "compute it from the shards")

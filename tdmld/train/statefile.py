@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from blake3 import blake3
@@ -23,6 +23,7 @@ from tdmld.files import write_file
 from tdmld.train import limits
 from tdmld.train.digest import DIGEST_BYTES, Buffer, Leaf, digest, state_root
 from tdmld.train.errors import FileError
+from tdmld.train.spec import Spec
 
 PARTS = ("shared", "lane")
 ITEM_BYTES = {"F32": 4, "BF16": 2, "I64": 8}
@@ -53,6 +54,27 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         tuple[Annotated[int, msgspec.Meta(ge=0, le=2**40)], ...], msgspec.Meta(max_length=8)
     ]
     data_offsets: tuple[int, int]
+
+
+class StateTensor(msgspec.Struct, frozen=True):
+    """One tensor of a slot's state; `dtype` as safetensors spells it."""
+
+    part: Literal["shared", "lane"]
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def state_tensors(spec: Spec, stage: int) -> tuple[StateTensor, ...]:
+    """Every tensor of a slot's state, shared part first, each part sorted by name."""
+    shared = [StateTensor("shared", w.name, w.dtype, w.shape) for w in spec.shared(stage)]
+    lane = [
+        StateTensor("lane", f"{moment}.{weight.name}", "F32", weight.shape)
+        for moment in ("exp_avg", "exp_avg_sq")
+        for weight in spec.weights(stage)
+    ]
+    lane.append(StateTensor("lane", "step", "I64", ()))
+    return tuple(shared + sorted(lane, key=lambda tensor: tensor.name))
 
 
 def part_file(part: str) -> str:

@@ -24,6 +24,58 @@ CONFIG = {
     "num_hidden_layers": 4,
     "vocab_size": 256,
 }
+_HEADS = {"head_dim": 8, "num_key_value_heads": 1}
+FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": CONFIG | {"num_key_value_heads": 1, "attention_bias": True},
+    "mistral": CONFIG | {"sliding_window": 5},
+    "qwen2": CONFIG | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+    "qwen3": CONFIG | _HEADS,
+    "qwen3_moe": {key: value for key, value in CONFIG.items() if key != "intermediate_size"}
+    | _HEADS
+    | {"moe_intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 2},
+    "gemma": CONFIG | _HEADS,
+    "gemma2": CONFIG | _HEADS | {"sliding_window": 5},
+    "gemma3": CONFIG | _HEADS | {"sliding_window": 5, "sliding_window_pattern": 3},
+    "phi": CONFIG,
+    "phi3": CONFIG | {"num_key_value_heads": 1, "sliding_window": 5},
+    "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": 4, "n_positions": 16, "vocab_size": 256},
+    "gpt_neox": CONFIG | {"rotary_pct": 0.5},
+    "olmo2": CONFIG | {"num_key_value_heads": 1},
+    "resnet": {
+        "num_channels": 1,
+        "embedding_size": 4,
+        "hidden_sizes": [4, 8],
+        "depths": [2, 2],
+        "layer_type": "basic",
+        "num_labels": 3,
+    },
+}
+"""A small config of four layers for each family."""
+SIDE = 16
+IMAGES = b"".join(
+    bytes([n % 3])
+    + bytes((x * (n % 3 + 1) * 9 + y * n) % 251 for x in range(SIDE) for y in range(SIDE))
+    for n in range(60)
+)
+"""Sixty pictures with one of three labels, and stripes as wide as the label says."""
+CUTS = {1: [0, 4], 2: [0, 2, 4], 3: [0, 1, 3, 4], 4: [0, 1, 2, 3, 4]}
+
+
+def family_spec(family: str, stages: int = 2, **changes: Any) -> Spec:
+    """The small spec of any family."""
+    config = FAMILIES[family].canonical(FAMILY_CONFIGS[family])
+    text = text_of(family)
+    if family == "resnet":
+        more: dict[str, Any] = {"data__tokenizer": "images", "data__sequence": SIDE * SIDE}
+    else:
+        more = {}
+    changes = {"family": family, "config": config, "pipeline__cuts": CUTS[stages]} | more | changes
+    return decode_spec(encode_document(spec_document(text, **changes)))
+
+
+def text_of(family: str) -> bytes:
+    """The data of the small job of a family."""
+    return IMAGES if family == "resnet" else TEXT
 
 
 def spec_document(text: bytes = TEXT, **changes: Any) -> dict[str, Any]:
@@ -99,8 +151,10 @@ Boxes = Mapping[tuple[int, str], "queue.SimpleQueue[tuple[int, bytes]]"]
 class QueueChannel:
     """A slot's links to the slots in other threads; received frames go to its frame log."""
 
-    def __init__(self, stage: int, boxes: Boxes, logs: Mapping[str, FrameLogWriter]) -> None:
-        self.stage, self.boxes, self.logs = stage, boxes, logs
+    def __init__(
+        self, spec: Spec, stage: int, boxes: Boxes, logs: Mapping[str, FrameLogWriter]
+    ) -> None:
+        self.spec, self.stage, self.boxes, self.logs = spec, stage, boxes, logs
         self.held: dict[tuple[str, int], bytes] = {}
 
     def receive(self, link: str, seq: int) -> memoryview:
@@ -114,7 +168,7 @@ class QueueChannel:
         del self.held[link, seq]
 
     def send(self, link: str, seq: int, payload: memoryview) -> None:
-        other = self.stage + (1 if link == "down" else -1)
+        other = self.spec.neighbour(self.stage, link)
         back = "up" if link == "down" else "down"
         self.boxes[other, back].put((seq, bytes(payload)))
 
@@ -151,7 +205,7 @@ def run_pipeline(
                 )
                 for link in spec.links(stage)
             }
-            channel = QueueChannel(stage, boxes, logs)
+            channel = QueueChannel(spec, stage, boxes, logs)
             records[stage].append(run_segment(slot, segment, channel))
             assert not channel.held  # every buffer was released
             for log in logs.values():

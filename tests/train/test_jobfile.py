@@ -114,7 +114,6 @@ def test_a_malformed_field_is_named(place: Path, old: str, new: str, named: str)
     [
         ({"auto_map": {"AutoModel": "x.py"}}, "names code"),
         ({"model_type": "gpt2"}, "not of the family llama"),
-        ({"tie_word_embeddings": True}, "tied embeddings"),
         ({"vocab_size": 32000}, "config.vocab_size"),
         ({"rope_scaling": {"type": "linear"}}, "config.rope_scaling"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "config.rope_parameters"),

@@ -11,8 +11,8 @@ from tdmld.train.channel import LogChannel
 from tdmld.train.errors import FileError, SegmentFault
 from tdmld.train.export import merge_states, read_result
 from tdmld.train.segment import SegmentRecord, decode_record, encode_record
-from tdmld.train.spec import Spec, state_tensors
-from tdmld.train.statefile import part_file, read_manifest
+from tdmld.train.spec import Spec
+from tdmld.train.statefile import part_file, read_manifest, state_tensors
 from tests.train.support import make_spec, run_pipeline, tokens_of
 
 CUTS = {1: [0, 4], 2: [0, 2, 4], 3: [0, 1, 3, 4]}
@@ -237,7 +237,7 @@ def test_the_export_loads_as_a_hugging_face_model(job: Any, tmp_path: Path) -> N
     out = tmp_path / "result"
     result = merge_states(spec, [place / part_file("shared") for place in final], out)
     assert read_result(out) == result
-    names = {weight.name for weight in spec.model.weights(spec.config, 0, 4)}
+    names = {weight.name for weight in spec.model.weights(spec.config, spec.whole)}
     assert set(load_file(out / "model.safetensors")) == names
 
     model = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
