@@ -9,7 +9,7 @@ from tdmld.chain.transactions import Offer
 from tdmld.cli.exits import Exit
 from tdmld.cli.text import size, units
 from tdmld.errors import UserError
-from tdmld.node.offers import offered_stages
+from tdmld.node.offers import check_supported, offered_stages
 from tdmld.rpc.types import ChainParameters, NodeStatus
 from tdmld.train.budget import stage_disk
 from tdmld.train.errors import SpecError
@@ -20,7 +20,9 @@ from tdmld.train.spec import spec_id
 def read_job_file(path: Path) -> JobFile:
     """The checked job file; UserError names the field that is wrong and the remedy."""
     try:
-        return load_job_file(path)
+        job = load_job_file(path)
+        check_supported(job.spec)
+        return job
     except SpecError as error:
         raise UserError(
             f"{path}: {error.field}: {error.problem}", next=error.remedy, exit_code=Exit.USAGE

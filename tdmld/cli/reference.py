@@ -72,7 +72,7 @@ def reference(
                 print(f"step {done} of {spec.train.steps}: loss {loss}", file=sys.stderr)
 
         tokens = Tokens.from_text(spec, found.text_path)
-        result = run_reference(spec, tokens, out, on_step)
+        result = run_reference(spec, tokens, out, on_step, found.given_path)
         heldout = heldout_loss(out / MODEL_DIRECTORY, spec, tokens) if spec.has_heldout else None
     document = {
         "name": found.name,

@@ -9,7 +9,8 @@ from tdmld.chain.limits import STANDBY_SLOT
 from tdmld.chain.records import Job
 from tdmld.chain.transactions import Stage
 from tdmld.train.budget import stage_disk, stage_memory, standby_disk
-from tdmld.train.spec import Spec, stage_parameters
+from tdmld.train.errors import SpecError
+from tdmld.train.spec import SeedInit, Spec, stage_parameters
 
 
 class OfferRefused(Exception):
@@ -32,8 +33,21 @@ def offered_stages(spec: Spec) -> tuple[Stage, ...]:
     )
 
 
+def check_supported(spec: Spec) -> None:
+    """SpecError for what the reference can run and the network cannot yet."""
+    if spec.is_ring:
+        raise SpecError(
+            "config.tie_word_embeddings",
+            "a ring of stages is not supported by the network yet",
+            "set it to false, or use one stage",
+        )
+    if not isinstance(spec.init, SeedInit):
+        raise SpecError("init", "given weights are not fetched by nodes yet", 'use "seed"')
+
+
 def check_offer(job: Job, raw: bytes, spec: Spec) -> None:
     """Raise OfferMismatch unless the numbers of `job` are those of its spec (`raw` its bytes)."""
+    check_supported(spec)
     pairs = {
         "spec_id": (job.spec_id, sha256(raw)),
         "spec_bytes": (job.spec_bytes, len(raw)),

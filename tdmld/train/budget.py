@@ -14,8 +14,9 @@ def stage_memory(spec: Spec, stage: int) -> int:
     """Bytes of memory that a worker of this stage and its carrier need at their peak.
 
     Weights, gradients and two moments (fp32), the activations of the micro-batches that 1F1B keeps
-    open, a step's windows of text, frames in shared memory and those that the carrier keeps at
-    hand, digests of what is not settled, and the process itself. An estimate that errs upwards.
+    open, the text and a step's windows of it, frames in shared memory and those that the carrier
+    keeps at hand, digests of what is not settled, and the process itself. An estimate that errs
+    upwards.
     """
     train, links = spec.train, len(spec.links(stage))
     open_batches = min(spec.ahead - stage, spec.train.micro_batches)
@@ -27,6 +28,7 @@ def stage_memory(spec: Spec, stage: int) -> int:
     sides = spec.has_input(stage) + spec.has_loss(stage)
     # A byte and an int64 for each token, one more int64 for each of inputs and labels.
     text = windows * (100 + (spec.data.sequence + 1) * (9 + 8 * sides)) if sides else 0
+    text += spec.data.tokens if spec.reads_text(stage) else 0
     digests = _segment_frames(spec, stage) * _DIGEST_BYTES * (spec.pipeline.unsettled + 2)
     return (
         WORKER_BASE_BYTES

@@ -76,7 +76,7 @@ class Decoder:
         silent = {"architectures": ([self.architecture], None), **_SILENT, **self.silent}
         values = plain_values(given, model_type, self.name, silent)
         layer_types = values.pop("layer_types", None)
-        _unfold_rotation(self, values)
+        _unfold(self, values)
         if "sliding_window_pattern" in self.rules and isinstance(layer_types, list):
             values.setdefault("sliding_window_pattern", _pattern(layer_types))
         filled: dict[str, Any] = {**self.defaults, "model_type": model_type, **values}
@@ -89,6 +89,8 @@ class Decoder:
         for key, usual in (("num_key_value_heads", heads), ("head_dim", hidden // heads)):
             if key in self.rules and filled.get(key) is None:
                 filled[key] = usual
+        if "use_sliding_window" in self.rules and not filled["use_sliding_window"]:
+            filled["sliding_window"] = None
         config = by_rules(self.rules, filled)
         self.check(config)
         if layer_types is not None and layer_types != self.layer_types(config):
@@ -250,11 +252,18 @@ class Decoder:
         head = 3 * tokens * number(config, "vocab_size") if part.head else 0
         return 4 * ((part.last - part.first) * layer + head)
 
-    def source_names(self, name: str) -> tuple[str, ...]:
-        """See `Family`: as in the live model, or without the base's prefix; GPT-NeoX's head has
-        a name of its own in files."""
-        found = (name, name.removeprefix(f"{self.base}."))
-        return (*found, name.replace("lm_head", "embed_out")) if self.name == "gpt_neox" else found
+    def source_names(self, name: str, shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
+        """See `Family`: as in the live model, or without the base's prefix; a name of its own for
+        GPT-NeoX's head; experts that the live model keeps in one tensor, one by one."""
+        found: list[tuple[str, ...]] = [(name,), (name.removeprefix(f"{self.base}."),)]
+        if self.name == "gpt_neox" and name.startswith("lm_head."):
+            found.append((name.replace("lm_head", "embed_out"),))
+        place, _, leaf = name.rpartition(".")
+        if place.endswith(".experts"):
+            kinds = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+            experts = range(shape[0])
+            found.append(tuple(f"{place}.{n}.{kind}.weight" for n in experts for kind in kinds))
+        return tuple(found)
 
 
 def _pattern(layer_types: list[Any]) -> int:
@@ -263,9 +272,9 @@ def _pattern(layer_types: list[Any]) -> int:
     return layer_types.index(full) + 1 if full in layer_types else len(layer_types) + 1
 
 
-def _unfold_rotation(family: Decoder, values: dict[str, Any]) -> None:
-    """Take `rope_parameters` apart into the plain keys of the canonical config."""
-    for old, new in (("rotary_emb_base", "rope_theta"), ("rotary_pct", "partial_rotary_factor")):
+def _unfold(family: Decoder, values: dict[str, Any]) -> None:
+    """Other spellings of keys; `rope_parameters` becomes the plain keys of the canonical config."""
+    for old, new in _OLD_KEYS:
         if old in values and new in family.rules:
             values.setdefault(new, values.pop(old))
     rope = values.pop("rope_parameters", None)
@@ -292,6 +301,13 @@ def _unfold_rotation(family: Decoder, values: dict[str, Any]) -> None:
         for name, value in part.items():
             if name in known:
                 values.setdefault(key if name == "rope_theta" else name, value)
+
+
+_OLD_KEYS = (
+    ("num_local_experts", "num_experts"),
+    ("rotary_emb_base", "rope_theta"),
+    ("rotary_pct", "partial_rotary_factor"),
+)
 
 
 def sliding_from(config: Config) -> list[str]:

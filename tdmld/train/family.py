@@ -103,8 +103,9 @@ class Family(Protocol):
         """Bytes that autograd keeps for one micro-batch (an estimate)."""
         ...
 
-    def source_names(self, name: str) -> tuple[str, ...]:
-        """The names under which published files hold the weight `name`, the likeliest first."""
+    def source_names(self, name: str, shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
+        """Where published files hold the weight `name`: the likeliest place first, each place the
+        tensors that give the weight when they are put one behind another."""
         ...
 
 

@@ -1,6 +1,7 @@
 """The job file: what a submitter writes (TOML beside a config.json and a text).
 
-It says what the spec says, plus a name and the money, which are no part of the program. An unknown
+It says what the spec says, plus a name and the money, which are no part of the program. `init` is
+"seed" or a directory of safetensors that training goes on from. An unknown
 or a missing key is an error that names it. Paths are relative to the job file.
 """
 
@@ -16,9 +17,11 @@ from tdmld.train.data import shard_file
 from tdmld.train.digest import data_root
 from tdmld.train.errors import SpecError
 from tdmld.train.families import family_of
+from tdmld.train.pretrained import Pretrained
 from tdmld.train.spec import (
     Data,
     DecimalText,
+    GivenInit,
     NoClip,
     Pipeline,
     SeedInit,
@@ -56,6 +59,8 @@ class JobFile(msgspec.Struct, frozen=True):
     """The spec's canonical bytes."""
     money: Money
     text_path: Path
+    given_path: Path | None = None
+    """The Hugging Face directory that the job goes on from."""
 
 
 class _DataSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -83,7 +88,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     family: str
     config: str
     seed: Annotated[int, msgspec.Meta(ge=0, le=limits.SEED)]
-    init: Literal["seed"]
+    init: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
     privacy: Literal["open"]
     class_: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,64}$")] = msgspec.field(name="class")
     data: _DataSection
@@ -129,10 +134,13 @@ def load_job_file(path: Path) -> JobFile:
         clip=file.train.clip,
     )
     check_spec(spec)
+    given = None if file.init == "seed" else path.parent / file.init
+    if given is not None:
+        spec = msgspec.structs.replace(spec, init=GivenInit(Pretrained(given).roots(spec)))
     raw = spec_bytes(spec)
     if len(raw) > limits.SPEC_BYTES:
         raise SpecError("data.text", f"the spec has {len(raw)} bytes", "use a shorter text")
-    return JobFile(file.name, spec, raw, _money(file.money), text_path)
+    return JobFile(file.name, spec, raw, _money(file.money), text_path, given)
 
 
 def parts_per_million(field: str, text: str) -> int:

@@ -34,6 +34,8 @@ DEADLINE_BLOCKS = 2**32 - 1
 STATE_HEADER_BYTES = 16 * 1024 * 1024
 """The header of a snapshot: about 150 bytes a tensor."""
 STATE_TENSORS = 65_536
+SOURCE_FILES = 1024
+"""Safetensors files of a model that a job goes on from."""
 STATE_FILE_BYTES = 2**40
 LIST_BYTES = 16 * 1024 * 1024
 """A segment's digest list: 34 bytes a frame, 4 frames a micro-batch, 110 bytes a step."""

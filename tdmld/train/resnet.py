@@ -200,9 +200,9 @@ class ResNet:
             values += 10 * number(config, "embedding_size") * side * side
         return 4 * samples * (values + sequence)
 
-    def source_names(self, name: str) -> tuple[str, ...]:
+    def source_names(self, name: str, shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
         """See `Family`: as in the live model."""
-        return (name,)
+        return ((name,),)
 
     def _convolutions(
         self, config: Config, part: Part

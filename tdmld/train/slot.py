@@ -54,10 +54,10 @@ class Slot:
         return cls(spec, stage, lane, data)
 
     def init_from_seed(self) -> None:
-        """Boundary 0: drawn weights, zero moments, no step done. ValueError when the spec gives
-        the weights."""
+        """Boundary 0: drawn weights, zero moments, no step done. FileError when the spec gives
+        the weights: they were not fetched."""
         if isinstance(self.spec.init, GivenInit):
-            raise ValueError("the spec gives the weights: use init_from_file")
+            raise FileError("the job goes on from given weights; fetch the stage's first state")
         with torch.no_grad():
             for weight in self.spec.shared(self.stage):
                 self._shared[weight.name].copy_(torch.from_numpy(draw_weight(self.spec, weight)))

@@ -245,6 +245,10 @@ class Spec(_Part, frozen=True):
         """Whether the stage computes the loss."""
         return stage == (0 if self.is_ring else self.stages - 1)
 
+    def reads_text(self, stage: int) -> bool:
+        """Whether the stage reads inputs or labels: one between others never sees the data."""
+        return self.has_input(stage) or self.has_loss(stage)
+
     def links(self, stage: int) -> tuple[str, ...]:
         """The links of a stage, "up" before "down"."""
         if self.is_ring:

@@ -12,6 +12,7 @@ from tdmld.train.data import Tokens, cut_shards, shard_id
 from tdmld.train.digest import data_root
 from tdmld.train.families import FAMILIES
 from tdmld.train.framelog import FrameLogWriter, frame_log_name
+from tdmld.train.pretrained import Pretrained
 from tdmld.train.segment import SegmentRecord
 from tdmld.train.spec import Spec, decode_spec
 
@@ -174,11 +175,16 @@ class QueueChannel:
 
 
 def run_pipeline(
-    spec: Spec, data: Tokens, root: Path, prepare: Callable[[Any], None] | None = None
+    spec: Spec,
+    data: Tokens,
+    root: Path,
+    prepare: Callable[[Any], None] | None = None,
+    given: Path | None = None,
 ) -> list[list[SegmentRecord]]:
     """Run a job, one thread a stage: records by stage and segment.
 
-    Under `root` appear `<stage>/state/<boundary>` and `<stage>/ring/<segment>.<link>.received`.
+    `given` is a Hugging Face directory to go on from. Under `root` appear
+    `<stage>/state/<boundary>` and `<stage>/ring/<segment>.<link>.received`.
     """
     from tdmld.train.runner import run_segment
     from tdmld.train.slot import Slot
@@ -193,8 +199,13 @@ def run_pipeline(
     def work(stage: int) -> None:
         place = root / str(stage)
         (place / "ring").mkdir(parents=True)
-        slot = Slot.create(spec, stage, 0, data)
-        slot.init_from_seed()
+        slot = Slot.create(spec, stage, 0, data if spec.reads_text(stage) else None)
+        if given is None:
+            slot.init_from_seed()
+        else:
+            first = place / "given.safetensors"
+            Pretrained(given).write(spec, stage, first)
+            slot.init_from_file(first)
         slot.save(place / "state" / "0")
         if prepare is not None:
             prepare(slot)
