@@ -40,16 +40,33 @@ def evaluate(
         found = read_job(job)
         spec = found.spec
         from tdmld.train.data import Tokens
-        from tdmld.train.evaluate import heldout_loss, sample_text
+        from tdmld.train.evaluate import heldout_accuracy, heldout_loss, sample_text
         from tdmld.train.numerics import check_torch
 
         check_torch()
         tokens = Tokens.from_text(spec, found.text_path)
         loss = heldout_loss(model, spec, tokens) if spec.has_heldout else None
-        sample = sample_text(
-            model, prompt, length, temperature=temperature, seed=seed, context=spec.data.sequence
+        images = spec.model.images
+        right = heldout_accuracy(model, spec, tokens) if images and spec.has_heldout else None
+        sample = (
+            ""
+            if images
+            else sample_text(
+                model,
+                prompt,
+                length,
+                temperature=temperature,
+                seed=seed,
+                context=spec.data.sequence,
+            )
         )
-    document = {"loss_heldout": loss, "heldout_tokens": spec.heldout_tokens, "sample": sample}
-    text = [f"held-out loss  {loss} nats a byte", "", *map(plain, sample.split("\n"))]
+    document = {
+        "loss_heldout": loss,
+        "accuracy_heldout": right,
+        "heldout_tokens": spec.heldout_tokens,
+        "sample": sample,
+    }
+    text = [f"held-out loss  {loss} nats {'an image' if images else 'a byte'}"]
+    text += [f"accuracy       {right}"] if images else ["", *map(plain, sample.split("\n"))]
     emit(document, text, as_json=json)
     return Exit.OK

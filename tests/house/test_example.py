@@ -13,3 +13,13 @@ def test_the_example_job_is_accepted() -> None:
     assert (job.spec.stages, job.spec.lanes, job.spec.rounds) == (2, 1, 20)
     assert job.text_path.resolve() == ROOT / "data" / "shakespeare.txt"
     assert job.money.audit_rate == 250_000
+
+
+def test_the_example_with_images_is_accepted() -> None:
+    job = load_job_file(ROOT / "examples" / "digits.toml")
+    spec = job.spec
+    assert (spec.stages, spec.data.tokens // spec.record, spec.heldout_tokens) == (
+        3,
+        1797,
+        359 * 257,
+    )

@@ -8,13 +8,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from tdmld.train.channel import LogChannel
 from tdmld.train.data import Tokens, cut_shards, shard_id
 from tdmld.train.digest import data_root
+from tdmld.train.export import merge_states
 from tdmld.train.families import FAMILIES
 from tdmld.train.framelog import FrameLogWriter, frame_log_name
 from tdmld.train.pretrained import Pretrained
 from tdmld.train.segment import SegmentRecord
-from tdmld.train.spec import Spec, decode_spec
+from tdmld.train.spec import GivenInit, Spec, decode_spec, spec_bytes
+from tdmld.train.statefile import part_file
 
 TEXT = b"".join(b"%d squared is %d, and that is that.\n" % (n, n * n) for n in range(900))
 CONFIG = {
@@ -237,3 +242,69 @@ def run_pipeline(
     if errors:
         raise errors[0]
     return records
+
+
+def replayed(spec: Spec, data: Tokens, root: Path, stage: int, segment: int) -> SegmentRecord:
+    """The record of a segment of `run_pipeline`, run again from its start state and its logs."""
+    from tdmld.train.runner import run_segment
+    from tdmld.train.slot import Slot
+
+    slot = Slot.create(spec, stage, 0, data if spec.reads_text(stage) else None)
+    place = root / str(stage)
+    slot.load(place / "state" / str(segment))
+    with LogChannel(place / "ring", segment, spec.links(stage), spec.frame_bytes) as channel:
+        return run_segment(slot, segment, channel)
+
+
+SHORT: dict[str, Any] = {
+    "train__steps": 2,
+    "pipeline__segment_steps": 1,
+    "train__schedule__decay_from": 2,
+}
+
+
+def check_equal(spec: Spec, root: Path, given: Path | None = None, *, replay: bool = False) -> None:
+    """Run the job cut and whole; every root, loss and byte of the result must be the same.
+
+    With `replay` every segment is run again from its logs, too, and must give the same record.
+    """
+    from tdmld.train.reference import run_reference
+
+    data = tokens_of(spec, text_of(spec.family))
+    records = run_pipeline(spec, data, root / "live", given=given)
+    reference = run_reference(spec, data, root / "reference", given=given)
+    for stage, own in enumerate(records):
+        for segment, record in enumerate(own):
+            before, after = reference.boundaries[segment : segment + 2]
+            assert (record.start_shared, record.start_lane) == before[f"0.{stage}"]
+            assert (record.end_shared, record.end_lane) == after[f"0.{stage}"]
+    told = [own for own in records if own[0].has_loss]
+    assert [loss for own in told for record in own for loss in record.losses or ()] == list(
+        reference.losses
+    )
+    for stage in range(spec.stages) if replay else ():
+        for segment, record in enumerate(records[stage]):
+            assert replayed(spec, data, root / "live", stage, segment) == record
+    final = [root / "live" / str(n) / "state" / str(spec.rounds) for n in range(spec.stages)]
+    merged = merge_states(spec, [place / part_file("shared") for place in final], root / "out")
+    assert merged.result_id == reference.result.result_id
+
+
+def published(spec: Spec, place: Path, dtype: str = "float32") -> Path:
+    """A directory as transformers publishes it: its own names, several files."""
+    import torch
+
+    from tdmld.train.model import whole_model
+
+    torch.manual_seed(5)
+    model: Any = whole_model(spec)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    model.to(getattr(torch, dtype)).save_pretrained(place, max_shard_size="30KB")
+    return place
+
+
+def going_on(spec: Spec, place: Path) -> Spec:
+    """The spec that goes on from a directory."""
+    given = msgspec.structs.replace(spec, init=GivenInit(Pretrained(place).roots(spec)))
+    return decode_spec(spec_bytes(given))

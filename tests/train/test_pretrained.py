@@ -2,9 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -13,31 +11,19 @@ from tdmld.train.errors import FileError, SpecError
 from tdmld.train.families import FAMILIES
 from tdmld.train.jobfile import load_job_file
 from tdmld.train.pretrained import Pretrained
-from tdmld.train.spec import GivenInit, Spec, decode_spec, spec_bytes
+from tdmld.train.spec import GivenInit, decode_spec
 from tdmld.train.statefile import read_manifest
-from tests.train.support import CONFIG, TEXT, family_spec
-from tests.train.test_families import SHORT, check_equal
+from tests.train.support import (
+    CONFIG,
+    SHORT,
+    TEXT,
+    check_equal,
+    family_spec,
+    going_on,
+    published,
+    tokens_of,
+)
 from tests.train.test_jobfile import JOB
-
-
-def published(spec: Spec, place: Path, dtype: str = "float32") -> Path:
-    """A directory as transformers publishes it: its own names, several files."""
-    import torch
-
-    from tdmld.train.model import whole_model
-
-    torch.manual_seed(5)
-    model: Any = whole_model(spec)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    model.to(getattr(torch, dtype)).save_pretrained(place, max_shard_size="30KB")
-    return place
-
-
-def going_on(spec: Spec, place: Path) -> Spec:
-    """The spec that goes on from a directory."""
-    given = msgspec.structs.replace(spec, init=GivenInit(Pretrained(place).roots(spec)))
-    return decode_spec(spec_bytes(given))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -61,14 +47,11 @@ def test_a_stage_refuses_other_weights_than_the_spec_names(tmp_path: Path) -> No
     spec = family_spec("llama", 2)
     place = published(spec, tmp_path / "published")
     given = going_on(spec, place)
-    slot = Slot.create(given, 1, 0, None) if not given.reads_text(1) else None
     for stage in range(2):
         Pretrained(place).write(given, stage, tmp_path / str(stage))
         root = read_manifest(tmp_path / str(stage), part="shared").root.hex()
         assert isinstance(given.init, GivenInit)
         assert root == given.init.roots[stage]
-    from tests.train.support import tokens_of
-
     slot = Slot.create(given, 1, 0, tokens_of(given))
     slot.init_from_file(tmp_path / "1")
     with pytest.raises(FileError, match="does not hold the weights"):
