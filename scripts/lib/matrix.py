@@ -5,8 +5,8 @@
 
 Each case runs the job of `tests/train/support.py` as a pipeline of threads, runs the reference in
 one process on the unsplit Hugging Face model, and compares every state root at every boundary,
-every loss and every byte of the result; then it runs each segment again from its logs and compares the
-records. About 1 s a case, and nearly 600 of them. Exits 1 when one differs.
+every loss and every byte of the result; then it runs each segment again from its logs and compares
+the records. About 1 s a case, and nearly 600 of them. Exits 1 when one differs.
 """
 
 import argparse

@@ -1,8 +1,9 @@
 """What a running segment sees of the world: numbered frames on named links.
 
-A link is "up" (to stage - 1) or "down" (to stage + 1); its two directions are two logs, numbered
-seq = step * micro_batches + micro_batch. Live, the channel is the carrier; in an audit, a recovery
-or a verification it is a log. The segment runner is the same code in all of them.
+A link is "up" (to stage - 1) or "down" (to stage + 1); in a ring the "down" of the last stage is
+the "up" of the first. Its two directions are two logs, numbered seq = step * micro_batches +
+micro_batch. Live, the channel is the carrier; in an audit, a recovery or a verification it is a
+log. The segment runner is the same code in all of them.
 """
 
 import mmap

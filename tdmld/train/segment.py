@@ -54,7 +54,7 @@ class SegmentRecord(msgspec.Struct, array_like=True, frozen=True, forbid_unknown
     """Everything that a segment commits to; `list_root` is its one-value summary.
 
     `link_roots` has an entry for each link that the slot has, "up" before "down". `has_loss` says
-    whether the slot computes the loss (the last stage).
+    whether the slot computes the loss.
     """
 
     segment: U32

@@ -7,6 +7,7 @@ CODE = """
 import sys
 import tdmld.train.channel, tdmld.train.data, tdmld.train.digest, tdmld.train.export
 import tdmld.train.families, tdmld.train.framelog, tdmld.train.jobfile, tdmld.train.numerics
+import tdmld.train.budget, tdmld.train.pretrained, tdmld.train.wireformat
 import tdmld.train.schedule, tdmld.train.segment, tdmld.train.spec, tdmld.train.statefile
 import tdmld.cli.reference, tdmld.cli.evaluate
 print(sorted({"torch", "transformers", "numpy", "trio", "libp2p", "rocksdict"} & set(sys.modules)))

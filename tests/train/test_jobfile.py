@@ -139,6 +139,15 @@ def test_a_config_that_is_no_object_is_refused(place: Path, text: str) -> None:
         load_job_file(place / "job.toml")
 
 
+def test_each_link_may_have_a_format_of_its_own(place: Path) -> None:
+    text = JOB.replace("cuts = [0, 2, 4]", "cuts = [0, 1, 2, 4]")
+    (place / "job.toml").write_text(text.replace('wire = "bf16"', 'wire = ["int8", "bf16+zlib"]'))
+    spec = load_job_file(place / "job.toml").spec
+    assert [spec.wire(1, link) for link in ("up", "down")] == ["int8", "bf16+zlib"]
+    assert spec.frame_bytes == spec.link_frame_bytes(1, "down") == 2 * 12 * 16 * 2
+    assert spec.link_frame_bytes(0, "down") == 2 * 12 * 16 + 4 * 2 * 12 * 16 // 64
+
+
 def test_an_empty_text_is_refused(place: Path) -> None:
     (place / "text.txt").write_bytes(b"")
     with pytest.raises(SpecError, match=r"data\.text"):
