@@ -29,12 +29,14 @@ LayerWeight = tuple[str, tuple[int, ...], Initial]
 """Name inside the layer, shape, first value."""
 _TYPES = ("full_attention", "sliding_attention")
 _SILENT: Mapping[str, tuple[Any, ...]] = {
-    "dtype": ("float32", None),
+    "cache_implementation": (),
+    "dtype": ("float32", "bfloat16", "float16", None),
     "rope_scaling": (None,),
-    "torch_dtype": ("float32", None),
+    "torch_dtype": ("float32", "bfloat16", "float16", None),
     "use_cache": (True, False),
 }
-"""Keys of a Hugging Face file that say nothing to us, with the only values they may have."""
+"""Keys of a Hugging Face file that say nothing to us, with the only values that they may have (none
+means any). The type of published values says nothing about the precision of training."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,10 @@ class Decoder:
                 raise SpecError(
                     f"config.{key}", f"{token} is no id of the vocabulary", "use null or a valid id"
                 )
+        if config.get("use_sliding_window") is False and config["sliding_window"] is not None:
+            raise SpecError(
+                "config.sliding_window", "set, but use_sliding_window is false", "use null"
+            )
         if "num_experts" in config:
             used, experts = number(config, "num_experts_per_tok"), number(config, "num_experts")
             if used > experts:
@@ -243,12 +249,15 @@ class Decoder:
         return inner if isinstance(inner, int) else 4 * self._size(config, "hidden_size")
 
     def activation_bytes(self, config: Config, part: Part, samples: int, sequence: int) -> int:
-        """See `Family`: about 14 hidden and 5 intermediate values a token and layer, twice the
-        attention matrix, and three copies of the logits at the head, 4 bytes each."""
-        hidden, middle = self._size(config, "hidden_size"), self.middle(config)
+        """See `Family`: about 14 hidden and 5 intermediate values a token and layer, 4 hidden ones
+        for each expert that it goes to, twice the attention matrix, and three copies of the logits
+        at the head, 4 bytes each."""
         heads = self._size(config, "num_attention_heads")
+        hidden = max(self._size(config, "hidden_size"), heads * self.head_size(config))
+        experts = number(config, "num_experts_per_tok") if "num_experts" in config else 0
         tokens = samples * sequence
-        layer = tokens * (14 * hidden + 5 * middle + 2 * heads * sequence)
+        values = (14 + 4 * experts) * hidden + 5 * self.middle(config) + 2 * heads * sequence
+        layer = tokens * values
         head = 3 * tokens * number(config, "vocab_size") if part.head else 0
         return 4 * ((part.last - part.first) * layer + head)
 

@@ -6,7 +6,7 @@ of the network's stages. Running statistics belong to the shared part of a state
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import isqrt, sqrt
+from math import isqrt, prod, sqrt
 from typing import Any
 
 from tdmld.train.errors import SpecError
@@ -54,12 +54,12 @@ _DEFAULTS: Mapping[str, ConfigValue] = {
 }
 _SILENT: Mapping[str, tuple[Any, ...]] = {
     "architectures": (["ResNetForImageClassification"], None),
-    "dtype": ("float32", None),
+    "dtype": ("float32", "bfloat16", "float16", None),
     "label2id": (),
     "out_features": (),
     "out_indices": (),
     "stage_names": (),
-    "torch_dtype": ("float32", None),
+    "torch_dtype": ("float32", "bfloat16", "float16", None),
 }
 _REDUCTION = 4
 """A bottleneck's middle has so many times fewer channels."""
@@ -188,17 +188,16 @@ class ResNet:
         return channels, side, side
 
     def activation_bytes(self, config: Config, part: Part, samples: int, sequence: int) -> int:
-        """See `Family`: about ten values for each one that a block gives; the stem, whose picture
-        is larger, as many for each of its values."""
+        """See `Family`: about six values for each one that a block gives and one for each that it
+        takes; for each value of the stem before its pooling about four."""
         values = 0
         for border in range(part.first, part.last):
-            channels, side, _ = self.boundary(config, border, sequence)
-            wider = self.boundary(config, border + 1, sequence)[0]
-            values += 10 * max(channels, wider) * side * side
+            values += prod(self.boundary(config, border, sequence))
+            values += 6 * prod(self.boundary(config, border + 1, sequence))
         if part.entry:
-            side = isqrt(sequence // number(config, "num_channels"))
-            values += 10 * number(config, "embedding_size") * side * side
-        return 4 * samples * (values + sequence)
+            side = _halved(isqrt(sequence // number(config, "num_channels")))
+            values += 4 * number(config, "embedding_size") * side * side + sequence
+        return 4 * samples * values
 
     def source_names(self, name: str, shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
         """See `Family`: as in the live model."""
