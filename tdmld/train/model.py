@@ -143,12 +143,8 @@ class _Decoder(nn.Module):
         config = copy.deepcopy(model.config)
         base = model.base_model
         self.list_name = _attribute(base, _LAYER_LISTS)
-        layers = nn.ModuleList(list(getattr(base, self.list_name))[part.first : part.last])
-        setattr(base, self.list_name, layers)
-        for index, layer in enumerate(layers):
-            for module in layer.modules():
-                if hasattr(module, "layer_idx"):
-                    cast(Any, module).layer_idx = index
+        layers = list(getattr(base, self.list_name))[part.first : part.last]
+        setattr(base, self.list_name, nn.ModuleList(layers))
         for owner in (model.config, base.config):
             owner.num_hidden_layers = part.last - part.first
             if getattr(owner, "layer_types", None):

@@ -56,13 +56,13 @@ def round_to_wire(tensor: torch.Tensor, wire: str) -> torch.Tensor:
 
 
 def _to_blocks(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and int8 values; a block of zeros has the scale 0."""
+    """Scales and int8 values; a block of zeros has the scale 0 and zeros."""
     flat = tensor.reshape(-1)
     count = flat.numel()
     blocks = _rows(flat)
     scales = blocks.abs().amax(dim=1) / 127
-    divisors = torch.where(scales == 0, 1.0, scales)
-    numbers = (blocks / divisors[:, None]).round_().clamp_(-127, 127).nan_to_num_(0.0)
+    # A scale may be 0, or rounded so coarsely that a quotient exceeds 127.
+    numbers = (blocks / scales[:, None]).round_().clamp_(-127, 127).nan_to_num_(0.0)
     return scales, numbers.to(torch.int8).reshape(-1)[:count].contiguous()
 
 

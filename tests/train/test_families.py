@@ -126,6 +126,11 @@ def test_a_result_loads_and_answers_as_the_slots_do(family: str, tmp_path: Path)
         if spec.is_ring:
             value = slots[0].module.head(value)
         assert torch.equal(load_model(out)(**inputs).logits, value)
+    if family == "resnet":
+        stem = "resnet.embedder.embedder.normalization."
+        counted = slots[0].module.statistics[f"{stem}num_batches_tracked"]
+        assert int(counted) == spec.train.steps * spec.train.micro_batches
+        assert float(slots[0].module.statistics[f"{stem}running_mean"].abs().max()) > 0
     assert 0 < heldout_loss(out, spec, data) < 7
     assert 0 <= heldout_accuracy(out, spec, data) <= 1
 

@@ -158,6 +158,16 @@ def test_the_environment_is_pinned_and_checked() -> None:
             check_environment(environment | wrong)
 
 
+def test_the_program_hash_names_zlib_where_frames_are_deflated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    specs = [make_spec(train__wire=wire) for wire in ("bf16", "bf16+zlib")]
+    before = [program_hash(spec) for spec in specs]
+    monkeypatch.setattr("zlib.ZLIB_RUNTIME_VERSION", "9")
+    after = [program_hash(spec) for spec in specs]
+    assert (after[0] == before[0], after[1] == before[1]) == (True, False)
+
+
 def test_the_program_hash_names_the_spec() -> None:
     assert program_hash(make_spec()) == program_hash(make_spec())
     assert program_hash(make_spec()) != program_hash(make_spec(seed=8))

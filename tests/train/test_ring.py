@@ -25,6 +25,14 @@ def test_the_first_slot_does_each_operation_once_and_in_order(stages: int, batch
         assert [n for k, n in order if k == kind] == list(range(batches))
 
 
+def test_the_order_of_the_first_of_three_slots() -> None:
+    order = " ".join(f"{kind}{number}" for kind, number in ring_start(3, 5))
+    assert order == "F0 F1 F2 H0 H1 F3 H2 B0 F4 H3 B1 H4 B2 B3 B4"
+    spec = ring(3, train__micro_batches=3)
+    order = " ".join(f"{kind}{number}" for kind, number in operations(spec, 1))
+    assert order == "F0 F1 F2 B0 B1 B2"  # as if a fourth stage followed
+
+
 @given(stages_of, batches_of)
 def test_a_ring_never_waits_in_a_circle(stages: int, batches: int) -> None:
     """Run the orders of all slots; each operation waits only for the ones that feed it."""

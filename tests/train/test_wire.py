@@ -1,6 +1,7 @@
 """Boundary tensors on the wire: exact formats, rounding, and what strangers may send."""
 
 import contextlib
+import tracemalloc
 import zlib
 from typing import get_args
 
@@ -43,6 +44,14 @@ def test_rounding_costs_what_it_should(wire: str, error: float) -> None:
     tensor = sample(100_000)
     lost = torch.linalg.vector_norm(round_to_wire(tensor, wire) - tensor)
     assert float(lost / torch.linalg.vector_norm(tensor)) <= error
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-42, 2e-44, 1.5e-45, 1.0, 1e38])
+def test_int8_changes_no_sign_whatever_the_size(size: float) -> None:
+    tensor = sample().clamp(-3, 3) * size
+    found = round_to_wire(tensor, "int8")
+    assert bool(((found == 0) | (found.sign() == tensor.sign())).all())
+    assert bool((found.abs() <= 2 * tensor.abs().max()).all())
 
 
 def test_the_layout_of_int8_is_scales_then_values() -> None:
@@ -93,8 +102,12 @@ def test_a_bomb_is_not_unpacked(wire: str) -> None:
     bomb = packer.compress(bytes(64 << 20)) + packer.flush()
     frame = bytes(size - count) + bomb
     assert len(frame) < size
+    tracemalloc.start()
     with pytest.raises(WireError, match="or more"):
         decode(frame, (count,), wire)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * size
 
 
 @pytest.mark.parametrize("wire", PACKED)
