@@ -146,7 +146,6 @@ class _Decoder(nn.Module):
         layers = list(getattr(base, self.list_name))[part.first : part.last]
         setattr(base, self.list_name, nn.ModuleList(layers))
         for owner in (model.config, base.config):
-            owner.num_hidden_layers = part.last - part.first
             if getattr(owner, "layer_types", None):
                 owner.layer_types = list(config.layer_types[part.first : part.last])
         if not part.entry:

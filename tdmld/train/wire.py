@@ -61,7 +61,8 @@ def _to_blocks(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     count = flat.numel()
     blocks = _rows(flat)
     scales = blocks.abs().amax(dim=1) / 127
-    # A scale may be 0, or rounded so coarsely that a quotient exceeds 127.
+    # A scale may be 0 (0 / 0 must become 0: what NaN is as an integer no standard says), or be
+    # rounded so coarsely that a quotient exceeds 127.
     numbers = (blocks / scales[:, None]).round_().clamp_(-127, 127).nan_to_num_(0.0)
     return scales, numbers.to(torch.int8).reshape(-1)[:count].contiguous()
 

@@ -93,6 +93,10 @@ def spoil(place: Path, how: str) -> None:
         case "shape":
             tensors[name] = np.zeros((3, 3), dtype=np.float32)
             save_file(tensors, file)
+        case "transposed":
+            name = next(name for name in tensors if len(set(tensors[name].shape)) == 2)
+            tensors[name] = np.ascontiguousarray(tensors[name].T)
+            save_file(tensors, file)
         case "dtype":
             tensors[name] = tensors[name].astype(np.float64)
             save_file(tensors, file)
@@ -112,6 +116,7 @@ def spoil(place: Path, how: str) -> None:
         ("empty", "has 0 safetensors files"),
         ("missing", "has no "),
         ("shape", "has the shape [3, 3]"),
+        ("transposed", "has the shape ["),
         ("dtype", "values are F64"),
         ("twice", "is there twice"),
         ("truncated", "has a wrong size or place"),
