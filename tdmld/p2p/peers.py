@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import trio
 from libp2p.abc import INetConn
+from libp2p.connection_types import ConnectionType
 from libp2p.peer.id import ID
 
 from tdmld.p2p.addresses import TcpAddress, parse_address, parse_peer_id
@@ -21,7 +22,15 @@ from tdmld.p2p.errors import DialFailed
 from tdmld.p2p.keepalive import is_alive
 from tdmld.p2p.limits import Limits
 from tdmld.p2p.streams import Traffic
-from tdmld.p2p.types import PeerChange, PeerConnected, PeerDisconnected, PeerInfo, PeerStatus
+from tdmld.p2p.types import (
+    Direction,
+    Path,
+    PeerChange,
+    PeerConnected,
+    PeerDisconnected,
+    PeerInfo,
+    PeerStatus,
+)
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +219,13 @@ class Peers:
     def _status(self, peer: _Peer) -> PeerStatus:
         conn = self.live(peer)
         remote = transport = ""
+        direction: Direction | None = None
+        path: Path | None = None
         if conn is not None:
+            direction = "outbound" if conn.muxed_conn.is_initiator else "inbound"
+            # Who makes the raw connection says which kind it is.
+            kind = conn.muxed_conn.get_connection_type()
+            path = "relayed" if kind == ConnectionType.RELAYED else "direct"
             remote = next(iter(map(str, conn.get_transport_addresses())), "")
             negotiated = ("negotiated_security_protocol", "negotiated_muxer_protocol")
             transport = " ".join(str(getattr(conn.muxed_conn, name, "?")) for name in negotiated)
@@ -219,9 +234,8 @@ class Peers:
             connected=conn is not None,
             kept=peer.kept is not None,
             addresses=tuple(address.text for address in peer.addresses),
-            direction=None
-            if conn is None
-            else ("outbound" if conn.muxed_conn.is_initiator else "inbound"),
+            direction=direction,
+            path=path,
             remote=remote,
             transport=transport,
             latency=peer.latency if conn is not None else None,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Direction = Literal["inbound", "outbound"]
+Path = Literal["direct", "relayed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class PeerStatus:
     """Known dialable addresses."""
     direction: Direction | None = None
     """Who dialled the present connection."""
+    path: Path | None = None
+    """Whether the present connection's bytes pass a relay."""
     remote: str = ""
     """The present connection's other end, as a multiaddr."""
     transport: str = ""
@@ -40,6 +43,8 @@ class PeerStatus:
     """Unix time, seconds."""
     last_error: str = ""
     """Why the last dial failed; empty after a success."""
+    score: float = 0.0
+    """What its offences weigh now (see `accounting`); they decay, and 0 is a clean record."""
 
 
 @dataclass(frozen=True, slots=True)
