@@ -31,9 +31,12 @@ MAX_RECORDS = 4096
 """Records in one book; a network of this size outgrows full exchange and needs another way."""
 MAX_STRANGERS = 512
 """Of them, records of nodes that the chain does not know."""
+MAX_RECORD_BYTES = 4096
 MAX_RECORDS_PER_MESSAGE = 64
-MAX_MESSAGE_BYTES = 1 << 17
-MAX_BOOK_BYTES = 1 << 22
+MAX_MESSAGE_BYTES = MAX_RECORDS_PER_MESSAGE * (MAX_RECORD_BYTES + 128)
+"""Records of the greatest size pass, too: a few of them must not end everybody's exchange."""
+MAX_BOOK_BYTES = 2 * MAX_RECORDS * (MAX_RECORD_BYTES + 128)
+"""In base64."""
 MAX_KEPT_PEERS = 48
 """Connections that the daemon itself keeps up; beyond that it still accepts. Validators and the
 configured peers are kept besides."""
@@ -49,9 +52,13 @@ SAVE_SECONDS = 2.0
 
 _Address = Annotated[
     str,
-    msgspec.Meta(pattern=r"^/(ip4|ip6|dns|dns4|dns6)/[A-Za-z0-9.:_-]+/tcp/[0-9]{1,5}$"),
+    msgspec.Meta(
+        pattern=r"^/(ip4|ip6|dns|dns4|dns6)/[A-Za-z0-9.:_-]+/tcp/[0-9]{1,5}"
+        r"(/p2p/[1-9A-HJ-NP-Za-km-z]{46,64}/p2p-circuit)?\Z"
+    ),
     msgspec.Meta(max_length=256),
 ]
+"""Where to dial: the node itself, or a relay by its address and PeerId."""
 _Addresses = Annotated[tuple[_Address, ...], msgspec.Meta(max_length=8)]
 
 
@@ -63,10 +70,12 @@ class PeerRecord(Record, tag="peer", frozen=True):
     addresses: _Addresses
     session: PublicKey
     session_addresses: _Addresses
+    relays: bool
+    """Whether its carrier relays for those who cannot be dialled."""
 
 
 class SignedRecord(Record, tag="signed", frozen=True):
-    record: Annotated[bytes, msgspec.Meta(max_length=8192)]
+    record: Annotated[bytes, msgspec.Meta(max_length=MAX_RECORD_BYTES)]
     signature: Signature
 
 
@@ -96,7 +105,7 @@ class PeerBook:
 
         Raises DecodeError when the record is malformed or its signature wrong.
         """
-        record = decode(PeerRecord, signed.record, 8192)
+        record = decode(PeerRecord, signed.record, MAX_RECORD_BYTES)
         known = self.node(record.node)
         stranger = not self._registered(record.node)
         if known is not None and known.sequence >= record.sequence:
@@ -204,11 +213,25 @@ class PeerService:
         return time.time_ns() // 1_000_000
 
     def announce(
-        self, session: bytes, session_addresses: tuple[str, ...], sequence: int
+        self,
+        session: bytes,
+        session_addresses: tuple[str, ...],
+        sequence: int,
+        *,
+        addresses: tuple[str, ...] | None = None,
+        relays: bool = False,
     ) -> PeerRecord:
-        """Sign and spread this node's own record; `sequence` must grow from call to call."""
+        """Sign and spread this node's own record; `sequence` must grow from call to call.
+
+        `addresses`: where others can dial the daemon, when that is not where it listens.
+        """
         record = PeerRecord(
-            self._key.public, sequence, self._host.addresses, session, session_addresses
+            self._key.public,
+            sequence,
+            self._host.addresses if addresses is None else addresses,
+            session,
+            session_addresses,
+            relays,
         )
         self._spread([self.book.sign(self._key, record)], sender=None)
         return record
@@ -333,7 +356,7 @@ class PeerService:
 
     def _take(self, signed: SignedRecord) -> PeerRecord | None:
         """A record that is new, and not one more of a node that floods us."""
-        node, now = decode(PeerRecord, signed.record, 8192).node, trio.current_time()
+        node, now = decode(PeerRecord, signed.record, MAX_RECORD_BYTES).node, trio.current_time()
         due = max(self._updates.get(node, now), now)
         if due - now > UPDATE_BURST * UPDATE_SECONDS:
             return None

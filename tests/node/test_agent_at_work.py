@@ -93,7 +93,7 @@ class Rig:
         )
 
     def record(self, key: KeyPair, session: bytes, *addresses: str) -> None:
-        raw = encode(PeerRecord(key.public, 1, (), session, addresses))
+        raw = encode(PeerRecord(key.public, 1, (), session, addresses, False))
         self.book.add(SignedRecord(raw, key.sign("peer", self.world.chain_id, raw)))
 
     async def block(self, *raws: bytes) -> None:

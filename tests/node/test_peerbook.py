@@ -30,7 +30,9 @@ ADDRESS = "/ip4/127.0.0.1/tcp/4001"
 
 
 def signed(key: KeyPair, sequence: int = 1, *addresses: str, signer: KeyPair | None = None) -> Any:
-    record = PeerRecord(key.public, sequence, addresses or (ADDRESS,), key.public, (ADDRESS,))
+    record = PeerRecord(
+        key.public, sequence, addresses or (ADDRESS,), key.public, (ADDRESS,), False
+    )
     raw = encode(record)
     return SignedRecord(raw, (signer or key).sign("peer", CHAIN, raw))
 
@@ -52,11 +54,38 @@ def test_a_newer_record_replaces_an_older_one_and_nothing_else_does() -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["nonsense", "/ip4/1.2.3.4", "/ip4/1.2.3.4/tcp/1/p2p/x", "/ip4/\x1b[2J/tcp/1", "/unix/a/tcp/1"],
+    [
+        "nonsense",
+        "/ip4/1.2.3.4",
+        "/ip4/1.2.3.4/tcp/1/p2p/x",
+        "/ip4/1.2.3.4/tcp/1\n",
+        "/ip4/\x1b[2J/tcp/1",
+        "/unix/a/tcp/1",
+        "/p2p-circuit",
+        f"{ADDRESS}/p2p/{FRIEND.address}",
+        f"{ADDRESS}/p2p/{'0' * 52}/p2p-circuit",
+        f"{ADDRESS}/p2p/{FRIEND.address}/p2p-circuit/p2p/{ME.address}",
+    ],
 )
 def test_what_is_no_address_is_no_record(address: str) -> None:
     with pytest.raises(DecodeError):
         PeerBook(CHAIN).add(signed(FRIEND, 1, address))
+
+
+def test_a_record_may_name_a_relay() -> None:
+    relayed = f"/dns4/relay.example.org/tcp/4001/p2p/{FRIEND.address}/p2p-circuit"
+    record = PeerBook(CHAIN).add(signed(FRIEND, 1, ADDRESS, relayed))
+    assert record is not None
+    assert record.addresses == (ADDRESS, relayed)
+
+
+def test_the_largest_records_fit_into_messages_and_books(tmp_path: Path) -> None:
+    longest = ["/dns/" + 243 * "x" + f"/tcp/{port}" for port in range(8)]
+    large = [signed(stranger(number), 1, *longest) for number in range(1, 65)]
+    assert len(encode(Records(tuple(large)))) <= peers.MAX_MESSAGE_BYTES
+    assert 4096 * 4 * len(encode(large[0])) // 3 < peers.MAX_BOOK_BYTES
+    save_book(tmp_path / "peers.json", large)
+    assert len(load_book(tmp_path / "peers.json", CHAIN).records()) == 64
 
 
 def test_strangers_cannot_keep_registered_nodes_out(monkeypatch: pytest.MonkeyPatch) -> None:
