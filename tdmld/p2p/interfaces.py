@@ -1,0 +1,54 @@
+"""The machine's own IP addresses, and where a listener can be reached on them."""
+
+import ipaddress
+from collections.abc import Sequence
+
+import ifaddr
+
+from tdmld.p2p.addresses import TcpAddress, format_address, parse_address, parse_direct
+
+
+def interface_addresses(*, loopback: bool = False) -> tuple[str, ...]:
+    """The IP addresses of this machine's interfaces; no link-local ones.
+
+    A few system calls; safe to call in the loop.
+    """
+    found: list[str] = []
+    for adapter in ifaddr.get_adapters():
+        for entry in adapter.ips:
+            text = entry.ip if isinstance(entry.ip, str) else entry.ip[0]
+            address = ipaddress.ip_address(text)
+            if not address.is_link_local and (loopback or not address.is_loopback):
+                found.append(text)
+    return tuple(dict.fromkeys(found))
+
+
+def is_loopback(address: str) -> bool:
+    """Whether a direct address is for this machine alone. AddressInvalid."""
+    host = parse_direct(address).host
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def is_global(host: str) -> bool:
+    """Whether the Internet routes this IP address; False for what is no IP address."""
+    try:
+        return ipaddress.ip_address(host).is_global
+    except ValueError:
+        return False
+
+
+def expand(listening: Sequence[str], own: Sequence[str]) -> tuple[str, ...]:
+    """The multiaddrs `listening` with 0.0.0.0 and :: replaced by the IP addresses `own` of that
+    family; relayed ones stay as they are. AddressInvalid."""
+    found: list[str] = []
+    for text in listening:
+        address = parse_address(text)
+        if isinstance(address, TcpAddress) and address.host in ("0.0.0.0", "::"):
+            six = address.host == "::"
+            found += [format_address(ip, address.port) for ip in own if (":" in ip) == six]
+        else:
+            found.append(text)
+    return tuple(dict.fromkeys(found))
