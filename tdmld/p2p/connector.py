@@ -8,14 +8,19 @@ open the sockets and call the library's public upgrade steps: security, muxer, `
 Admission keeps one invariant: **a peer has at most one registered connection.** Gossipsub goes
 deaf towards a peer that has two. `decide` says what to do with a second one; both ends come to the
 same answer.
+
+Listening sockets let our own dials share their port (`from_listener`): a router that translates
+addresses then shows relays, and lets through, the one port on which we can also be reached. The
+port is taken alone first and opened for sharing afterwards, so a second node still cannot have it.
 """
 
 import errno
+import ipaddress
 import logging
 import os
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Literal, Protocol
 
@@ -27,11 +32,19 @@ from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 
-from tdmld.p2p.addresses import TcpAddress, format_address, parse_address
+from tdmld.p2p.accounting import Account, Metered, Offence
+from tdmld.p2p.addresses import (
+    Address,
+    RelayedAddress,
+    TcpAddress,
+    format_address,
+    parse_direct,
+)
 from tdmld.p2p.errors import AddressInvalid, DialFailed, ListenFailed
 from tdmld.p2p.limits import Limits
+from tdmld.p2p.rawstream import is_relayed
 from tdmld.p2p.shield import shielded
-from tdmld.p2p.types import Direction
+from tdmld.p2p.types import Direction, Path
 
 log = logging.getLogger(__name__)
 
@@ -39,22 +52,37 @@ SIMULTANEOUS_SECONDS = 5.0
 """Two connections begun within this time were dialled at the same time by both sides."""
 _NEXT_ADDRESS_SECONDS = 0.25
 """Head start of one address before the next is tried beside it (RFC 8305)."""
+_DIRECT_SECONDS = 1.0
+"""Head start of all direct addresses before a relay is troubled."""
 _BACKLOG = 128
 _CLOSE_SECONDS = 1.0
 _ACCEPT_PAUSE_SECONDS = 0.1
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 """Accepting fails for lack of these, and may succeed again when connections close."""
+_UNUSABLE_PORT = {errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EINVAL, errno.EACCES}
+"""A dial cannot share the listening port: taken for just this peer, or of another interface."""
 
 
 def decide(
-    existing: Direction, existing_age: float, new: Direction, *, we_are_smaller: bool
+    existing: Direction,
+    existing_age: float,
+    new: Direction,
+    *,
+    we_are_smaller: bool,
+    existing_path: Path = "direct",
+    new_path: Path = "direct",
 ) -> Literal["replace", "refuse"]:
     """What to do with a second connection to a peer, as seen from one side.
 
-    A peer that dials us again has lost the first connection, whether we have noticed or not:
-    replace. Only when both sides dialled at the same time is there a choice, and then the dial of
-    the smaller PeerId stays.
+    A direct connection replaces a relayed one. Otherwise: a peer that dials us again has lost the
+    first connection, whether we have noticed or not: replace. (Also through a relay, for direct
+    addresses are tried first.) Only when both sides dialled at the same time is there a choice:
+    the direct one, or else the dial of the smaller PeerId stays.
     """
+    if existing_path == "relayed" and new_path == "direct":
+        return "replace"
+    if existing_path == "direct" and new_path == "relayed" and existing_age <= SIMULTANEOUS_SECONDS:
+        return "refuse"
     if new == existing:
         return "replace" if new == "inbound" else "refuse"
     if existing_age > SIMULTANEOUS_SECONDS:
@@ -78,16 +106,17 @@ async def open_listeners(addresses: Sequence[str]) -> list[trio.SocketListener]:
 
 async def _open_listener(text: str) -> trio.SocketListener:
     try:
-        address = parse_address(text)
+        address = parse_direct(text)
     except AddressInvalid as error:
         raise ListenFailed(f"cannot listen: {error}") from error
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     opened = trio.socket.socket(family, socket.SOCK_STREAM)
     try:
-        # Reuse of TIME_WAIT only; no SO_REUSEPORT, or two nodes would share a port unnoticed.
+        # Reuse of TIME_WAIT only, or two nodes would share a port unnoticed.
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         await opened.bind((address.host, address.port))
         opened.listen(_BACKLOG)
+        _share_port(opened)
         return trio.SocketListener(opened)
     except OSError as error:
         opened.close()
@@ -95,6 +124,12 @@ async def _open_listener(text: str) -> trio.SocketListener:
     except BaseException:  # also cancellation: no port stays taken
         opened.close()
         raise
+
+
+def _share_port(opened: trio.socket.SocketType) -> None:
+    """Let sockets that ask for it have the port too; where the system cannot, dials do without."""
+    with suppress(OSError, AttributeError):
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
 def _explain(error: OSError) -> str:
@@ -113,6 +148,10 @@ def listened(listeners: Sequence[trio.SocketListener]) -> tuple[str, ...]:
     return tuple(format_address(name[0], name[1]) for name in names)
 
 
+ThroughRelay = Callable[[ID, RelayedAddress], Awaitable[RawConnection]]
+"""Opens a circuit to a peer; OSError, DialFailed or an error of the library when it cannot."""
+
+
 class Registry(Protocol):
     """What the connector asks the peer manager."""
 
@@ -121,14 +160,38 @@ class Registry(Protocol):
     async def gone(self, peer_id: ID) -> None:
         """Return when the end of the peer's last connection has been told to everybody."""
 
+    def account(self, peer_id: ID) -> Account: ...
+
+    def blame_address(self, host: str, offence: Offence) -> None: ...
+
+    def refuses(self, host: str) -> bool:
+        """Whether a connection from an IP address is closed before a byte of it is read."""
+
+    def admits(self, peer_id: ID, host: str) -> bool:
+        """Whether a peer that proved its identity may come in from there."""
+
+    def connections_from(self, host: str) -> int: ...
+
 
 class Connector:
     """Accepts and dials on behalf of one swarm."""
 
-    def __init__(self, swarm: Swarm, limits: Limits, registry: Registry) -> None:
+    def __init__(
+        self,
+        swarm: Swarm,
+        limits: Limits,
+        registry: Registry,
+        listening: Sequence[tuple[str, int]] = (),
+    ) -> None:
         self._swarm = swarm
         self._limits = limits
         self._registry = registry
+        self._listening = listening
+        self.through_relay: ThroughRelay | None = None
+        """How to dial a relayed address; set once the relay's client runs."""
+        self.punching: dict[tuple[str, int], ID] = {}
+        """Sockets from these addresses are answers to our own simultaneous dial: there we are the
+        client, whoever of the two dials came through (DCUtR, step 5)."""
         self._me = swarm.get_peer_id()
         self._admission: dict[ID, trio.Lock] = {}
         self._admitted_at: dict[INetConn, float] = {}
@@ -159,44 +222,70 @@ class Connector:
         """Upgrade one accepted socket; never raises but cancellation. Run it in a task of its
         own."""
         try:
-            host = str(stream.socket.getpeername()[0])
+            host, port = stream.socket.getpeername()[:2]
         except OSError:
             await trio.aclose_forcefully(stream)
+            return
+        raw = RawConnection(TrioTCPStream(stream), False)
+        await self.accept_raw(raw, str(host), client_of=self.punching.get((str(host), int(port))))
+
+    async def accept_raw(self, raw: RawConnection, host: str, client_of: ID | None = None) -> None:
+        """Upgrade one connection that `host` (an IP address, or a relay's PeerId) brought; as the
+        client of a peer that was expected to come."""
+        if self._registry.refuses(host):
+            self.refused += 1
+            await _close_raw(raw)
             return
         if (
             self._pending.total() >= self._limits.pending_handshakes
             or self._pending[host] >= self._limits.pending_per_address
         ):
             self.refused += 1
-            await trio.aclose_forcefully(stream)
+            self._registry.blame_address(host, Offence.CROWDING)
+            await _close_raw(raw)
             return
         self._pending[host] += 1
+        meter = _metered(raw)
         try:
             with trio.move_on_after(self._limits.handshake_seconds) as scope:
-                await self._upgrade_inbound(RawConnection(TrioTCPStream(stream), False))
+                if client_of is None:
+                    await self._upgrade_inbound(raw, host)
+                else:
+                    raw.is_initiator = True
+                    await self._upgrade_outbound(raw, client_of, trio.Lock())
             if scope.cancelled_caught:
                 log.debug("handshake with %s took too long", host)
+                # Not when it was us who had no time.
+                if meter.waited > self._limits.handshake_seconds / 2:
+                    self._registry.blame_address(host, Offence.SILENCE)
         except Exception as error:
             # Boundary: whatever a stranger's bytes do to the handshake ends this socket only.
             log.debug("refused a connection from %s: %s", host, error)
+            offence = Offence.CROWDING if meter.ended else Offence.GARBAGE
+            self._registry.blame_address(host, offence)
         finally:
             self._pending[host] -= 1
             if not self._pending[host]:
                 del self._pending[host]
 
-    async def _upgrade_inbound(self, raw: RawConnection) -> None:
+    async def _upgrade_inbound(self, raw: RawConnection, host: str) -> None:
         admitted = False
         try:
             secured = await self._swarm.upgrader.upgrade_security(raw, False)
             peer = secured.get_remote_peer()
             if peer == self._me:
                 return
-            if (
-                self._swarm.get_total_connections() >= self._limits.connections
-                and not self._registry.is_kept(peer)
+            if not self._registry.admits(peer, host) or (
+                not self._registry.is_kept(peer)
+                and (
+                    self._swarm.get_total_connections() >= self._limits.connections
+                    or self._registry.connections_from(host) >= self._limits.connections_per_address
+                )
             ):
                 self.refused += 1
+                self._registry.blame_address(host, Offence.CROWDING)
                 return
+            _metered(raw).charge(self._registry.account(peer))
             muxed = await self._swarm.upgrader.upgrade_connection(secured, peer)
             admitted = await self._admit(muxed, peer, "inbound")
         finally:
@@ -205,9 +294,11 @@ class Connector:
 
     # Outbound
 
-    async def dial(self, peer: ID, addresses: Sequence[TcpAddress]) -> None:
-        """Connect to `peer` at the first address that works; on return there is or was a
-        connection.
+    async def dial(
+        self, peer: ID, addresses: Sequence[Address], *, from_listener: bool = False
+    ) -> None:
+        """Connect to `peer` at the first address that works, direct ones first; on return there is
+        or was a connection. `from_listener` shares the port of a listening socket if possible.
 
         Raises DialFailed with the reason for each address.
         """
@@ -215,11 +306,14 @@ class Connector:
             raise DialFailed(f"no address of {peer} is known")
         failures: list[str] = []
         done = trio.Event()
+        # One at a time: of two that come through at once, the ends might keep different ones.
+        finishing = trio.Lock()
 
-        async def attempt(address: TcpAddress, failed: trio.Event) -> None:
+        async def attempt(address: Address, failed: trio.Event) -> None:
             try:
-                await self._dial_one(peer, address)
-            except (OSError, BaseLibp2pError) as error:
+                raw = await self._open(peer, address, from_listener)
+                await self._upgrade_outbound(raw, peer, finishing)
+            except (OSError, BaseLibp2pError, DialFailed) as error:
                 failures.append(f"{address.text}: {_describe(error)}")
                 failed.set()
             except Exception as error:
@@ -234,9 +328,15 @@ class Connector:
 
         with trio.move_on_after(self._limits.dial_seconds) as scope:
             async with trio.open_nursery() as nursery:
-                for address in addresses:
+                tried: list[trio.Event] = []
+                for address in sorted(addresses, key=lambda a: isinstance(a, RelayedAddress)):
+                    if isinstance(address, RelayedAddress) and tried:
+                        with trio.move_on_after(_DIRECT_SECONDS):
+                            for failed in tried:
+                                await failed.wait()
                     failed = trio.Event()
                     nursery.start_soon(attempt, address, failed)
+                    tried.append(failed)
                     with trio.move_on_after(_NEXT_ADDRESS_SECONDS):
                         await failed.wait()
         if done.is_set():
@@ -245,15 +345,38 @@ class Connector:
             failures.append(f"no answer within {self._limits.dial_seconds:g} s")
         raise DialFailed(f"cannot connect to {peer}: " + "; ".join(failures))
 
-    async def _dial_one(self, peer: ID, address: TcpAddress) -> None:
-        stream = await trio.open_tcp_stream(address.host, address.port)
-        raw = RawConnection(TrioTCPStream(stream), True)
-        admitted = False
+    async def _open(self, peer: ID, address: Address, from_listener: bool) -> RawConnection:
+        if isinstance(address, RelayedAddress):
+            if self.through_relay is None:
+                raise DialFailed("the host is closed")
+            return await self.through_relay(peer, address)
+        stream = await self._from_listener(address) if from_listener else None
+        if stream is None:
+            stream = await trio.open_tcp_stream(address.host, address.port)
+        return RawConnection(TrioTCPStream(stream), True)
+
+    async def _from_listener(self, address: TcpAddress) -> trio.SocketStream | None:
+        """A connection from a listening port; None when none fits or the system refuses."""
+        family = _family(address.host)
+        local = next((name for name in self._listening if _family(name[0]) == family), None)
+        if family is None or local is None:
+            return None
+        try:
+            return await connect_from(local, (address.host, address.port))
+        except OSError as error:
+            if error.errno in _UNUSABLE_PORT:
+                return None
+            raise
+
+    async def _upgrade_outbound(self, raw: RawConnection, peer: ID, finishing: trio.Lock) -> None:
+        admitted, meter = False, _metered(raw)
         try:
             with trio.fail_after(self._limits.handshake_seconds):
                 secured = await self._swarm.upgrader.upgrade_security(raw, True, peer)
-                muxed = await self._swarm.upgrader.upgrade_connection(secured, peer)
-                admitted = await self._admit(muxed, peer, "outbound")
+                meter.charge(self._registry.account(peer))
+                async with finishing:
+                    muxed = await self._swarm.upgrader.upgrade_connection(secured, peer)
+                    admitted = await self._admit(muxed, peer, "outbound")
         except trio.TooSlowError:
             raise OSError("the handshake took too long") from None
         finally:
@@ -269,7 +392,15 @@ class Connector:
             for conn in self._live(peer):
                 age = trio.current_time() - self._admitted_at.get(conn, 0.0)
                 existing: Direction = "outbound" if conn.muxed_conn.is_initiator else "inbound"
-                if decide(existing, age, direction, we_are_smaller=smaller) == "refuse":
+                choice = decide(
+                    existing,
+                    age,
+                    direction,
+                    we_are_smaller=smaller,
+                    existing_path="relayed" if is_relayed(conn.muxed_conn) else "direct",
+                    new_path="relayed" if is_relayed(muxed) else "direct",
+                )
+                if choice == "refuse":
                     log.debug("dropped a second %s connection with %s", direction, peer)
                     return False
                 log.debug("a new %s connection replaces that with %s", direction, peer)
@@ -298,6 +429,37 @@ class Connector:
 
     def _live(self, peer: ID) -> list[INetConn]:
         return [conn for conn in self._swarm.get_connections(peer) if not conn.is_closed]
+
+
+async def connect_from(local: tuple[str, int], remote: tuple[str, int]) -> trio.SocketStream:
+    """Connect to an IP address from a port on which we listen too; OSError."""
+    family = socket.AF_INET6 if ":" in remote[0] else socket.AF_INET
+    opened = trio.socket.socket(family, socket.SOCK_STREAM)
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _share_port(opened)
+        await opened.bind(local)
+        await opened.connect(remote)
+        return trio.SocketStream(opened)
+    except BaseException:  # also cancellation: no socket stays open
+        opened.close()
+        raise
+
+
+def _family(host: str) -> socket.AddressFamily | None:
+    """None for a name, which has none before it is looked up."""
+    try:
+        version = ipaddress.ip_address(host.split("%")[0]).version
+    except ValueError:
+        return None
+    return socket.AF_INET6 if version == 6 else socket.AF_INET
+
+
+def _metered(raw: RawConnection) -> Metered:
+    """What counts the connection's bytes; put in place at the first call."""
+    if not isinstance(raw.stream, Metered):
+        raw.stream = Metered(raw.stream)
+    return raw.stream
 
 
 async def _close_raw(raw: RawConnection) -> None:
