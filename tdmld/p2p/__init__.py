@@ -8,6 +8,7 @@ library, `limits` for every bound.
 from tdmld.p2p import errors
 from tdmld.p2p.host import Host, open_host
 from tdmld.p2p.limits import Limits
+from tdmld.p2p.relay import CircuitQuota, RelayPolicy, RelayUse
 from tdmld.p2p.streams import Stream
 from tdmld.p2p.types import (
     GossipMessage,
@@ -19,6 +20,7 @@ from tdmld.p2p.types import (
 )
 
 __all__ = [
+    "CircuitQuota",
     "GossipMessage",
     "Host",
     "Limits",
@@ -27,6 +29,8 @@ __all__ = [
     "PeerDisconnected",
     "PeerInfo",
     "PeerStatus",
+    "RelayPolicy",
+    "RelayUse",
     "Stream",
     "errors",
     "open_host",

@@ -22,15 +22,15 @@ from libp2p.network.config import ConnectionConfig
 from libp2p.network.swarm import Swarm
 from libp2p.peer.peerstore import PeerStoreError
 from libp2p.protocol_muxer.exceptions import ProtocolNotSupportedError
-from libp2p.protocol_muxer.multiselect_client import MultiselectClient
-from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.tls.transport import PROTOCOL_ID as TLS
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr
 
-from tdmld.p2p.addresses import parse_peer_id
+from tdmld.p2p import rawstream
+from tdmld.p2p.addresses import parse_direct, parse_peer_id
+from tdmld.p2p.circuit import HOP, STOP, Circuits
 from tdmld.p2p.connector import Connector, listened, open_listeners
 from tdmld.p2p.errors import DialFailed, GossipRefused, ProtocolRefused, StreamError
 from tdmld.p2p.fastmux import PROTOCOL as FASTMUX
@@ -39,6 +39,7 @@ from tdmld.p2p.gossip import Gossip, open_gossip
 from tdmld.p2p.limits import Limits
 from tdmld.p2p.noise import ShieldedNoise
 from tdmld.p2p.peers import Peers
+from tdmld.p2p.relay import Relay, RelayPolicy, RelayUse
 from tdmld.p2p.shield import shielded
 from tdmld.p2p.streams import Stream
 from tdmld.p2p.tls import FastTls
@@ -53,7 +54,6 @@ _OPEN_ATTEMPTS = 3
 """A stream may meet a connection that is just being replaced; then the next one is used."""
 _SWARM_CONNECTIONS = 65536
 """The swarm's own bound must never bite: ours (`Limits.connections`) is checked before."""
-_RESET_SECONDS = 1.0
 
 
 def _quiet_libp2p() -> None:
@@ -108,17 +108,32 @@ class Host:
     """A running libp2p node. Made by `open_host`; all methods belong to its trio loop."""
 
     def __init__(
-        self, inner: IHost, addresses: tuple[str, ...], limits: Limits, gossip: Gossip | None
+        self,
+        inner: IHost,
+        listening: tuple[str, ...],
+        limits: Limits,
+        gossip: Gossip | None,
+        relay: RelayPolicy | None,
     ) -> None:
         self.peer_id: str = str(inner.get_id())
-        self.addresses = addresses
+        self.listening = listening
         """Where we really listen, as multiaddrs without `/p2p/`."""
         self.limits = limits
         self._inner = inner
         self._swarm = cast(Swarm, inner.get_network())
         self._gossip = gossip
         self._peers = Peers(inner.get_id(), limits)
-        self._connector = Connector(self._swarm, limits, self._peers)
+        sockets = [(address.host, address.port) for address in map(parse_direct, listening)]
+        self._connector = Connector(self._swarm, limits, self._peers, sockets)
+        self._circuits = Circuits(limits, self._peers, self._connector)
+        self._connector.through_relay = self._circuits.dial
+        inner.set_stream_handler(STOP, self._circuits.serve_stop)
+        self._relay: Relay | None = None
+        if relay is not None:
+            self._relay = Relay(
+                self._swarm, inner.get_private_key(), relay, lambda: listening, self._peers.is_kept
+            )
+            inner.set_stream_handler(HOP, self._relay.serve_hop)
         self._inbound_streams: Counter[str] = Counter()
         self._swarm.register_notifee(_Notifee(self._peers, gossip, inner.get_peerstore()))
         self._swarm.set_stream_handler(self._guard(self._swarm.common_stream_handler))
@@ -164,7 +179,7 @@ class Host:
             conn = await self._peers.connect(peer)
             try:
                 with trio.fail_after(self.limits.open_stream_seconds):
-                    inner = await _negotiate(conn, TProtocol(protocol))
+                    inner = await rawstream.negotiate(conn, TProtocol(protocol))
             except ProtocolNotSupportedError as error:
                 raise ProtocolRefused(f"{peer_id} does not serve {protocol}") from error
             except trio.TooSlowError as error:
@@ -208,6 +223,40 @@ class Host:
         """Connections that come and go from now on; it ends when the host closes."""
         return self._peers.changes()
 
+    # Being reached
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where we can be dialled now: where we listen, and through which relays."""
+        return self.listening + self._circuits.addresses
+
+    def address_changes(self) -> trio.MemoryReceiveChannel[None]:
+        """An item whenever `addresses` has changed (several changes may come as one); it ends when
+        the host closes. Close it when done."""
+        return self._circuits.changes()
+
+    def set_relays(self, peers: Sequence[PeerInfo]) -> None:
+        """Keep reservations on up to `Limits.relays` of these, the first by preference, and on no
+        others. None are kept before the first call. AddressInvalid, and then nothing changes."""
+        self._circuits.set_relays(peers)
+
+    async def connect_direct(self, peer_id: str, timeout: float) -> bool:  # noqa: ASYNC109
+        """Whether a direct connection, not a relayed one, is there within `timeout` seconds.
+
+        Connects if need be, and makes a relayed connection direct if it can. False also when the
+        peer cannot be reached at all. AddressInvalid.
+        """
+        peer = self._peers.entry(parse_peer_id(peer_id))
+        with trio.move_on_after(timeout), suppress(DialFailed):
+            await self._peers.connect(peer)
+        conn = self._peers.live(peer)
+        return conn is not None and not rawstream.is_relayed(conn.muxed_conn)
+
+    @property
+    def relay_use(self) -> RelayUse | None:
+        """What our relay service carries; None when it is off."""
+        return None if self._relay is None else self._relay.use
+
     # Gossip
 
     async def subscribe(
@@ -246,7 +295,7 @@ class Host:
             peer = str(stream.muxed_conn.peer_id)
             if self._inbound_streams[peer] >= self.limits.streams_per_peer:
                 log.debug("%s has too many streams open", peer)
-                await _reset(stream)
+                await rawstream.reset(stream)
                 return
             self._inbound_streams[peer] += 1
             try:
@@ -254,7 +303,7 @@ class Host:
             except Exception as error:
                 # Boundary: the library lets a handler's exception end the whole host.
                 log.debug("a stream of %s failed: %r", peer, error)
-                await _reset(stream)
+                await rawstream.reset(stream)
             finally:
                 self._inbound_streams[peer] -= 1
                 if not self._inbound_streams[peer]:
@@ -264,6 +313,7 @@ class Host:
 
     def _start(self, nursery: trio.Nursery, listeners: list[trio.SocketListener]) -> None:
         self._peers.start(self._connector, nursery)
+        nursery.start_soon(self._circuits.run)
         for listener in listeners:
             nursery.start_soon(self._connector.serve, listener)
 
@@ -275,6 +325,7 @@ class Host:
                 for conn in self._swarm.get_connections():
                     nursery.start_soon(conn.close)
         self._peers.close()
+        self._circuits.close()
 
 
 @asynccontextmanager
@@ -284,8 +335,12 @@ async def open_host(
     *,
     gossip: bool = True,
     limits: Limits | None = None,
+    relay: RelayPolicy | None = None,
 ) -> AsyncIterator[Host]:
     """Run a host whose identity is the Ed25519 key of the 32-byte `seed`.
+
+    Without a `listen` address it works outbound only. With `relay` it carries the connections of
+    others, as far as the policy goes.
 
     Raises ListenFailed before anything runs. Leaving the block disconnects every peer and ends
     every task within two seconds, also when cancelled. An exception of the block comes out as
@@ -307,7 +362,7 @@ async def open_host(
             running = (
                 await stack.enter_async_context(open_gossip(inner, limits)) if gossip else None
             )
-            host = Host(inner, addresses, limits, running)
+            host = Host(inner, addresses, limits, running, relay)
             async with trio.open_nursery() as nursery:
                 host._start(nursery, listeners)
                 try:
@@ -341,24 +396,3 @@ def _new_host(seed: bytes, addresses: Sequence[str], limits: Limits) -> IHost:
         ),
         disable_identify_address_discovery=True,
     )
-
-
-async def _negotiate(conn: INetConn, protocol: TProtocol) -> INetStream:
-    """A stream on which the peer has agreed to `protocol`."""
-    stream = await conn.new_stream()
-    agreed = False
-    try:
-        client, communicator = MultiselectClient(), MultiselectCommunicator(stream)
-        await client.handshake(communicator)
-        await client.try_select(communicator, protocol)
-        stream.set_protocol(protocol)
-        agreed = True
-        return stream
-    finally:
-        if not agreed:
-            await _reset(stream)
-
-
-async def _reset(stream: INetStream) -> None:
-    with shielded(_RESET_SECONDS), suppress(BaseLibp2pError, trio.ClosedResourceError):
-        await stream.reset()

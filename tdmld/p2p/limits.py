@@ -9,6 +9,9 @@ class Limits:
 
     connections: int = 256
     """Established connections, both directions. Peers that we keep are let in above it."""
+    connections_per_address: int = 64
+    """Of these from one IP address, peers that we keep not counted out: identities cost nothing,
+    addresses do, and nobody may take all places with one."""
     pending_handshakes: int = 64
     """Accepted sockets that have not proved an identity yet: half-open floods stop here."""
     pending_per_address: int = 16
@@ -31,6 +34,8 @@ class Limits:
     redial_first_seconds: float = 0.1
     redial_last_seconds: float = 5.0
     """Exponential back-off of redials of a kept peer, with jitter."""
+    relays: int = 2
+    """Relays that we keep a reservation on, when we were given candidates: one may die."""
     shutdown_seconds: float = 1.5
     """Time for saying goodbye to all peers when the host closes."""
     gossip_bytes: int = 256 * 1024
