@@ -24,6 +24,7 @@ from tdmld.chain.crypto import KeyPair, public_key
 from tdmld.chain.errors import ChainError
 from tdmld.chain.genesis import GENESIS_BYTES_MAX, Genesis, chain_id, load_genesis
 from tdmld.chain.state import State
+from tdmld.chain.transactions import DialReceipt
 from tdmld.config import Config
 from tdmld.errors import UserError
 from tdmld.files import FileTooLarge, read_file
@@ -159,6 +160,7 @@ class _Node:
                     data_dir=config.data_dir,
                     ask=self._ask(),
                     ask_blocks=2 * self._genesis.parameters.epoch_blocks,
+                    witnessed=_Unwitnessed(),
                 )
                 api = Api(
                     key=key,
@@ -233,6 +235,15 @@ class _Node:
                     nursery.cancel_scope.cancel()
                 log.info("%s: stopping", signal.Signals(number).name)
                 self._stop.set()
+
+
+class _Unwitnessed:
+    """Until this node asks others how it can be reached."""
+
+    settled = True
+
+    def receipts(self) -> tuple[DialReceipt, ...]:
+        return ()
 
 
 def _validates(store: ChainStore, node: bytes) -> bool:
