@@ -32,6 +32,7 @@ from tdmld.node.layout import Layout
 from tdmld.node.machine import CarrierUp, Machine, SegmentDone, SlotFailed, StepDone
 from tdmld.node.peers import PeerBook
 from tdmld.node.performer import Performer, Progress, Replay, SlotKey
+from tdmld.node.seal import stored_names
 from tdmld.p2p import PeerInfo
 from tdmld.train.errors import TrainError
 from tdmld.train.spec import Spec
@@ -104,8 +105,9 @@ class Agent:
         self._known: set[bytes] = set()
         self._parties: dict[bytes, duty.Party] = {}
         self._served: deque[bytes] = deque()
-        self._published: dict[tuple[bytes, ...], float] = {}
-        """Shards of texts that were published here -> until when they are kept for their offer."""
+        self._published: dict[frozenset[bytes], float] = {}
+        """Stored names of texts that were published here -> until when they are kept for their
+        offer."""
         self._peers: frozenset[PeerInfo] = frozenset()
         self._news = trio.Event()
 
@@ -263,9 +265,9 @@ class Agent:
         """Remove the text of a job that is over, unless another one needs it."""
         state, needed = self.chain.state(), set[bytes]()
         try:
-            dropped = {content for content, _ in (await self._performer.spec(job))[1].shards}
+            dropped = stored_names((await self._performer.spec(job))[1])
             for other in filter(None, map(state.job, self._known - {job.id})):
-                needed |= {content for content, _ in (await self._performer.spec(other))[1].shards}
+                needed |= stored_names((await self._performer.spec(other))[1])
         except (SpecUnavailable, TrainError) as error:
             log.info("the text of job %s stays: %s", job.id.hex()[:12], error)
             return
@@ -276,8 +278,7 @@ class Agent:
 
     def published(self, spec: Spec) -> None:
         """Keep the text of a spec whose offer is on its way to the chain."""
-        shards = tuple(content for content, _ in spec.shards)
-        self._published[shards] = trio.current_time() + PUBLISHED_SECONDS
+        self._published[stored_names(spec)] = trio.current_time() + PUBLISHED_SECONDS
 
     # what the machine says -------------------------------------------------------------------
 
@@ -324,7 +325,8 @@ class Agent:
             self._known.add(job.id)
         self._stages[job.id] = len(job.stages)
         if self._parties.get(job.id) != party:
-            await self.machine.set_members(job.id, duty.sessions(party))
+            sealed = job.spec_id if job.privacy == "sealed" else None
+            await self.machine.set_members(job.id, duty.sessions(party), sealed)
             self._parties[job.id] = party
         await self._tell_peers()
 

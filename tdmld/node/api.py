@@ -30,6 +30,7 @@ from tdmld.node.jobbook import JobBook
 from tdmld.node.jobfeed import JobFeed
 from tdmld.node.machine import Machine, StepDone
 from tdmld.node.peers import PeerService
+from tdmld.node.seal import sealing
 from tdmld.node.store import ChainStore
 from tdmld.node.work import Work
 from tdmld.p2p import Host
@@ -346,7 +347,7 @@ class Api:
             raise Refused(f"the spec is malformed: {error}") from error
         self.agent.published(wanted)
         try:
-            shards = await self.machine.import_text(Path(text_path))
+            shards = await self.machine.import_text(Path(text_path), sealing(raw))
         except CarrierUnavailable as error:
             raise NotReady(str(error)) from error
         except MachineError as error:

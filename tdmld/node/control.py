@@ -44,6 +44,8 @@ PathText = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
 FileName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")]
 Holders = Annotated[tuple[Session, ...], msgspec.Meta(max_length=MAX_HOLDERS)]
 Sessions = Annotated[tuple[Session, ...], msgspec.Meta(max_length=MAX_MEMBERS)]
+Shards = Annotated[tuple[tuple[Id32, Size], ...], msgspec.Meta(max_length=MAX_SHARDS)]
+"""(content id, size) in the order of the text."""
 LinkName = Annotated[str, msgspec.Meta(pattern=r"^(up|down)$")]
 
 
@@ -99,28 +101,51 @@ class SetPeers(Message, frozen=True):
 
 
 class SetMembers(Message, frozen=True):
-    """Replaces the sessions that may fetch content of `job`; an empty set closes it."""
+    """Replaces the sessions that may fetch content of `job`, and the spec id under which its data
+    is sealed (None: it is open); an empty set closes it."""
 
     id: int
     job: Id32
     sessions: Sessions
+    sealed: Id32 | None
 
 
-class ImportText(Message, frozen=True):
-    """Cut a file into shards and keep them. Reply: Imported."""
-
-    id: int
-    path: PathText
-
-
-class FetchBlob(Message, frozen=True):
-    """Bring content by its id into content/. Reply: Stored."""
+class Rekey(Message, frozen=True):
+    """A member of a sealed job was replaced: SetMembers with those who remain, then a new key epoch
+    under which everything is sealed from now on. For the carrier that published the spec."""
 
     id: int
     job: Id32
-    content: Id32
-    size: Size
+    sessions: Sessions
+    sealed: Id32
+
+
+class ImportText(Message, frozen=True):
+    """Cut a file into shards and keep them, sealed under a spec id if there is one. Reply:
+    Imported."""
+
+    id: int
+    path: PathText
+    sealed: Id32 | None
+
+
+class FetchData(Message, frozen=True):
+    """Bring the data shards that are not here, and the content key of sealed ones."""
+
+    id: int
+    job: Id32
+    sealed: Id32 | None
+    shards: Shards
     holders: Holders
+
+
+class HandData(Message, frozen=True):
+    """Give the whole text to a worker, in memory: one descriptor comes along, a socket on which the
+    carrier sends it the descriptor of a memory file. The daemon never sees that one."""
+
+    id: int
+    sealed: Id32 | None
+    shards: Shards
 
 
 class StateFile(msgspec.Struct, frozen=True, tag=True):
@@ -224,8 +249,10 @@ class Cancel(Message, frozen=True):
 Request = (
     SetPeers
     | SetMembers
+    | Rekey
     | ImportText
-    | FetchBlob
+    | FetchData
+    | HandData
     | FetchFile
     | ListResult
     | OpenSlot
@@ -264,15 +291,14 @@ class Imported(Message, frozen=True):
     """Shards of a text: (id, size) in order."""
 
     id: int
-    shards: Annotated[tuple[tuple[Id32, Size], ...], msgspec.Meta(max_length=MAX_SHARDS)]
+    shards: Shards
 
 
 class Stored(Message, frozen=True):
-    """A file is here, whole and synced."""
+    """A file is here, whole and synced; all `holders` said that they have these bytes."""
 
     id: int
-    path: PathText
-    holder: str
+    holders: Holders
 
 
 class Listing(Message, frozen=True):

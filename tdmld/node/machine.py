@@ -63,6 +63,7 @@ from tdmld.node.machine_types import (
     StateSource,
     StepDone,
 )
+from tdmld.node.seal import sealing
 from tdmld.node.workers import WorkerLauncher
 from tdmld.p2p import PeerInfo
 from tdmld.train.errors import FileError
@@ -188,7 +189,8 @@ class Machine:
         # Not bounded by number: at most a few events a segment and slot; steps are left out.
         self._events, self.events = trio.open_memory_channel[Event](math.inf)
         self._peers: tuple[control.Peer, ...] = ()
-        self._members: dict[bytes, tuple[str, ...]] = {}
+        self._members: dict[bytes, tuple[tuple[str, ...], bytes | None]] = {}
+        """Of each job: who may have its content, and the spec id when its data is sealed."""
         self._scopes: dict[bytes, set[trio.CancelScope]] = {}
         self._settled: dict[Key, int] = {}
         self._locks: dict[tuple[bytes, Path], trio.Lock] = {}
@@ -222,34 +224,39 @@ class Machine:
         self._peers = _that_fit(peers)
         await self._call(lambda n: control.SetPeers(n, self._peers), control.Done)
 
-    async def set_members(self, job: bytes, sessions: frozenset[str]) -> None:
+    async def set_members(
+        self, job: bytes, sessions: frozenset[str], sealed: bytes | None = None
+    ) -> None:
         """Replace the sessions that may fetch this job's content from us; auditors are added when
-        they are drawn. An empty set closes the job for others."""
-        named = self._members[job] = tuple(sorted(sessions)[: control.MAX_MEMBERS])
-        if not sessions:
-            del self._members[job]
-        await self._call(lambda n: control.SetMembers(n, job, named), control.Done)
+        they are drawn. `sealed`: the spec id of a sealed job; its members get the content key. An
+        empty set closes the job for others."""
+        named = self._name_members(job, sessions, sealed)
+        await self._call(lambda n: control.SetMembers(n, job, named, sealed), control.Done)
 
-    async def import_text(self, path: Path) -> list[tuple[bytes, int]]:
-        """Cut a text into shards of 1 MiB and keep them: [(shard id, size)]. ContentError."""
+    async def rekey(self, job: bytes, remaining: frozenset[str], sealed: bytes) -> None:
+        """For the submitter, when a worker of a sealed job was replaced: `remaining` are its
+        members now; what is sealed from now on is sealed under a new content key, which only they
+        are given. ContentUnavailable when this node has not published the spec."""
+        named = self._name_members(job, remaining, sealed)
+        await self._call(lambda n: control.Rekey(n, job, named, sealed), control.Done)
+
+    async def import_text(self, path: Path, sealed: bytes | None = None) -> list[tuple[bytes, int]]:
+        """Cut a text into shards of 1 MiB and keep them: [(shard id, size)]; sealed under a content
+        key of the spec id `sealed` when one is given. ContentError."""
         text = str(Path.cwd() / path)
-        reply = await self._call(lambda n: control.ImportText(n, text), control.Imported)
+        reply = await self._call(lambda n: control.ImportText(n, text, sealed), control.Imported)
         return list(reply.shards)
 
-    async def fetch(self, job: bytes, content: bytes, size: int, holders: Sequence[str]) -> Path:
-        """Bring content by id from the first holder that gives it. At once when it is here.
-        ContentError."""
-        return await self._gather.fetch(job, content, size, holders)
-
     async def fetch_data(self, job: bytes, spec: bytes, holders: Sequence[str]) -> None:
-        """Bring all data shards of a spec. ContentError. Needed before `open_slot` and
-        `genesis_roots`."""
+        """Bring all data shards of a spec, and the content key of sealed ones. ContentError. Needed
+        before `open_slot` and `genesis_roots`. At once for what is here."""
         await self._gather.fetch_data(job, spec, holders)
 
-    async def drop_data(self, contents: Collection[bytes]) -> None:
-        """Remove content by id: no job that is not over needs it."""
-        paths = [self._layout.blob(content) for content in contents]
-        await trio.to_thread.run_sync(remove_files, paths)
+    async def drop_data(self, names: Collection[bytes]) -> None:
+        """Remove texts by their `seal.stored_names`: no job that is not over needs them."""
+        await trio.to_thread.run_sync(remove_files, [self._layout.blob(name) for name in names])
+        for name in names:
+            await trio.to_thread.run_sync(remove_tree, self._layout.sealed(name))
 
     # --- a slot of our own
 
@@ -260,11 +267,11 @@ class Machine:
         directory = self._layout.slot(assignment.job, *assignment.slot)
         async with self._lock(assignment.job, directory):
             self._slots.check_absent(assignment.job, assignment.slot)
-            shards = await self._gather.begin(
-                assignment.job, assignment.spec, directory, fresh=True
-            )
-            await self.set_members(assignment.job, assignment.members)
-            return await self._slots.open(assignment, shards, directory)
+            async with self._gather.text(assignment.spec, assignment.slot.stage) as text:
+                await self._gather.begin(assignment.job, assignment.spec, directory, fresh=True)
+                sealed = sealing(assignment.spec)
+                await self.set_members(assignment.job, assignment.members, sealed)
+                return await self._slots.open(assignment, text, directory)
 
     async def grant(self, job: bytes, slot: SlotId, until_segment: int) -> None:
         """Let the worker run segments < `until_segment` (stall at D). Never takes anything back.
@@ -282,10 +289,10 @@ class Machine:
         copy, give the roots. WorkerFailed, ContentUnavailable."""
         with self._scope(job, WorkerFailed):
             directory = self._layout.standby(job, *slot)
-            async with self._lock(job, directory):
-                shards = await self._gather.begin(job, spec, directory, fresh=False)
+            async with self._lock(job, directory), self._gather.text(spec, slot.stage) as text:
+                await self._gather.begin(job, spec, directory, fresh=False)
                 report = await self._workers.run(
-                    job, slot, "genesis", shards, directory, channel.Genesis
+                    job, slot, "genesis", text, directory, channel.Genesis
                 )
             return GenesisRoots(report.shared, report.lane, report.data)
         raise AssertionError("unreachable")
@@ -331,16 +338,17 @@ class Machine:
             directory = self._layout.audit(task.job, task.slot.lane, task.slot.stage, task.segment)
             async with self._lock(task.job, directory):
                 try:
-                    shards = await self._gather.audit_inputs(task, directory)
-                    await self._workers.run(
-                        task.job,
-                        task.slot,
-                        "replay",
-                        shards,
-                        directory,
-                        channel.Segment,
-                        task.segment,
-                    )
+                    await self._gather.audit_inputs(task, directory)
+                    async with self._gather.text(task.spec, task.slot.stage) as text:
+                        await self._workers.run(
+                            task.job,
+                            task.slot,
+                            "replay",
+                            text,
+                            directory,
+                            channel.Segment,
+                            task.segment,
+                        )
                     stored = await trio.to_thread.run_sync(
                         read_list, list_file(directory, task.segment)
                     )
@@ -420,14 +428,24 @@ class Machine:
     ) -> R:
         return await self._carrier.call(make, kind, descriptors)
 
+    def _name_members(
+        self, job: bytes, sessions: frozenset[str], sealed: bytes | None
+    ) -> tuple[str, ...]:
+        """Remember the members for a restarted carrier; as many as a message names."""
+        named = tuple(sorted(sessions)[: control.MAX_MEMBERS])
+        self._members[job] = (named, sealed)
+        if not sessions:
+            del self._members[job]
+        return named
+
     def _restore(self) -> list[Callable[[int], control.Request]]:
         """What a restarted carrier must know."""
         requests: list[Callable[[int], control.Request]] = [
             lambda n: control.SetPeers(n, self._peers)
         ]
-        for job, sessions in self._members.items():
+        for job, (sessions, sealed) in self._members.items():
             requests.append(
-                lambda n, j=job, s=sessions: control.SetMembers(n, j, s)  # type: ignore[misc]
+                lambda n, j=job, s=sessions, k=sealed: control.SetMembers(n, j, s, k)  # type: ignore[misc]
             )
         return requests
 

@@ -132,7 +132,7 @@ class Spec(_Part, frozen=True):
     config: dict[str, bool | int | str | None]
     seed: Annotated[int, msgspec.Meta(ge=0, le=limits.SEED)]
     init: SeedInit
-    privacy: Literal["open"]
+    privacy: Literal["open", "sealed"]
     class_: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,64}$")] = msgspec.field(name="class")
     data: Data
     train: Train
@@ -209,6 +209,10 @@ class Spec(_Part, frozen=True):
         """Whether the stage computes the loss."""
         return stage == self.stages - 1
 
+    def reads_text(self, stage: int) -> bool:
+        """Whether the stage reads inputs or labels: one between others never sees the text."""
+        return self.is_first(stage) or self.is_last(stage)
+
     def links(self, stage: int) -> tuple[str, ...]:
         """The links of a stage, "up" before "down"."""
         up = () if self.is_first(stage) else ("up",)
@@ -241,8 +245,9 @@ def stage_memory(spec: Spec, stage: int) -> int:
     """Bytes of memory that a worker of this stage and its carrier need at their peak.
 
     Weights, gradients and two moments (fp32), the activations of the micro-batches that 1F1B keeps
-    open, a step's windows of text, frames in shared memory and those that the carrier keeps at
-    hand, digests of what is not settled, and the process itself. An estimate that errs upwards.
+    open, the text and a step's windows of it, frames in shared memory and those that the carrier
+    keeps at hand, digests of what is not settled, and the process itself. An estimate that errs
+    upwards.
     """
     train, links = spec.train, len(spec.links(stage))
     tokens = spec.train.micro_batch_size * spec.data.sequence
@@ -253,6 +258,7 @@ def stage_memory(spec: Spec, stage: int) -> int:
     sides = spec.is_first(stage) + spec.is_last(stage)
     # A byte and an int64 for each token, one more int64 for each of inputs and labels.
     text = windows * (100 + (spec.data.sequence + 1) * (9 + 8 * sides)) if sides else 0
+    text += spec.data.tokens if spec.reads_text(stage) else 0
     digests = _segment_frames(spec, stage) * _DIGEST_BYTES * (spec.pipeline.unsettled + 2)
     return (
         WORKER_BASE_BYTES

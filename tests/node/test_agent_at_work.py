@@ -41,7 +41,9 @@ class FakeMachine:
         """Set by the first call: the agent has read its directory and looked."""
         self.broken: type[Exception] | None = None
 
-    async def set_members(self, job: bytes, sessions: frozenset[str]) -> None:
+    async def set_members(
+        self, job: bytes, sessions: frozenset[str], sealed: bytes | None = None
+    ) -> None:
         self.members[job] = sessions
         self.heard.set()
 

@@ -19,11 +19,13 @@ from tdmld.node import control
 from tdmld.node.errors import (
     AuditImpossible,
     CarrierUnavailable,
+    ContentMismatch,
     ContentRefused,
     ContentUnavailable,
     MachineError,
     WorkerFailed,
 )
+from tdmld.node.layout import Layout, state
 from tdmld.node.machine import (
     AuditTask,
     CarrierDown,
@@ -280,8 +282,9 @@ async def test_a_killed_worker_and_a_killed_carrier_are_reported_and_disturb_not
         assert "carrier" in failed.reason
         up = await wait_for(machine, CarrierUp)
         assert (machine.session, up.addresses) == (session, addresses)
-        ((shard, size),) = await machine.import_text(tmp_path / "text")
-        path = await machine.fetch(JOB, shard, size, [])
+        ((shard, _),) = await machine.import_text(tmp_path / "text")
+        path = Layout(tmp_path / "0").blob(shard)
+        assert path.exists()
         await machine.drop_data({shard, bytes(32)})
         assert not path.exists()
 
@@ -339,10 +342,14 @@ async def test_a_worker_that_gives_up_fails_its_task_alone(tmp_path: Path) -> No
     text.write_bytes(TEXT)
     async with open_machine(tmp_path / "0", chain_id=CHAIN) as machine:
         ((shard, size),) = await machine.import_text(text)
-        path = await machine.fetch(JOB, shard, size, [])
-        path.write_bytes(bytes(size))
+        layout = Layout(tmp_path / "0")
+        state(layout.standby(JOB, 0, 0), 0).parent.mkdir(parents=True)
+        state(layout.standby(JOB, 0, 0), 0).write_text("where a directory should be")
         # The error itself, not a group: whoever called expects a MachineError.
-        with pytest.raises(WorkerFailed, match="shard 0 is not the one"):
+        with pytest.raises(WorkerFailed, match="File exists"):
+            await machine.genesis_roots(JOB, ONE_STAGE, SlotId(0, 0))
+        layout.blob(shard).write_bytes(bytes(size))
+        with pytest.raises(ContentMismatch, match="shard 0 is not the one"):
             await machine.genesis_roots(JOB, ONE_STAGE, SlotId(0, 0))
 
 

@@ -1,0 +1,279 @@
+"""Content on this machine's disk: by name, by hash, and sealed. Methods block: use a thread."""
+
+import fcntl
+import os
+import stat
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from tdmld.files import Buffer, write_file
+from tdmld.node.contentwire import (
+    CHUNK_BYTES,
+    DIGEST_BYTES,
+    MAX_RESULT_FILES,
+    chunk_count,
+    content_of,
+)
+from tdmld.node.control import Blob, FramesFile, Item, ResultFile, StateFile
+from tdmld.node.errors import ContentError, ContentMismatch, ContentRefused, ContentUnavailable
+from tdmld.node.jobfiles import remove_tree
+from tdmld.node.layout import Layout, free_bytes, is_file_name
+from tdmld.node.seal import ContentKeys, seal, sealed_size, unseal
+from tdmld.train.data import cut_shards
+from tdmld.train.digest import digest
+from tdmld.train.framelog import frame_log_name
+from tdmld.train.limits import SHARD_BYTES, TEXT_BYTES
+from tdmld.train.statefile import part_file
+
+KNOWN_LISTS_BYTES = 64 << 20
+"""Of digests of served files, kept so that a file is hashed once."""
+_ALL_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkList:
+    """What is said of a file: its size, the digests of its chunks, and their hash."""
+
+    content: bytes
+    size: int
+    digests: bytes
+
+
+class ContentStore:
+    """Files below a data directory. Sealed data is named by spec id, key epoch and content id."""
+
+    def __init__(self, layout: Layout, quota: int, keys: ContentKeys) -> None:
+        self._layout = layout
+        self._quota = quota
+        self._keys = keys
+        self._held = quota
+        """Bytes in content/, or more: measured when it seems to be full."""
+        self._lists: OrderedDict[tuple[str, int, int], ChunkList] = OrderedDict()
+        self._lists_bytes = 0
+
+    # what is here ----------------------------------------------------------------------------
+
+    def path(self, item: Item, sealed: bytes | None = None) -> tuple[Path, int]:
+        """Where an item lies, and the key epoch that it is sealed under (else 0).
+
+        `sealed`: the spec id of the item's job when its data is sealed. ContentUnavailable.
+        """
+        candidates: tuple[Path, ...]
+        match item:
+            case Blob(_, content):
+                return self._shard(sealed, content)
+            case ResultFile(job, name):
+                if not is_file_name(name):
+                    raise ContentUnavailable(f"{name!r} is no file of a result")
+                candidates = (self._layout.result(job) / name,)
+            case FramesFile(slot, segment, link):
+                owner = self._layout.slot(slot.job, slot.lane, slot.stage)
+                candidates = (owner / "ring" / frame_log_name(segment, link, "sent"),)
+            case StateFile(slot, boundary, part):
+                candidates = tuple(
+                    directory / part_file(part)
+                    for directory in self._layout.states(slot.job, slot.lane, slot.stage, boundary)
+                )
+        for path in candidates:
+            if path.is_file():
+                return path, 0
+        raise ContentUnavailable("not here")
+
+    def _shard(self, sealed: bytes | None, content: bytes) -> tuple[Path, int]:
+        """A shard's file, the newest of a sealed one, and its key epoch. ContentUnavailable."""
+        if sealed is None:
+            places = [(self._layout.blob(content), 0)]
+        else:
+            epochs = self._epochs(sealed)
+            places = [(self._layout.sealed_blob(sealed, at, content), at) for at in epochs]
+        for path, epoch in places:
+            if path.is_file():
+                return path, epoch
+        raise ContentUnavailable("not here")
+
+    def _epochs(self, spec: bytes) -> list[int]:
+        """Key epochs under which something of a spec is here, newest first."""
+        directory = self._layout.sealed(spec)
+        if not directory.is_dir():
+            return []
+        names = (path.name for path in directory.iterdir())
+        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+    def identify(self, fd: int, path: Path) -> ChunkList:
+        """The chunks of an open file; remembered as long as it does not change."""
+        facts = os.fstat(fd)
+        if not stat.S_ISREG(facts.st_mode):
+            raise ContentUnavailable("not a file")
+        key = (str(path), facts.st_mtime_ns, facts.st_size)
+        known = self._lists.get(key)
+        if known is None:
+            digests = bytearray()
+            for chunk in range(chunk_count(facts.st_size)):
+                piece = os.pread(fd, CHUNK_BYTES, chunk * CHUNK_BYTES)
+                digests += blake3(piece).digest()
+            found = bytes(digests)
+            known = ChunkList(content_of(facts.st_size, found), facts.st_size, found)
+            self._remember(key, known)
+        return known
+
+    def _remember(self, key: tuple[str, int, int], found: ChunkList) -> None:
+        self._lists[key] = found
+        self._lists_bytes += DIGEST_BYTES + len(found.digests)
+        while self._lists_bytes > KNOWN_LISTS_BYTES:
+            _, oldest = self._lists.popitem(last=False)
+            self._lists_bytes -= DIGEST_BYTES + len(oldest.digests)
+
+    def result_files(self, job: bytes) -> tuple[tuple[str, int], ...]:
+        """(name, size) of a result; ContentUnavailable."""
+        directory = self._layout.result(job)
+        if not directory.is_dir():
+            raise ContentUnavailable("no result of this job is here")
+        found = sorted(path for path in directory.iterdir() if path.is_file())
+        return tuple((path.name, path.stat().st_size) for path in found if is_file_name(path.name))[
+            :MAX_RESULT_FILES
+        ]
+
+    def has(self, sealed: bytes | None, content: bytes, size: int) -> bool:
+        """Whether a shard is here, sealed or not. Its bytes were checked when it was stored."""
+        try:
+            path, epoch = self._shard(sealed, content)
+            if sealed is None:
+                return path.stat().st_size == size
+            known = self._keys.get(sealed, epoch) is not None
+            return known and path.stat().st_size == sealed_size(size)
+        except ContentError:
+            return False
+
+    # room ------------------------------------------------------------------------------------
+
+    def make_room(self, size: int, *, blob: bool) -> None:
+        """ContentRefused when `size` more bytes may not or cannot be kept."""
+        directory = self._layout.data_dir
+        if free_bytes(directory) < size:
+            raise ContentRefused(f"the disk of {directory} is full; {size} bytes are needed")
+        if blob:
+            if self._held + size > self._quota:
+                self._held = self._measure()
+            if self._held + size > self._quota:
+                raise ContentRefused(
+                    f"content/ holds {self._held} of {self._quota} bytes; {size} more do not fit"
+                )
+            self._held += size
+
+    def _measure(self) -> int:
+        """Bytes in content/ now. Files go without notice: the daemon removes what jobs left."""
+        held = 0
+        for path in self._layout.content.rglob("*"):
+            with suppress(FileNotFoundError):
+                facts = path.stat()
+                held += facts.st_size if stat.S_ISREG(facts.st_mode) else 0
+        return held
+
+    # data ------------------------------------------------------------------------------------
+
+    def import_text(self, path: Path, sealed: bytes | None = None) -> list[tuple[bytes, int]]:
+        """Cut a text file into shards and keep each, sealed under the newest key of the spec
+        `sealed` (the first one is made here) when one is given. ContentRefused, OSError."""
+        epoch, key = self._publishing_key(sealed) if sealed is not None else (0, b"")
+        # Without waiting for the writer of a pipe that somebody named by mistake.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with os.fdopen(fd, "rb") as file:
+            facts = os.fstat(fd)
+            if not stat.S_ISREG(facts.st_mode):
+                raise ContentRefused(f"{path} is not a regular file")
+            if not 0 < facts.st_size <= TEXT_BYTES:
+                raise ContentRefused(
+                    f"{path} has {facts.st_size} bytes; a text has 1 to {TEXT_BYTES}"
+                )
+            self.make_room(sealed_size(facts.st_size), blob=True)
+            shards = []
+            while block := file.read(SHARD_BYTES):
+                for shard in cut_shards(block):
+                    content = digest(shard)
+                    shards.append((content, len(shard)))
+                    if self.has(sealed, content, len(shard)):
+                        continue
+                    if sealed is None:
+                        _keep(self._layout.blob(content), shard)
+                    else:
+                        target = self._layout.sealed_blob(sealed, epoch, content)
+                        _keep(target, seal(key, sealed, epoch, content, shard))
+            return shards
+
+    def _publishing_key(self, spec: bytes) -> tuple[int, bytes]:
+        epoch = self._keys.newest(spec)
+        if epoch is None:
+            return 0, self._keys.make(spec, 0)
+        key = self._keys.get(spec, epoch)
+        assert key is not None, "the newest key is here"
+        return epoch, key
+
+    def rekey(self, spec: bytes) -> int:
+        """Begin the next key epoch of a spec that was published here, and seal its data anew, so
+        that who comes later needs no older key; gives the epoch. ContentUnavailable."""
+        last = self._keys.newest(spec)
+        if last is None:
+            raise ContentUnavailable("this node holds no content key of that spec")
+        epoch = last + 1
+        key = self._keys.make(spec, epoch)
+        older = self._epochs(spec)
+        for name in sorted({p.name for e in older for p in self._shards(spec, e)}):
+            content = bytes.fromhex(name)
+            data = self.read(spec, content)
+            self.make_room(sealed_size(len(data)), blob=True)
+            target = self._layout.sealed_blob(spec, epoch, content)
+            _keep(target, seal(key, spec, epoch, content, memoryview(data)))
+        for gone in older:
+            remove_tree(self._layout.sealed(spec) / str(gone))
+        return epoch
+
+    def _shards(self, spec: bytes, epoch: int) -> Iterator[Path]:
+        directory = self._layout.sealed(spec) / str(epoch)
+        return (path for path in directory.iterdir() if len(path.name) == 2 * DIGEST_BYTES)
+
+    def read(self, sealed: bytes | None, content: bytes) -> bytes:
+        """A shard's plaintext, in memory alone. ContentUnavailable, ContentMismatch."""
+        path, epoch = self._shard(sealed, content)
+        data = path.read_bytes()
+        if sealed is not None:
+            key = self._keys.get(sealed, epoch)
+            if key is None:
+                raise ContentUnavailable(f"the content key of epoch {epoch} is not here")
+            return unseal(key, sealed, epoch, content, data)
+        if digest(data) != content:
+            raise ContentMismatch("it is not what its name says")
+        return data
+
+    def text_memory(self, sealed: bytes | None, shards: Sequence[tuple[bytes, int]]) -> int:
+        """A memory file with the whole text, which nobody can change any more; the caller closes
+        the descriptor. It is on no disk. ContentUnavailable, ContentMismatch name the shard."""
+        fd = os.memfd_create("tdmld-text", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            for number, (content, _) in enumerate(shards):
+                try:
+                    view = memoryview(self.read(sealed, content))
+                except ContentUnavailable as error:
+                    raise ContentUnavailable(
+                        f"data shard {number}: {error}; fetch_data first"
+                    ) from error
+                except ContentMismatch as error:
+                    raise ContentMismatch(
+                        f"shard {number} is not the one that the spec names: {error}"
+                    ) from error
+                while view:
+                    view = view[os.write(fd, view) :]
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _ALL_SEALS)
+        except BaseException:  # whatever it was, cancellation too: nobody else knows the descriptor
+            os.close(fd)
+            raise
+        return fd
+
+
+def _keep(path: Path, data: Buffer | Iterator[bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, data)
