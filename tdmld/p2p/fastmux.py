@@ -35,6 +35,8 @@ from libp2p.stream_muxer.exceptions import (
 )
 from multiaddr import Multiaddr
 
+from tdmld.p2p.accounting import Offence
+from tdmld.p2p.memory import Memory
 from tdmld.p2p.muxstream import (
     CREDIT,
     DATA,
@@ -45,6 +47,7 @@ from tdmld.p2p.muxstream import (
     PING,
     PONG,
     RST,
+    WINDOW_BYTES,
     Buffer,
     FastMuxStream,
 )
@@ -56,6 +59,17 @@ INBOUND_STREAMS = 256
 """Streams a peer may have open towards us; the host's own limit is lower."""
 _CONTROL_FRAMES = 4096
 """Control frames waiting because the peer does not read: more means it never will."""
+_FRAMES_PER_SECOND = 20_000.0
+"""Frames with hardly any content that one connection may send us: six for each stream opened, one
+for each 256 KiB taken; a tenth of a core's time."""
+_FRAMES_AT_ONCE = 40_000.0
+_PING_FRAMES = 4.0
+"""A ping counts as so many: it makes us answer."""
+_FULL_BYTES = 512
+"""Data from which a frame is worth its header."""
+_FRAMES_A_TURN = 512
+"""Handled before other tasks get their turn: 3 ms."""
+_THROTTLE_SECONDS = 0.1
 _SMALL_BYTES = 16 * 1024
 """Below this a frame is joined with its header: one TLS record instead of several."""
 _DIE_SECONDS = 2.0
@@ -66,8 +80,15 @@ _BROKEN = (IOException, RawConnError, trio.ClosedResourceError)
 """How a secure session fails."""
 
 
+Accuse = Callable[[ID, Offence, str], None]
+
+
 class _GatheringSession(Protocol):
     async def write_parts(self, parts: Sequence[Buffer]) -> None: ...
+
+
+class BrokenRules(Exception):
+    """The peer does not keep to the protocol: the connection ends."""
 
 
 class FastMux(IMuxedConn):
@@ -77,9 +98,23 @@ class FastMux(IMuxedConn):
     """Set by the swarm; awaited once when the connection ends for any reason."""
 
     def __init__(
-        self, conn: ISecureConn, peer_id: ID, *, inbound_streams: int = INBOUND_STREAMS
+        self,
+        conn: ISecureConn,
+        peer_id: ID,
+        *,
+        inbound_streams: int = INBOUND_STREAMS,
+        memory: Memory | None = None,
+        accuse: Accuse = lambda peer, offence, why: None,
     ) -> None:
+        """`memory` is the host's; `accuse` hears what the peer did against the rules."""
         self.peer_id = peer_id
+        self.held = 0
+        self._holding: set[FastMuxStream] = set()
+        """Streams with bytes that nobody has taken, also such as are over."""
+        self.memory = memory or Memory(INBOUND_STREAMS * WINDOW_BYTES)
+        self._accuse = accuse
+        self._frames = _FRAMES_AT_ONCE
+        self._frames_at = trio.current_time()
         self.on_close = None
         self.event_started = trio.Event()
         self._session = conn
@@ -229,16 +264,38 @@ class FastMux(IMuxedConn):
     # Receiving
 
     async def _read_frames(self) -> None:
+        turn = 0
         try:
             while len(self._control) <= _CONTROL_FRAMES:
                 kind, number, value = HEADER.unpack(await self._exactly(HEADER.size))
                 self.last_received = trio.current_time()
+                if kind != DATA or value < _FULL_BYTES:
+                    # Many small frames come in one read: they must not keep others waiting.
+                    turn = (turn + 1) % _FRAMES_A_TURN
+                    if turn == 0:
+                        await trio.lowlevel.checkpoint()
+                    self._frames -= _PING_FRAMES if kind == PING else 1
+                    if self._frames < 0:
+                        await self._throttle()
                 if kind == DATA:
                     await self._on_data(number, value)
                 elif not self._on_control(kind, number, value):
-                    return
+                    raise BrokenRules(f"a frame of kind {kind} for stream {number}")
+            self._accuse(self.peer_id, Offence.UNREAD, f"{_CONTROL_FRAMES} answers wait")
+        except BrokenRules as error:
+            self._accuse(self.peer_id, Offence.FLOW_CONTROL, str(error))
         except (*_BROKEN, EOFError):
             return  # the usual end of a connection; `_die` tells everybody
+
+    async def _throttle(self) -> None:
+        """Read on when the peer has frames left."""
+        now = trio.current_time()
+        gained = (now - self._frames_at) * _FRAMES_PER_SECOND
+        self._frames = min(self._frames + gained, _FRAMES_AT_ONCE)
+        self._frames_at = now
+        if self._frames < 0:
+            self._accuse(self.peer_id, Offence.CONTROL_FLOOD, "it is read more slowly now")
+            await trio.sleep(_THROTTLE_SECONDS)
 
     async def _exactly(self, size: int) -> bytes:
         data = await self._session.read(size)
@@ -252,7 +309,7 @@ class FastMux(IMuxedConn):
     async def _on_data(self, number: int, size: int) -> None:
         stream = self._streams.get(number)
         if size > FRAME_BYTES or (stream is not None and not stream.on_announced(size)):
-            raise EOFError("the peer broke flow control")
+            raise BrokenRules(f"{size} bytes for stream {number} were too many")
         if stream is None:
             self.queue_control(RST, number, 0)
         elif stream.is_deaf:
@@ -293,7 +350,7 @@ class FastMux(IMuxedConn):
         if number % 2 == self._next % 2 or number <= self._highest_inbound:
             return False
         self._highest_inbound = number
-        if self._inbound_open >= self._inbound_limit:
+        if self._inbound_open >= self._inbound_limit or self.memory.refuses_stream(self.peer_id):
             self.queue_control(RST, number, 0)
             return True
         stream = FastMuxStream(self, number)
@@ -307,6 +364,18 @@ class FastMux(IMuxedConn):
         return True
 
     # Ending
+
+    def hold(self, stream: FastMuxStream, size: int) -> None:
+        """Called by a stream on which so much more, or less, waits for its reader."""
+        if stream.held:
+            self._holding.add(stream)
+        else:
+            self._holding.discard(stream)
+        self.memory.hold(self, size)
+
+    def relieve(self) -> None:
+        """Drop the stream on which most waits for its reader: memory is out."""
+        max(self._holding, key=lambda stream: stream.held).drop()
 
     def forget(self, number: int) -> None:
         """Called by a stream that is over in both directions."""

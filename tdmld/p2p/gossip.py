@@ -35,13 +35,15 @@ from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.tools.anyio_service import background_trio_service
 
+from tdmld.p2p.accounting import Offence
 from tdmld.p2p.errors import GossipRefused
 from tdmld.p2p.limits import Limits
+from tdmld.p2p.peers import Peers
 from tdmld.p2p.types import GossipMessage
 
 log = logging.getLogger(__name__)
 
-Validator = Callable[[str, bytes], bool]
+Validator = Callable[[str, bytes], bool | None]
 
 _HEARTBEAT_SECONDS = 1
 _SEEN_SECONDS = 120
@@ -100,7 +102,7 @@ class _Router(GossipSub):
 class _Pubsub(Pubsub):
     """Pubsub with our size check, validation and delivery in the place of the library's."""
 
-    def __init__(self, host: IHost, router: GossipSub) -> None:
+    def __init__(self, host: IHost, router: GossipSub, peers: Peers) -> None:
         super().__init__(
             host,
             router,
@@ -115,14 +117,19 @@ class _Pubsub(Pubsub):
         self.rejected = 0
         self._written = trio.Event()
         self._lagging: set[ID] = set()
+        self._peers = peers
+        self._unproved: rpc_pb2.Message | None = None
+        """A new message, while its signature is checked."""
 
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
         """Every message, ours included, enters here; the library runs it in a task of the
         service."""
         if len(msg.topicIDs) != 1 or (topic := self.topics.get(msg.topicIDs[0])) is None:
             return
+        if self._peers.ban_of(msg_forwarder) is not None:
+            return  # the rest of a flood that is over
         if len(msg.data) > topic.limit:
-            self.rejected += 1
+            self._refuse(msg_forwarder, f"{len(msg.data)} bytes on {msg.topicIDs[0]}")
             return
         try:
             await super().push_msg(msg_forwarder, msg)
@@ -131,6 +138,21 @@ class _Pubsub(Pubsub):
             # here would end pubsub and with it the host.
             self.rejected += 1
             log.debug("dropped a gossip message from %s: %r", msg_forwarder, error)
+        if self._unproved is msg:
+            # The library drops it without a word. Nothing in it awaits before `validate_msg`.
+            self._unproved = None
+            self._refuse(msg_forwarder, "a message without a good signature")
+
+    def _is_msg_seen(self, msg: rpc_pb2.Message) -> bool:
+        seen = bool(super()._is_msg_seen(msg))
+        self._unproved = None if seen else msg
+        return seen
+
+    def _refuse(self, forwarder: ID, why: str) -> None:
+        """Everybody checks what it passes on: this comes from nobody honest."""
+        self.rejected += 1
+        if forwarder != self.my_id:
+            self._peers.accuse(forwarder, Offence.GOSSIP, why)
 
     async def _handle_new_peer(self, peer_id: ID) -> None:
         """A topic joined while the greeting is on its way stands neither in it nor in the
@@ -142,16 +164,23 @@ class _Pubsub(Pubsub):
             queue.push(self.get_hello_packet())
 
     async def validate_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
+        self._unproved = None
         topic = self.topics[msg.topicIDs[0]]
         source = ID(msg.from_id)
         if source == self.my_id:
             return
+        account = self._peers.account(msg_forwarder)
+        account.gossip_bytes += len(msg.data)
+        began = time.perf_counter()
         try:
             valid = topic.validate(str(msg_forwarder), msg.data)
         except Exception:
             # Boundary: a defect in a validator costs the message, not the host.
             log.exception("the validator of %s failed", msg.topicIDs[0])
-            valid = False
+            valid = None
+        account.spent += time.perf_counter() - began
+        if valid is False:
+            self._refuse(msg_forwarder, f"its message on {msg.topicIDs[0]} is invalid")
         if not valid:
             raise ValidationError("the validator refused")
 
@@ -203,7 +232,7 @@ class _Pubsub(Pubsub):
 class Gossip:
     """Gossip of one host; made by `open_gossip`."""
 
-    def __init__(self, host: IHost, limits: Limits) -> None:
+    def __init__(self, host: IHost, limits: Limits, peers: Peers) -> None:
         self._router = _Router(
             [PROTOCOL_ID_V12, PROTOCOL_ID_V11],
             degree=_DEGREE,
@@ -216,7 +245,7 @@ class Gossip:
             adaptive_gossip_enabled=False,
             eclipse_protection_enabled=False,
         )
-        self._pubsub = _Pubsub(host, self._router)
+        self._pubsub = _Pubsub(host, self._router, peers)
         self._limits = limits
         self._pace = trio.Lock()
         self._next = 0.0
@@ -266,9 +295,9 @@ class Gossip:
 
 
 @asynccontextmanager
-async def open_gossip(host: IHost, limits: Limits) -> AsyncIterator[Gossip]:
-    """Run gossip on a running libp2p host."""
-    gossip = Gossip(host, limits)
+async def open_gossip(host: IHost, limits: Limits, peers: Peers) -> AsyncIterator[Gossip]:
+    """Run gossip on a running libp2p host; `peers` keeps the accounts of who passes what on."""
+    gossip = Gossip(host, limits, peers)
     try:
         async with (
             background_trio_service(gossip._pubsub),

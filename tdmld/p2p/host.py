@@ -16,10 +16,12 @@ import libp2p
 import trio
 from libp2p.abc import IHost, INetConn, INetStream, INetwork, INotifee, IPeerStore
 from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.keys import KeyPair
 from libp2p.custom_types import StreamHandlerFn, TMuxerClass, TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.network.config import ConnectionConfig
 from libp2p.network.swarm import Swarm
+from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStoreError
 from libp2p.protocol_muxer.exceptions import ProtocolNotSupportedError
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
@@ -29,7 +31,9 @@ from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr
 
 from tdmld.p2p import rawstream
+from tdmld.p2p.accounting import Offence
 from tdmld.p2p.addresses import parse_direct, parse_peer_id
+from tdmld.p2p.bans import Ban, Bans
 from tdmld.p2p.circuit import HOP, STOP, Circuits
 from tdmld.p2p.connector import Connector, listened, open_listeners
 from tdmld.p2p.errors import DialFailed, GossipRefused, ProtocolRefused, StreamError
@@ -48,7 +52,7 @@ from tdmld.p2p.types import GossipMessage, PeerChange, PeerInfo, PeerStatus
 log = logging.getLogger(__name__)
 
 Handler = Callable[[Stream], Awaitable[None]]
-Validator = Callable[[str, bytes], bool]
+Validator = Callable[[str, bytes], bool | None]
 
 _OPEN_ATTEMPTS = 3
 """A stream may meet a connection that is just being replaced; then the next one is used."""
@@ -110,6 +114,7 @@ class Host:
     def __init__(
         self,
         inner: IHost,
+        peers: Peers,
         listening: tuple[str, ...],
         limits: Limits,
         gossip: Gossip | None,
@@ -122,7 +127,7 @@ class Host:
         self._inner = inner
         self._swarm = cast(Swarm, inner.get_network())
         self._gossip = gossip
-        self._peers = Peers(inner.get_id(), limits)
+        self._peers = peers
         sockets = [(address.host, address.port) for address in map(parse_direct, listening)]
         self._connector = Connector(self._swarm, limits, self._peers, sockets)
         self._circuits = Circuits(limits, self._peers, self._connector)
@@ -149,7 +154,7 @@ class Host:
 
         async def serve(inner: INetStream) -> None:
             peer = self._peers.entry(inner.muxed_conn.peer_id)
-            stream = Stream(inner, peer.text, protocol, peer.traffic, self.limits.message_bytes)
+            stream = Stream(inner, peer.text, protocol, peer.account, self.limits.message_bytes)
             try:
                 await handler(stream)
             except StreamError as error:
@@ -194,7 +199,7 @@ class Host:
                 raise ProtocolRefused(
                     f"{peer_id} refused a stream for {protocol}: {error}"
                 ) from error
-            return Stream(inner, peer.text, protocol, peer.traffic, self.limits.message_bytes)
+            return Stream(inner, peer.text, protocol, peer.account, self.limits.message_bytes)
         raise DialFailed(f"the connection to {peer_id} broke {_OPEN_ATTEMPTS} times: {last}")
 
     # Peers
@@ -218,6 +223,40 @@ class Host:
     def peers(self) -> tuple[PeerStatus, ...]:
         """Every connected and every kept peer, ordered by PeerId."""
         return self._peers.statuses()
+
+    # Who may not be here
+
+    @property
+    def bans(self) -> Bans:
+        """Who may not connect. To change it use `ban` and `unban`, which also enforce it."""
+        return self._peers.bans
+
+    def ban(self, subject: str, seconds: float | None = None, reason: str = "") -> Ban:
+        """Disconnect and refuse a PeerId, IP address or network; without `seconds` until `unban`.
+
+        AddressInvalid, BansFull.
+        """
+        ban = self._peers.bans.add(subject, seconds, reason)
+        self._peers.enforce()
+        return ban
+
+    def unban(self, subject: str) -> Ban | None:
+        """Take a ban back, also one of the host itself; None when none holds. AddressInvalid."""
+        return self._peers.bans.lift(subject)
+
+    def set_bans(self, bans: Sequence[Ban]) -> None:
+        """Replace what another host of this node has banned; what this one found out stays."""
+        self._peers.bans.replace(bans)
+        self._peers.enforce()
+
+    def misbehaved(self, peer_id: str, offence: Offence, why: str) -> None:
+        """A service saw a peer do what no honest one does: its score grows, and it may be
+        disconnected and banned (see `accounting`). `why` is for logs and for the ban's reason."""
+        self._peers.accuse(parse_peer_id(peer_id), offence, why)
+
+    def spent(self, peer_id: str, seconds: float) -> None:
+        """A service worked for a peer for so long; shown in its status."""
+        self._peers.account(parse_peer_id(peer_id)).spent += seconds
 
     def changes(self) -> trio.MemoryReceiveChannel[PeerChange]:
         """Connections that come and go from now on; it ends when the host closes."""
@@ -265,8 +304,10 @@ class Host:
         """Messages of others on a topic. A topic is subscribed at most once.
 
         `validate(forwarder, data)` is synchronous, must be fast, and is called before a message is
-        forwarded or delivered, after the check of `limit`; what it raises counts as False and is
-        logged. `forwarder` is the connected peer that it came from: authors cost nothing. Delivery
+        forwarded or delivered, after the check of `limit`. True: good. None: not passed on, but
+        nobody's fault, for the answer hangs on what one has seen. False: no honest node would have
+        passed it on, and its forwarder is blamed. What it raises counts as None and is logged.
+        `forwarder` is the connected peer that it came from: authors cost nothing. Delivery
         is best effort: a subscriber that leaves `Limits.gossip_queue` messages unread loses the
         newer ones (`gossip_dropped`).
         """
@@ -294,7 +335,9 @@ class Host:
         async def handle(stream: INetStream) -> None:
             peer = str(stream.muxed_conn.peer_id)
             if self._inbound_streams[peer] >= self.limits.streams_per_peer:
-                log.debug("%s has too many streams open", peer)
+                self._peers.accuse(
+                    stream.muxed_conn.peer_id, Offence.STREAMS, f"{self._inbound_streams[peer]}"
+                )
                 await rawstream.reset(stream)
                 return
             self._inbound_streams[peer] += 1
@@ -335,6 +378,7 @@ async def open_host(
     *,
     gossip: bool = True,
     limits: Limits | None = None,
+    bans: Bans | None = None,
     relay: RelayPolicy | None = None,
 ) -> AsyncIterator[Host]:
     """Run a host whose identity is the Ed25519 key of the 32-byte `seed`.
@@ -355,14 +399,16 @@ async def open_host(
             for listener in listeners:
                 stack.push_async_callback(listener.aclose)
             addresses = listened(listeners)
-            inner = _new_host(seed, addresses, limits)
+            key_pair = create_new_key_pair(seed)
+            peers = Peers(ID.from_pubkey(key_pair.public_key), limits, bans)
+            inner = _new_host(key_pair, addresses, limits, peers)
             await stack.enter_async_context(inner.run(listen_addrs=[]))
             # It would dial, of its own choice, whatever addresses strangers have told us.
             await cast(Swarm, inner.get_network()).auto_connector.stop()
             running = (
-                await stack.enter_async_context(open_gossip(inner, limits)) if gossip else None
+                await stack.enter_async_context(open_gossip(inner, limits, peers)) if gossip else None
             )
-            host = Host(inner, addresses, limits, running, relay)
+            host = Host(inner, peers, addresses, limits, running, relay)
             async with trio.open_nursery() as nursery:
                 host._start(nursery, listeners)
                 try:
@@ -379,9 +425,13 @@ async def open_host(
         raise group from None
 
 
-def _new_host(seed: bytes, addresses: Sequence[str], limits: Limits) -> IHost:
-    key_pair = create_new_key_pair(seed)
-    muxer = functools.partial(FastMux, inbound_streams=2 * limits.streams_per_peer)
+def _new_host(key_pair: KeyPair, addresses: Sequence[str], limits: Limits, peers: Peers) -> IHost:
+    muxer = functools.partial(
+        FastMux,
+        inbound_streams=2 * limits.streams_per_peer,
+        memory=peers.memory,
+        accuse=peers.accuse,
+    )
     return libp2p.new_host(
         key_pair=key_pair,
         # Only these: the library's defaults accept plaintext, and with it forged identities.

@@ -26,6 +26,9 @@ class Limits:
     """Streams that one peer may hold open towards us at the same time."""
     message_bytes: int = 256 * 1024 * 1024
     """Above any `receive(limit)`: no caller may allow more in one message."""
+    buffer_bytes: int = 256 * 1024 * 1024
+    """What all connections together may hold for readers that have not taken it yet; from half of
+    it on nobody is granted more (see `memory`). A carrier needs 8 MiB for each busy link."""
     keepalive_seconds: float = 10.0
     """Interval between pings on a connection."""
     keepalive_timeout_seconds: float = 8.0

@@ -9,6 +9,8 @@ import trio
 from libp2p.abc import IMuxedConn, IMuxedStream
 from libp2p.stream_muxer.exceptions import MuxedStreamClosed, MuxedStreamEOF, MuxedStreamReset
 
+from tdmld.p2p.memory import CHUNK_BYTES
+
 if TYPE_CHECKING:
     from tdmld.p2p.fastmux import FastMux
 
@@ -34,6 +36,8 @@ class FastMuxStream(IMuxedStream):
         self._chunks: deque[bytes] = deque()
         self._head = 0
         """How much of the first chunk has been taken already."""
+        self.held = 0
+        """Bytes of the chunks, with what each costs besides."""
         self._granted = WINDOW_BYTES
         """What the peer may still send."""
         self._window = WINDOW_BYTES
@@ -79,15 +83,27 @@ class FastMuxStream(IMuxedStream):
             if end == len(chunk):
                 self._chunks.popleft()
                 self._head = 0
+                self._hold(-len(chunk) - CHUNK_BYTES)
         self._taken += size
-        if self._taken >= self._window // 4 and not self._ended and not self._reset:
+        if (
+            self._taken >= self._window // 4
+            and not (self._ended or self._reset)
+            and (not self._chunks or not self._mux.memory.is_scarce)
+        ):
             self._grant(self._taken)
             self._taken = 0
         return taken
 
+    def _hold(self, size: int) -> None:
+        if size:
+            self.held += size
+            self._mux.hold(self, size)
+
     def expect(self, size: int) -> None:
         """The application has agreed to take `size` bytes: let the peer send far ahead."""
         window = min(size, WINDOW_MAX_BYTES)
+        if self._mux.memory.is_scarce:
+            return
         if window > self._window and not self._ended and not self._reset:
             self._grant(window - self._window)
             self._window = window
@@ -125,9 +141,9 @@ class FastMuxStream(IMuxedStream):
 
     async def close(self) -> None:
         """Say FIN and read no more; a peer that goes on sending gets a reset. Never blocks."""
+        self._discard()
         if not self._reset:
             self._deaf = True
-            self._discard()
             self._readable.set()
             await self.close_write()
 
@@ -143,9 +159,13 @@ class FastMuxStream(IMuxedStream):
 
     async def reset(self) -> None:
         """Drop the stream in both directions. Never blocks."""
+        self.drop()
+
+    def drop(self) -> None:
+        """`reset` for callers that are no tasks."""
+        self._discard()
         if not self._reset:
             self._break()
-            self._discard()
             self._mux.queue_control(RST, self._number, 0)
             self._mux.forget(self._number)
 
@@ -170,6 +190,7 @@ class FastMuxStream(IMuxedStream):
     def _discard(self) -> None:
         self._chunks.clear()
         self._head = 0
+        self._hold(-self.held)
 
     def _break(self) -> None:
         self._reset = True
@@ -188,6 +209,7 @@ class FastMuxStream(IMuxedStream):
         if not (self._reset or self._deaf):
             self._chunks.append(chunk)
             self._readable.set()
+            self._hold(len(chunk) + CHUNK_BYTES)
 
     def on_credit(self, size: int) -> None:
         self._credit += size

@@ -6,7 +6,6 @@ One `Stream` may be used by one receiving task and any number of sending tasks a
 import struct
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -17,6 +16,7 @@ from libp2p.network.stream.exceptions import StreamClosed as LibClosed
 from libp2p.network.stream.exceptions import StreamEOF
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
 
+from tdmld.p2p.accounting import Account, Offence
 from tdmld.p2p.errors import MessageTooLarge, StreamBroken, StreamClosed
 from tdmld.p2p.muxstream import FastMuxStream
 from tdmld.p2p.shield import shielded
@@ -32,14 +32,6 @@ Part = bytes | bytearray | memoryview
 _Ending = Callable[[], Awaitable[None]]
 
 
-@dataclass(slots=True)
-class Traffic:
-    """Message bytes exchanged with one peer since the host started."""
-
-    bytes_in: int = 0
-    bytes_out: int = 0
-
-
 class Stream:
     """A two-way stream of messages with an authenticated peer; made by `Host`, not directly.
 
@@ -47,7 +39,7 @@ class Stream:
     """
 
     def __init__(
-        self, inner: INetStream, peer_id: str, protocol: str, traffic: Traffic, most: int
+        self, inner: INetStream, peer_id: str, protocol: str, account: Account, most: int
     ) -> None:
         self.peer_id = peer_id
         """Whom we speak to; proved by the secure channel."""
@@ -55,7 +47,7 @@ class Stream:
         self._inner = inner
         muxed = getattr(inner, "muxed_stream", None)
         self._fast = muxed if isinstance(muxed, FastMuxStream) else None
-        self._traffic = traffic
+        self._account = account
         self._most = most
         self._send_lock = trio.Lock()
         self._receiving = False
@@ -89,7 +81,7 @@ class Stream:
             finally:
                 if not complete:
                     await self._reset_shielded()
-        self._traffic.bytes_out += size
+        self._account.messages_out += 1
 
     async def receive(self, limit: int) -> bytes:
         """The next message, of at most `limit` bytes.
@@ -116,7 +108,7 @@ class Stream:
             raise failure from error
         finally:
             self._receiving = False
-        self._traffic.bytes_in += len(body)
+        self._account.messages_in += 1
         return body
 
     async def close(self) -> None:
@@ -177,6 +169,7 @@ class Stream:
                 f"{limit} are allowed here"
             )
             self._finished = refusal
+            self._account.accuse(Offence.OVERSIZE, str(refusal))
             await self._reset_shielded()
             raise refusal
         if self._fast is not None and size > 0:

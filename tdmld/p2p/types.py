@@ -37,8 +37,15 @@ class PeerStatus:
     latency: float | None = None
     """Round trip of the last keepalive, seconds."""
     bytes_in: int = 0
-    """Payload of messages received on streams since the host started, headers excluded."""
+    """All bytes of its connections since the host started: handshake, muxer and encryption too."""
     bytes_out: int = 0
+    messages_in: int = 0
+    """Messages on streams."""
+    messages_out: int = 0
+    gossip_bytes: int = 0
+    """Bodies of gossip that it handed to us, duplicates excluded."""
+    spent_seconds: float = 0.0
+    """Our time for it in validators and in what services report."""
     connected_since: float | None = None
     """Unix time, seconds."""
     last_error: str = ""

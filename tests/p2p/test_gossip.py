@@ -12,7 +12,7 @@ from libp2p.utils.varint import encode_varint_prefixed
 
 from tdmld.p2p import GossipMessage, Host, Limits, open_host
 from tdmld.p2p.errors import GossipRefused
-from tdmld.p2p.host import _negotiate
+from tdmld.p2p.rawstream import negotiate
 from tests.p2p.support import connected_pair, hosts, info, says_hello, seed, until
 
 TOPIC = "/test/gossip/1"
@@ -252,7 +252,7 @@ async def test_a_forged_message_is_dropped_and_the_host_lives(message: dict[str,
     async with connected_pair(gossip=True) as (a, b):
         _, yours = await join(a, b)
         [conn] = a._swarm.get_connections()
-        stream = await _negotiate(conn, TProtocol(PROTOCOL_ID_V12))
+        stream = await negotiate(conn, TProtocol(PROTOCOL_ID_V12))
         forged = rpc_pb2.Message(data=b"forged", topicIDs=[TOPIC], seqno=bytes(8), **message)
         rpc = rpc_pb2.RPC(publish=[forged])
         await stream.write(encode_varint_prefixed(rpc.SerializeToString()))
@@ -269,7 +269,7 @@ async def test_garbage_on_a_gossip_stream_harms_its_sender_only(raw: bytes):
         await until(lambda: len(b.connected()) == 2)
         _, _, channel = await join(hostile, b, c)
         [conn] = hostile._swarm.get_connections()
-        stream = await _negotiate(conn, TProtocol(PROTOCOL_ID_V12))
+        stream = await negotiate(conn, TProtocol(PROTOCOL_ID_V12))
         await stream.write(raw)
         await trio.testing.wait_all_tasks_blocked(0.05)
         await b.publish(TOPIC, b"genuine")
