@@ -8,17 +8,11 @@ open the sockets and call the library's public upgrade steps: security, muxer, `
 Admission keeps one invariant: **a peer has at most one registered connection.** Gossipsub goes
 deaf towards a peer that has two. `decide` says what to do with a second one; both ends come to the
 same answer.
-
-Listening sockets let our own dials share their port (`from_listener`): a router that translates
-addresses then shows relays, and lets through, the one port on which we can also be reached. The
-port is taken alone first and opened for sharing afterwards, so a second node still cannot have it.
 """
 
 import errno
-import ipaddress
 import logging
 import os
-import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -26,6 +20,7 @@ from typing import Literal, Protocol
 
 import trio
 from libp2p.abc import IMuxedConn, INetConn
+from libp2p.connection_types import ConnectionType
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
@@ -37,13 +32,12 @@ from tdmld.p2p.addresses import (
     Address,
     RelayedAddress,
     TcpAddress,
-    format_address,
-    parse_direct,
 )
-from tdmld.p2p.errors import AddressInvalid, DialFailed, ListenFailed
+from tdmld.p2p.errors import DialFailed
 from tdmld.p2p.limits import Limits
 from tdmld.p2p.rawstream import is_relayed
 from tdmld.p2p.shield import shielded
+from tdmld.p2p.sockets import UNUSABLE_PORT, connect_from, family_of
 from tdmld.p2p.types import Direction, Path
 
 log = logging.getLogger(__name__)
@@ -54,13 +48,10 @@ _NEXT_ADDRESS_SECONDS = 0.25
 """Head start of one address before the next is tried beside it (RFC 8305)."""
 _DIRECT_SECONDS = 1.0
 """Head start of all direct addresses before a relay is troubled."""
-_BACKLOG = 128
 _CLOSE_SECONDS = 1.0
 _ACCEPT_PAUSE_SECONDS = 0.1
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 """Accepting fails for lack of these, and may succeed again when connections close."""
-_UNUSABLE_PORT = {errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EINVAL, errno.EACCES}
-"""A dial cannot share the listening port: taken for just this peer, or of another interface."""
 
 
 def decide(
@@ -89,63 +80,6 @@ def decide(
         return "replace" if new == "inbound" else "refuse"
     keep: Direction = "outbound" if we_are_smaller else "inbound"
     return "replace" if new == keep else "refuse"
-
-
-async def open_listeners(addresses: Sequence[str]) -> list[trio.SocketListener]:
-    """Bind and listen on every address, or raise ListenFailed and leave none open."""
-    listeners: list[trio.SocketListener] = []
-    try:
-        for text in addresses:
-            listeners.append(await _open_listener(text))
-    except BaseException:  # also cancellation: no port stays taken
-        for listener in listeners:
-            listener.socket.close()
-        raise
-    return listeners
-
-
-async def _open_listener(text: str) -> trio.SocketListener:
-    try:
-        address = parse_direct(text)
-    except AddressInvalid as error:
-        raise ListenFailed(f"cannot listen: {error}") from error
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    opened = trio.socket.socket(family, socket.SOCK_STREAM)
-    try:
-        # Reuse of TIME_WAIT only, or two nodes would share a port unnoticed.
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        await opened.bind((address.host, address.port))
-        opened.listen(_BACKLOG)
-        _share_port(opened)
-        return trio.SocketListener(opened)
-    except OSError as error:
-        opened.close()
-        raise ListenFailed(f"cannot listen on {text}: {_explain(error)}") from error
-    except BaseException:  # also cancellation: no port stays taken
-        opened.close()
-        raise
-
-
-def _share_port(opened: trio.socket.SocketType) -> None:
-    """Let sockets that ask for it have the port too; where the system cannot, dials do without."""
-    with suppress(OSError, AttributeError):
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-
-
-def _explain(error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return "the port is in use by another process; stop it, or listen on another port"
-    if error.errno == errno.EADDRNOTAVAIL:
-        return "this machine has no such address; use one of its own, or 0.0.0.0"
-    if error.errno == errno.EACCES:
-        return "no permission for this port; use one above 1023"
-    return os.strerror(error.errno) if error.errno else str(error)
-
-
-def listened(listeners: Sequence[trio.SocketListener]) -> tuple[str, ...]:
-    """The multiaddrs really bound, with the ports that the system chose."""
-    names = [listener.socket.getsockname() for listener in listeners]
-    return tuple(format_address(name[0], name[1]) for name in names)
 
 
 ThroughRelay = Callable[[ID, RelayedAddress], Awaitable[RawConnection]]
@@ -252,7 +186,7 @@ class Connector:
                     await self._upgrade_inbound(raw, host)
                 else:
                     raw.is_initiator = True
-                    await self._upgrade_outbound(raw, client_of, trio.Lock())
+                    await self.finish_outbound(raw, client_of)
             if scope.cancelled_caught:
                 log.debug("handshake with %s took too long", host)
                 # Not when it was us who had no time.
@@ -267,6 +201,15 @@ class Connector:
             self._pending[host] -= 1
             if not self._pending[host]:
                 del self._pending[host]
+
+    async def finish_inbound(self, raw: RawConnection, host: str) -> None:
+        """As the server of a socket that we dialled ourselves (DCUtR). Nobody is blamed for
+        silence: whoever sits there did not ask for it. OSError and errors of the library."""
+        try:
+            with trio.fail_after(self._limits.handshake_seconds):
+                await self._upgrade_inbound(raw, host)
+        except trio.TooSlowError:
+            raise OSError("the handshake took too long") from None
 
     async def _upgrade_inbound(self, raw: RawConnection, host: str) -> None:
         admitted = False
@@ -287,7 +230,8 @@ class Connector:
                 return
             _metered(raw).charge(self._registry.account(peer))
             muxed = await self._swarm.upgrader.upgrade_connection(secured, peer)
-            admitted = await self._admit(muxed, peer, "inbound")
+            async with self._admission_of(peer):
+                admitted = await self._admit(muxed, peer, "inbound")
         finally:
             if not admitted:
                 await _close_raw(raw)
@@ -306,13 +250,11 @@ class Connector:
             raise DialFailed(f"no address of {peer} is known")
         failures: list[str] = []
         done = trio.Event()
-        # One at a time: of two that come through at once, the ends might keep different ones.
-        finishing = trio.Lock()
 
         async def attempt(address: Address, failed: trio.Event) -> None:
             try:
                 raw = await self._open(peer, address, from_listener)
-                await self._upgrade_outbound(raw, peer, finishing)
+                await self.finish_outbound(raw, peer)
             except (OSError, BaseLibp2pError, DialFailed) as error:
                 failures.append(f"{address.text}: {_describe(error)}")
                 failed.set()
@@ -357,26 +299,31 @@ class Connector:
 
     async def _from_listener(self, address: TcpAddress) -> trio.SocketStream | None:
         """A connection from a listening port; None when none fits or the system refuses."""
-        family = _family(address.host)
-        local = next((name for name in self._listening if _family(name[0]) == family), None)
+        family = family_of(address.host)
+        local = next((name for name in self._listening if family_of(name[0]) == family), None)
         if family is None or local is None:
             return None
         try:
             return await connect_from(local, (address.host, address.port))
         except OSError as error:
-            if error.errno in _UNUSABLE_PORT:
+            if error.errno in UNUSABLE_PORT:
                 return None
             raise
 
-    async def _upgrade_outbound(self, raw: RawConnection, peer: ID, finishing: trio.Lock) -> None:
+    async def finish_outbound(self, raw: RawConnection, peer: ID) -> None:
+        """From a socket to a connection with `peer`, as the client, unless the present one is as
+        good. OSError and errors of the library; `raw` is closed then."""
         admitted, meter = False, _metered(raw)
         try:
             with trio.fail_after(self._limits.handshake_seconds):
                 secured = await self._swarm.upgrader.upgrade_security(raw, True, peer)
                 meter.charge(self._registry.account(peer))
-                async with finishing:
-                    muxed = await self._swarm.upgrader.upgrade_connection(secured, peer)
-                    admitted = await self._admit(muxed, peer, "outbound")
+                # The peer admits us once the muxer is agreed: only one of ours may get so far at
+                # a time, or it would replace the first by the second and we refuse the second.
+                async with self._admission_of(peer):
+                    if self._wanted(peer, "outbound", raw.get_connection_type()):
+                        muxed = await self._swarm.upgrader.upgrade_connection(secured, peer)
+                        admitted = await self._admit(muxed, peer, "outbound")
         except trio.TooSlowError:
             raise OSError("the handshake took too long") from None
         finally:
@@ -385,36 +332,41 @@ class Connector:
 
     # Both
 
+    def _wanted(self, peer: ID, direction: Direction, kind: ConnectionType) -> bool:
+        """Whether a new connection replaces what is there, which may be nothing."""
+        for conn in self._live(peer):
+            muxed = conn.muxed_conn
+            choice = decide(
+                "outbound" if muxed.is_initiator else "inbound",
+                trio.current_time() - self._admitted_at.get(conn, 0.0),
+                direction,
+                we_are_smaller=self._me.to_bytes() < peer.to_bytes(),
+                existing_path="relayed" if is_relayed(muxed) else "direct",
+                new_path="relayed" if kind == ConnectionType.RELAYED else "direct",
+            )
+            if choice == "refuse":
+                log.debug("dropped a second %s connection with %s", direction, peer)
+                return False
+        return True
+
     async def _admit(self, muxed: IMuxedConn, peer: ID, direction: Direction) -> bool:
-        """Register the connection with the swarm; False when the peer's other connection stays."""
-        smaller = self._me.to_bytes() < peer.to_bytes()
-        async with self._admission_of(peer):
-            for conn in self._live(peer):
-                age = trio.current_time() - self._admitted_at.get(conn, 0.0)
-                existing: Direction = "outbound" if conn.muxed_conn.is_initiator else "inbound"
-                choice = decide(
-                    existing,
-                    age,
-                    direction,
-                    we_are_smaller=smaller,
-                    existing_path="relayed" if is_relayed(conn.muxed_conn) else "direct",
-                    new_path="relayed" if is_relayed(muxed) else "direct",
-                )
-                if choice == "refuse":
-                    log.debug("dropped a second %s connection with %s", direction, peer)
-                    return False
-                log.debug("a new %s connection replaces that with %s", direction, peer)
-                await conn.close()
-            # The library tells of an end 100 ms late. A connection registered before that would be
-            # mistaken for the old one by gossip.
-            with trio.move_on_after(_CLOSE_SECONDS):
-                await self._registry.gone(peer)
-            # Shielded: the library logs and half-undoes a registration that is cancelled.
-            with trio.CancelScope(shield=True):
-                conn = await self._swarm.add_conn(muxed, direction=direction)
-            self._admitted_at = {c: t for c, t in self._admitted_at.items() if not c.is_closed}
-            self._admitted_at[conn] = trio.current_time()
-            return True
+        """With the peer's lock: register the connection with the swarm in place of others; False
+        when the present one stays."""
+        if not self._wanted(peer, direction, muxed.get_connection_type()):
+            return False
+        for conn in self._live(peer):
+            log.debug("a new %s connection replaces that with %s", direction, peer)
+            await conn.close()
+        # The library tells of an end 100 ms late. A connection registered before that would be
+        # mistaken for the old one by gossip.
+        with trio.move_on_after(_CLOSE_SECONDS):
+            await self._registry.gone(peer)
+        # Shielded: the library logs and half-undoes a registration that is cancelled.
+        with trio.CancelScope(shield=True):
+            conn = await self._swarm.add_conn(muxed, direction=direction)
+        self._admitted_at = {c: t for c, t in self._admitted_at.items() if not c.is_closed}
+        self._admitted_at[conn] = trio.current_time()
+        return True
 
     @asynccontextmanager
     async def _admission_of(self, peer: ID) -> AsyncIterator[None]:
@@ -429,30 +381,6 @@ class Connector:
 
     def _live(self, peer: ID) -> list[INetConn]:
         return [conn for conn in self._swarm.get_connections(peer) if not conn.is_closed]
-
-
-async def connect_from(local: tuple[str, int], remote: tuple[str, int]) -> trio.SocketStream:
-    """Connect to an IP address from a port on which we listen too; OSError."""
-    family = socket.AF_INET6 if ":" in remote[0] else socket.AF_INET
-    opened = trio.socket.socket(family, socket.SOCK_STREAM)
-    try:
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        _share_port(opened)
-        await opened.bind(local)
-        await opened.connect(remote)
-        return trio.SocketStream(opened)
-    except BaseException:  # also cancellation: no socket stays open
-        opened.close()
-        raise
-
-
-def _family(host: str) -> socket.AddressFamily | None:
-    """None for a name, which has none before it is looked up."""
-    try:
-        version = ipaddress.ip_address(host.split("%")[0]).version
-    except ValueError:
-        return None
-    return socket.AF_INET6 if version == 6 else socket.AF_INET
 
 
 def _metered(raw: RawConnection) -> Metered:
