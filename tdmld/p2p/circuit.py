@@ -71,9 +71,7 @@ _IDENTIFY_BYTES = 64 * 1024
 class Dialler(Protocol):
     """What the peer manager does for us."""
 
-    async def connect_to(
-        self, peer_id: ID, addresses: Sequence[Address], *, from_listener: bool = False
-    ) -> INetConn:
+    async def connect_to(self, peer_id: ID, addresses: Sequence[Address]) -> INetConn:
         """The present connection or a new one; DialFailed."""
 
 
@@ -192,6 +190,7 @@ class Circuits:
             candidate = known.get(peer_id) or _Candidate(peer_id, direct)
             candidate.addresses = direct
             self._candidates[peer_id] = candidate
+        self._connector.from_listener = frozenset(wanted)
         self._changed.set()
         self._changed = trio.Event()
 
@@ -229,12 +228,12 @@ class Circuits:
         """Reserve, announce and renew until the relay is lost or refuses; errors of the library,
         DialFailed, StreamBroken."""
         while True:
-            conn = await self._dialler.connect_to(relay.id, relay.addresses, from_listener=True)
+            conn = await self._dialler.connect_to(relay.id, relay.addresses)
             if rawstream.is_relayed(conn.muxed_conn):
                 raise DialFailed("it can be reached only through a relay itself")
             reservation = await self._reserve(conn)
             relay.failures = 0
-            addresses = relay.addresses or tuple(_direct(reservation.addrs))
+            addresses = relay.addresses or tuple(direct_addresses(reservation.addrs))
             fresh = _Held(
                 tuple(relayed_through(a, relay.id) for a in addresses[:_ANNOUNCED_PER_RELAY]),
                 await _observed(conn),
@@ -317,12 +316,14 @@ def _as_socket(circuit: CircuitStream, through: RelayedAddress, initiator: bool)
     return RawConnection(circuit, initiator, ConnectionType.RELAYED, [Multiaddr(through.text)])
 
 
-def _direct(addresses: Sequence[bytes]) -> list[TcpAddress]:
-    """The usable ones of what a relay says of itself (with its PeerId at the end)."""
+def direct_addresses(addresses: Sequence[bytes]) -> list[TcpAddress]:
+    """The usable ones of what a peer says of itself, with or without its PeerId at the end."""
     found: list[TcpAddress] = []
     for data in addresses:
         with suppress(AddressInvalid, MultiaddrError, ValueError):
-            found.append(parse_direct(str(Multiaddr(data)).split("/p2p/")[0]))
+            parts = str(Multiaddr(data)).split("/p2p/")
+            if len(parts) == 1 or "/" not in parts[1]:
+                found.append(parse_direct(parts[0]))
     return found
 
 
@@ -338,7 +339,7 @@ async def _observed(conn: INetConn) -> TcpAddress | None:
     except (BaseLibp2pError, StreamBroken, trio.TooSlowError) as error:
         log.debug("no identify from %s: %r", conn.muxed_conn.peer_id, error)
         return None
-    return next(iter(_direct([answer.observed_addr])), None)
+    return next(iter(direct_addresses([answer.observed_addr])), None)
 
 
 def _local_host(relays: Sequence[TcpAddress]) -> str | None:

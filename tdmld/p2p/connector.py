@@ -115,7 +115,7 @@ class Connector:
         swarm: Swarm,
         limits: Limits,
         registry: Registry,
-        listening: Sequence[tuple[str, int]] = (),
+        listening: Sequence[TcpAddress] = (),
     ) -> None:
         self._swarm = swarm
         self._limits = limits
@@ -123,6 +123,8 @@ class Connector:
         self._listening = listening
         self.through_relay: ThroughRelay | None = None
         """How to dial a relayed address; set once the relay's client runs."""
+        self.from_listener: frozenset[ID] = frozenset()
+        """Relays: they are to see the port on which we listen, so we dial them from it."""
         self.punching: dict[tuple[str, int], ID] = {}
         """Sockets from these addresses are answers to our own simultaneous dial: there we are the
         client, whoever of the two dials came through (DCUtR, step 5)."""
@@ -238,11 +240,9 @@ class Connector:
 
     # Outbound
 
-    async def dial(
-        self, peer: ID, addresses: Sequence[Address], *, from_listener: bool = False
-    ) -> None:
+    async def dial(self, peer: ID, addresses: Sequence[Address]) -> None:
         """Connect to `peer` at the first address that works, direct ones first; on return there is
-        or was a connection. `from_listener` shares the port of a listening socket if possible.
+        or was a connection.
 
         Raises DialFailed with the reason for each address.
         """
@@ -253,7 +253,7 @@ class Connector:
 
         async def attempt(address: Address, failed: trio.Event) -> None:
             try:
-                raw = await self._open(peer, address, from_listener)
+                raw = await self._open(peer, address)
                 await self.finish_outbound(raw, peer)
             except (OSError, BaseLibp2pError, DialFailed) as error:
                 failures.append(f"{address.text}: {_describe(error)}")
@@ -287,12 +287,12 @@ class Connector:
             failures.append(f"no answer within {self._limits.dial_seconds:g} s")
         raise DialFailed(f"cannot connect to {peer}: " + "; ".join(failures))
 
-    async def _open(self, peer: ID, address: Address, from_listener: bool) -> RawConnection:
+    async def _open(self, peer: ID, address: Address) -> RawConnection:
         if isinstance(address, RelayedAddress):
             if self.through_relay is None:
                 raise DialFailed("the host is closed")
             return await self.through_relay(peer, address)
-        stream = await self._from_listener(address) if from_listener else None
+        stream = await self._from_listener(address) if peer in self.from_listener else None
         if stream is None:
             stream = await trio.open_tcp_stream(address.host, address.port)
         return RawConnection(TrioTCPStream(stream), True)
@@ -300,11 +300,11 @@ class Connector:
     async def _from_listener(self, address: TcpAddress) -> trio.SocketStream | None:
         """A connection from a listening port; None when none fits or the system refuses."""
         family = family_of(address.host)
-        local = next((name for name in self._listening if family_of(name[0]) == family), None)
+        local = next((own for own in self._listening if family_of(own.host) == family), None)
         if family is None or local is None:
             return None
         try:
-            return await connect_from(local, (address.host, address.port))
+            return await connect_from(local, address)
         except OSError as error:
             if error.errno in UNUSABLE_PORT:
                 return None

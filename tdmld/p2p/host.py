@@ -35,7 +35,7 @@ from tdmld.p2p.accounting import Offence
 from tdmld.p2p.addresses import parse_direct, parse_peer_id
 from tdmld.p2p.bans import Ban, Bans
 from tdmld.p2p.circuit import HOP, STOP, Circuits
-from tdmld.p2p.connector import Connector, listened, open_listeners
+from tdmld.p2p.connector import Connector
 from tdmld.p2p.errors import DialFailed, GossipRefused, ProtocolRefused, StreamError
 from tdmld.p2p.fastmux import PROTOCOL as FASTMUX
 from tdmld.p2p.fastmux import FastMux
@@ -43,8 +43,10 @@ from tdmld.p2p.gossip import Gossip, open_gossip
 from tdmld.p2p.limits import Limits
 from tdmld.p2p.noise import ShieldedNoise
 from tdmld.p2p.peers import Peers
+from tdmld.p2p.punch import DCUTR, Puncher
 from tdmld.p2p.relay import Relay, RelayPolicy, RelayUse
 from tdmld.p2p.shield import shielded
+from tdmld.p2p.sockets import listened, open_listeners
 from tdmld.p2p.streams import Stream
 from tdmld.p2p.tls import FastTls
 from tdmld.p2p.types import GossipMessage, PeerChange, PeerInfo, PeerStatus
@@ -83,13 +85,17 @@ def _quiet_libp2p() -> None:
 class _Notifee(INotifee):
     """Tells the peer manager what the swarm registers and loses."""
 
-    def __init__(self, peers: Peers, gossip: Gossip | None, peerstore: IPeerStore) -> None:
+    def __init__(
+        self, peers: Peers, puncher: Puncher, gossip: Gossip | None, peerstore: IPeerStore
+    ) -> None:
         self._peers = peers
+        self._puncher = puncher
         self._peerstore = peerstore
         self._gossip = gossip
 
     async def connected(self, network: INetwork, conn: INetConn) -> None:
         self._peers.on_connected(conn)
+        self._puncher.on_connected(conn)
 
     async def disconnected(self, network: INetwork, conn: INetConn) -> None:
         if self._gossip is not None:
@@ -128,11 +134,13 @@ class Host:
         self._swarm = cast(Swarm, inner.get_network())
         self._gossip = gossip
         self._peers = peers
-        sockets = [(address.host, address.port) for address in map(parse_direct, listening)]
+        sockets = [parse_direct(text) for text in listening]
         self._connector = Connector(self._swarm, limits, self._peers, sockets)
         self._circuits = Circuits(limits, self._peers, self._connector)
         self._connector.through_relay = self._circuits.dial
         inner.set_stream_handler(STOP, self._circuits.serve_stop)
+        self._puncher = Puncher(self._peers, self._connector, self._circuits, sockets)
+        inner.set_stream_handler(DCUTR, self._puncher.serve)
         self._relay: Relay | None = None
         if relay is not None:
             self._relay = Relay(
@@ -140,7 +148,9 @@ class Host:
             )
             inner.set_stream_handler(HOP, self._relay.serve_hop)
         self._inbound_streams: Counter[str] = Counter()
-        self._swarm.register_notifee(_Notifee(self._peers, gossip, inner.get_peerstore()))
+        self._swarm.register_notifee(
+            _Notifee(self._peers, self._puncher, gossip, inner.get_peerstore())
+        )
         self._swarm.set_stream_handler(self._guard(self._swarm.common_stream_handler))
 
     # Streams
@@ -288,6 +298,7 @@ class Host:
         peer = self._peers.entry(parse_peer_id(peer_id))
         with trio.move_on_after(timeout), suppress(DialFailed):
             await self._peers.connect(peer)
+            await self._puncher.upgrade(peer.id)
         conn = self._peers.live(peer)
         return conn is not None and not rawstream.is_relayed(conn.muxed_conn)
 
@@ -357,6 +368,7 @@ class Host:
     def _start(self, nursery: trio.Nursery, listeners: list[trio.SocketListener]) -> None:
         self._peers.start(self._connector, nursery)
         nursery.start_soon(self._circuits.run)
+        self._puncher.start(nursery)
         for listener in listeners:
             nursery.start_soon(self._connector.serve, listener)
 
@@ -406,7 +418,9 @@ async def open_host(
             # It would dial, of its own choice, whatever addresses strangers have told us.
             await cast(Swarm, inner.get_network()).auto_connector.stop()
             running = (
-                await stack.enter_async_context(open_gossip(inner, limits, peers)) if gossip else None
+                await stack.enter_async_context(open_gossip(inner, limits, peers))
+                if gossip
+                else None
             )
             host = Host(inner, peers, addresses, limits, running, relay)
             async with trio.open_nursery() as nursery:

@@ -174,19 +174,11 @@ class Peers:
                     await changed.wait()
                 delay = min(delay * 2, self._limits.redial_last_seconds)
 
-    async def connect_to(
-        self, peer_id: ID, addresses: Sequence[Address], *, from_listener: bool = False
-    ) -> INetConn:
+    async def connect_to(self, peer_id: ID, addresses: Sequence[Address]) -> INetConn:
         """Like `connect`, at these addresses instead of those that we know."""
-        return await self.connect(self.entry(peer_id), addresses, from_listener=from_listener)
+        return await self.connect(self.entry(peer_id), addresses)
 
-    async def connect(
-        self,
-        peer: _Peer,
-        addresses: Sequence[Address] | None = None,
-        *,
-        from_listener: bool = False,
-    ) -> INetConn:
+    async def connect(self, peer: _Peer, addresses: Sequence[Address] | None = None) -> INetConn:
         """The present connection, or a new one; DialFailed. Simultaneous calls dial once."""
         dials = peer.dials
         async with peer.dialling:
@@ -201,7 +193,7 @@ class Peers:
                 raise DialFailed(f"{peer.text} is banned: {ban.reason or 'no reason was given'}")
             try:
                 allowed = self._allowed(peer.addresses if addresses is None else addresses)
-                await self._connector.dial(peer.id, allowed, from_listener=from_listener)
+                await self._connector.dial(peer.id, allowed)
             except DialFailed as error:
                 # The peer may have dialled us meanwhile.
                 if (conn := self.live(peer)) is not None:

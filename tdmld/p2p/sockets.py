@@ -16,7 +16,7 @@ from contextlib import suppress
 
 import trio
 
-from tdmld.p2p.addresses import format_address, parse_direct
+from tdmld.p2p.addresses import TcpAddress, format_address, parse_direct
 from tdmld.p2p.errors import AddressInvalid, ListenFailed
 
 _BACKLOG = 128
@@ -81,15 +81,15 @@ def listened(listeners: Sequence[trio.SocketListener]) -> tuple[str, ...]:
     return tuple(format_address(name[0], name[1]) for name in names)
 
 
-async def connect_from(local: tuple[str, int], remote: tuple[str, int]) -> trio.SocketStream:
+async def connect_from(local: TcpAddress, remote: TcpAddress) -> trio.SocketStream:
     """Connect to an IP address from a port on which we listen too; OSError."""
-    family = socket.AF_INET6 if ":" in remote[0] else socket.AF_INET
+    family = socket.AF_INET6 if ":" in remote.host else socket.AF_INET
     opened = trio.socket.socket(family, socket.SOCK_STREAM)
     try:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         _share_port(opened)
-        await opened.bind(local)
-        await opened.connect(remote)
+        await opened.bind((local.host, local.port))
+        await opened.connect((remote.host, remote.port))
         return trio.SocketStream(opened)
     except BaseException:  # also cancellation: no socket stays open
         opened.close()
