@@ -190,7 +190,8 @@ class ContentStore:
                 raise ContentRefused(
                     f"{path} has {facts.st_size} bytes; a text has 1 to {TEXT_BYTES}"
                 )
-            self.make_room(sealed_size(facts.st_size), blob=True)
+            needed = facts.st_size if sealed is None else sealed_size(facts.st_size)
+            self.make_room(needed, blob=True)
             shards = []
             while block := file.read(SHARD_BYTES):
                 for shard in cut_shards(block):
