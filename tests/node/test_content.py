@@ -14,7 +14,7 @@ from tdmld.node import contentserver, layout
 from tdmld.node import contentwire as wire
 from tdmld.node.contentserver import JobContent
 from tdmld.node.contentstore import ContentStore
-from tdmld.node.control import Blob, FramesFile, Item, ResultFile, Slot, StateFile
+from tdmld.node.control import FramesFile, Item, ResultFile, Slot, StateFile
 from tdmld.node.errors import ContentMismatch, ContentRefused, ContentUnavailable
 from tdmld.node.layout import Layout
 from tdmld.node.seal import ContentKeys
