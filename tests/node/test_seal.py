@@ -1,4 +1,4 @@
-"""Sealed data: ciphertext at rest and on the way, keys for members alone, new ones after a change."""
+"""Sealed data: ciphertext at rest and on the way, keys for members, new ones after a change."""
 
 import os
 from pathlib import Path
