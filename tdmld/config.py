@@ -7,6 +7,7 @@ environment. Whatever nobody knows is an error that names itself, wherever it st
 """
 
 import difflib
+import ipaddress
 import json
 import os
 import re
@@ -79,6 +80,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Allow rpc_listen on an address that other machines reach, without TLS."""
     peers: tuple[_Text, ...] = ()
     """Daemons to dial first: multiaddr/p2p/<address>."""
+    deny: tuple[_Text, ...] = ()
+    """Peer ids and IP networks that may not connect, and are not dialled."""
     launcher: tuple[_Text, ...] = ()
     """Words put before the command line of every worker, such as ["nice", "-n", "5"]."""
     sync: Literal["blocks", "snapshot"] = "blocks"
@@ -258,7 +261,7 @@ def _convert(key: str, value: object, origin: str) -> Any:
             value = shlex.split(value)
         except ValueError as error:
             raise ConfigError(f"{origin} cannot be split into words", why=str(error)) from error
-    elif isinstance(value, str) and key in ("listen", "peers"):
+    elif isinstance(value, str) and key in ("listen", "peers", "deny"):
         value = [part.strip() for part in value.split(",") if part.strip()]
     try:
         # From TOML types must be right; the environment and the command line have only text.
@@ -286,6 +289,12 @@ def _check(config: Config, origin: Mapping[str, str]) -> None:
             raise ConfigError(
                 f"{origin['peers']}: {text!r} is not a peer", why=str(error)
             ) from error
+    for text in config.deny:
+        if not _is_network(text) and not _is_peer_id(text):
+            raise ConfigError(
+                f"{origin['deny']}: {text!r} is neither a peer id nor an IP network",
+                next="write it like 192.0.2.0/24, 2001:db8::/32 or 12D3Koo...",
+            )
     try:
         _ = config.trusted
     except DecodeError as error:
@@ -306,3 +315,19 @@ def _check(config: Config, origin: Mapping[str, str]) -> None:
             why="the token would travel unencrypted",
             next="listen on 127.0.0.1 and use a tunnel, or accept the risk with --rpc-insecure",
         )
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_peer_id(text: str) -> bool:
+    try:
+        public_key(text)
+    except DecodeError:
+        return False
+    return True

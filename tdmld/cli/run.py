@@ -14,6 +14,7 @@ def run(
     rpc_listen: str | None = None,
     rpc_insecure: bool | None = None,
     peers: tuple[str, ...] | None = None,
+    deny: tuple[str, ...] | None = None,
     launcher: str | None = None,
     sync: str | None = None,
     checkpoint: str | None = None,
@@ -36,6 +37,7 @@ def run(
     rpc_listen: host:port of the JSON-RPC server.
     rpc_insecure: Allow an rpc_listen that other machines reach, without TLS.
     peers: Daemons to dial first: /ip4/.../tcp/.../p2p/<peer id>.
+    deny: Peer ids and IP networks that may not connect: 192.0.2.0/24.
     launcher: Words put before every worker's command line, such as "nice -n 5".
     sync: How an empty node begins: blocks or snapshot.
     checkpoint: HEIGHT:HASH of a block that you trust.
@@ -60,6 +62,7 @@ def run(
         "rpc_listen": rpc_listen,
         "rpc_insecure": rpc_insecure,
         "peers": peers,
+        "deny": deny,
         "launcher": launcher,
         "sync": sync,
         "checkpoint": checkpoint,

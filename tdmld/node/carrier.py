@@ -21,10 +21,12 @@ from tdmld import logs
 from tdmld.chain.crypto import KeyPair
 from tdmld.chain.errors import DecodeError
 from tdmld.node import control
+from tdmld.node.carriernet import CarrierNet, Relaying, tell_addresses
 from tdmld.node.content import ContentClient
 from tdmld.node.contentserver import ContentServer, JobContent
 from tdmld.node.contentstore import ContentStore
-from tdmld.node.control import Configure, ControlSocket, Item, Message, Request
+from tdmld.node.control import Configure, Item, Message, Request
+from tdmld.node.controlsocket import ControlSocket
 from tdmld.node.errors import ControlError, LinkRefused, MachineError
 from tdmld.node.layout import SEED_BYTES, Layout
 from tdmld.node.link import Hello, LinkSigner, decode_message
@@ -32,13 +34,21 @@ from tdmld.node.linkserver import HELLO_SECONDS
 from tdmld.node.parentdeath import die_with_parent
 from tdmld.node.seal import ContentKeys
 from tdmld.node.slotserver import SlotServer
-from tdmld.p2p import Host, PeerInfo, Stream, open_host
+from tdmld.p2p import Ban, Host, PeerInfo, Stream, open_host
 from tdmld.p2p.errors import AddressInvalid, ListenFailed, P2PError
 from tdmld.train.errors import TrainError
 
 log = logging.getLogger(__name__)
 
 MAX_HELLO_BYTES = 16 * 1024
+_CANCELLED = (
+    control.FetchData
+    | control.FetchFile
+    | control.ListResult
+    | control.DialBack
+    | control.ConnectDirect
+)
+"""Requests that end when the daemon's caller has gone; others are carried out."""
 EXIT_USAGE = 2
 EXIT_LISTEN = 3
 EXIT_KEY = 4
@@ -67,8 +77,16 @@ def read_session_key(path: Path) -> KeyPair:
 class Carrier:
     """One run of the carrier, on an open host."""
 
-    def __init__(self, config: Configure, key: KeyPair, host: Host, sock: ControlSocket) -> None:
+    def __init__(
+        self,
+        config: Configure,
+        key: KeyPair,
+        host: Host,
+        relaying: Relaying,
+        sock: ControlSocket,
+    ) -> None:
         self._host = host
+        self._net = CarrierNet(host, key.seed, relaying)
         self._control = sock
         self._layout = Layout(Path(config.data_dir))
         self._signer = LinkSigner(key, config.chain_id)
@@ -90,7 +108,8 @@ class Carrier:
         """Serve requests until the daemon closes the control socket."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._send)
-            self._tell(control.Ready(self._host.peer_id, tuple(self._host.addresses)))
+            self._tell(control.Ready(self._host.peer_id, self._host.listening))
+            nursery.start_soon(tell_addresses, self._host, self._outbox)
             while True:
                 raw, descriptors = await self._control.receive()
                 if not raw:
@@ -132,9 +151,9 @@ class Carrier:
 
     @contextmanager
     def _cancellable(self, request: Request) -> Iterator[trio.CancelScope]:
-        """A scope in which the daemon's Cancel ends a fetch."""
+        """A scope in which the daemon's Cancel ends the request."""
         with trio.CancelScope() as scope:
-            if isinstance(request, control.FetchData | control.FetchFile | control.ListResult):
+            if isinstance(request, _CANCELLED):
                 self._fetches[request.id] = scope
             try:
                 yield scope
@@ -149,6 +168,8 @@ class Carrier:
                 self._open_slot(request, descriptors, nursery)
             case control.SetPeers():
                 self._set_peers(request)
+            case control.SetBans(_, bans):
+                self._host.set_bans([Ban(ban.subject, ban.until, ban.reason) for ban in bans])
             case control.SetMembers(_, job, sessions, sealed):
                 self._jobs[job] = JobContent(frozenset(sessions), sealed)
                 if not sessions:
@@ -179,6 +200,8 @@ class Carrier:
             case control.Discard(_, slot, segment):
                 if slot in self._slots:
                     self._slots[slot].discard(segment)
+            case _:
+                return await self._net.carry_out(request, frozenset(self._kept))
         return control.Done(request.id)
 
     def _set_peers(self, request: control.SetPeers) -> None:
@@ -280,8 +303,11 @@ async def main(fd: int) -> int:
         print(error, file=sys.stderr)
         return EXIT_KEY
     try:
-        async with open_host(key.seed, config.listen, gossip=False) as host:
-            await Carrier(config, key, host, sock).run()
+        relaying = Relaying()
+        async with open_host(
+            key.seed, config.listen, gossip=False, relay=relaying.policy()
+        ) as host:
+            await Carrier(config, key, host, relaying, sock).run()
     except ListenFailed as error:
         print(error, file=sys.stderr)
         return EXIT_LISTEN

@@ -27,6 +27,9 @@ MESSAGE_BYTES = 64 * 1024
 MAX_DESCRIPTORS = 2
 MAX_PEERS = 256
 """Carriers that a machine stays connected with."""
+MAX_BANS = 256
+"""Of the daemon; those of the configuration and by hand come first. They fill a message."""
+MAX_REASON = 40
 MAX_ADDRESSES = 8
 """Of one of them."""
 MAX_MEMBERS = 1000
@@ -98,6 +101,21 @@ class SetPeers(Message, frozen=True):
 
     id: int
     peers: Annotated[tuple[Peer, ...], msgspec.Meta(max_length=MAX_PEERS)]
+
+
+class Denied(msgspec.Struct, frozen=True, array_like=True):
+    """A PeerId or an IP network that may not connect; `until` as in `tdmld.p2p.Ban`."""
+
+    subject: Annotated[str, msgspec.Meta(max_length=128)]
+    until: float | None
+    reason: Annotated[str, msgspec.Meta(max_length=MAX_REASON)]
+
+
+class SetBans(Message, frozen=True):
+    """Replaces what the daemon denies; what the carrier found out by itself stays."""
+
+    id: int
+    bans: Annotated[tuple[Denied, ...], msgspec.Meta(max_length=MAX_BANS)]
 
 
 class SetMembers(Message, frozen=True):
@@ -248,6 +266,7 @@ class Cancel(Message, frozen=True):
 
 Request = (
     SetPeers
+    | SetBans
     | SetMembers
     | Rekey
     | ImportText

@@ -28,6 +28,7 @@ from tdmld.chain.transactions import DialReceipt
 from tdmld.config import Config
 from tdmld.errors import UserError
 from tdmld.files import FileTooLarge, read_file
+from tdmld.node import netapi
 from tdmld.node.agent import Agent, AskPolicy
 from tdmld.node.api import Api
 from tdmld.node.chainerrors import ChainSideError
@@ -39,7 +40,7 @@ from tdmld.node.machineclass import machine_class
 from tdmld.node.peers import PeerService
 from tdmld.node.snapshot import SnapshotClient
 from tdmld.node.store import ChainStore
-from tdmld.p2p import Host, PeerInfo, open_host
+from tdmld.p2p import Bans, Host, PeerInfo, open_host
 from tdmld.p2p.errors import P2PError
 from tdmld.rpc.access import Scope, clear_access, write_access
 from tdmld.rpc.server import ListenFailed, Server
@@ -119,6 +120,8 @@ class _Node:
 
     async def main(self) -> None:
         config, key, server = self._config, self._key, self._server
+        bans = Bans(config.deny)
+        bans.restore(netapi.load(config.data_dir))
         store = ChainStore(
             config.data_dir / "chain",
             self._genesis,
@@ -134,7 +137,7 @@ class _Node:
                     listen=(config.carrier_listen,),
                     launcher=config.launcher,
                 ) as machine,
-                open_host(key.seed, config.listen) as host,
+                open_host(key.seed, config.listen, bans=bans) as host,
                 trio.open_nursery() as nursery,
             ):
                 nursery.start_soon(self._signals, nursery)
@@ -179,6 +182,7 @@ class _Node:
                 nursery.start_soon(self._keep_validators, peers, chain)
                 nursery.start_soon(agent.run)
                 nursery.start_soon(api.run)
+                nursery.start_soon(api.net.run)
                 self._tokens[write_access(config.data_dir, server.url)] = Scope.ADMIN
                 log.info(
                     "node %s of chain %s listens on %s, RPC on %s",

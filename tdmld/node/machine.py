@@ -63,9 +63,10 @@ from tdmld.node.machine_types import (
     StateSource,
     StepDone,
 )
+from tdmld.node.reachcarrier import ReachCarrier
 from tdmld.node.seal import sealing
 from tdmld.node.workers import WorkerLauncher
-from tdmld.p2p import PeerInfo
+from tdmld.p2p import Ban, PeerInfo
 from tdmld.train.errors import FileError
 from tdmld.train.segment import SegmentRecord, read_list
 from tdmld.train.spec import decode_spec
@@ -167,8 +168,8 @@ class Machine:
 
     session: str
     """PeerId of the carrier, from keys/session.key; the same after restarts."""
-    addresses: tuple[str, ...]
-    """Multiaddrs where the carrier listens."""
+    reach: ReachCarrier
+    """How the carrier can be reached by others, and others through it."""
     events: trio.MemoryReceiveChannel[Event]
     """One consumer. StepDone may be left out when the consumer is slow, nothing else."""
 
@@ -183,12 +184,12 @@ class Machine:
     ) -> None:
         """Internal; use `open_machine`."""
         self.session = session
-        self.addresses = ()
         self._layout = layout
         self._nursery = nursery
         # Not bounded by number: at most a few events a segment and slot; steps are left out.
         self._events, self.events = trio.open_memory_channel[Event](math.inf)
         self._peers: tuple[control.Peer, ...] = ()
+        self._bans: tuple[control.Denied, ...] = ()
         self._members: dict[bytes, tuple[tuple[str, ...], bytes | None]] = {}
         """Of each job: who may have its content, and the spec id when its data is sealed."""
         self._scopes: dict[bytes, set[trio.CancelScope]] = {}
@@ -199,11 +200,12 @@ class Machine:
         self._carrier = CarrierClient(
             config,
             layout.logs / "carrier.log",
-            on_event=lambda event: self._slots.received(event),
+            on_event=self._received,
             on_down=self._carrier_down,
             on_up=self._carrier_up,
             restore=self._restore,
         )
+        self.reach = ReachCarrier(self._carrier)
         self._gather = Gatherer(layout, session, self._carrier)
         self._slots = LiveSlots(layout, self._workers, self._carrier, nursery, self._emit)
 
@@ -223,6 +225,15 @@ class Machine:
         more than one message holds."""
         self._peers = _that_fit(peers)
         await self._call(lambda n: control.SetPeers(n, self._peers), control.Done)
+
+    async def set_bans(self, bans: Sequence[Ban]) -> None:
+        """Replace whom the carrier refuses besides those that it found out itself; the first ones,
+        if they are more than one message holds."""
+        self._bans = tuple(
+            control.Denied(ban.subject, ban.until, ban.reason[: control.MAX_REASON])
+            for ban in bans[: control.MAX_BANS]
+        )
+        await self._call(lambda n: control.SetBans(n, self._bans), control.Done)
 
     async def set_members(
         self, job: bytes, sessions: frozenset[str], sealed: bytes | None = None
@@ -441,7 +452,9 @@ class Machine:
     def _restore(self) -> list[Callable[[int], control.Request]]:
         """What a restarted carrier must know."""
         requests: list[Callable[[int], control.Request]] = [
-            lambda n: control.SetPeers(n, self._peers)
+            *self.reach.restore(),
+            lambda n: control.SetPeers(n, self._peers),
+            lambda n: control.SetBans(n, self._bans),
         ]
         for job, (sessions, sealed) in self._members.items():
             requests.append(
@@ -450,10 +463,16 @@ class Machine:
         return requests
 
     def _carrier_up(self, ready: control.Ready) -> None:
-        restarted = bool(self.addresses)
-        self.addresses = ready.addresses
+        restarted = bool(self.reach.addresses)
+        self.reach.moved(ready.addresses)
         if restarted:
             self._emit(CarrierUp(ready.addresses))
+
+    def _received(self, event: control.CarrierEvent) -> None:
+        if isinstance(event, control.AddressesChanged):
+            self.reach.moved(event.addresses)
+        else:
+            self._slots.received(event)
 
     def _carrier_down(self, reason: str) -> None:
         self._emit(CarrierDown(reason))

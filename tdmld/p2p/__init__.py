@@ -6,6 +6,8 @@ library, `limits` for every bound.
 """
 
 from tdmld.p2p import errors
+from tdmld.p2p.accounting import Offence
+from tdmld.p2p.bans import Ban, Bans
 from tdmld.p2p.host import Host, open_host
 from tdmld.p2p.limits import Limits
 from tdmld.p2p.relay import CircuitQuota, RelayPolicy, RelayUse
@@ -20,10 +22,13 @@ from tdmld.p2p.types import (
 )
 
 __all__ = [
+    "Ban",
+    "Bans",
     "CircuitQuota",
     "GossipMessage",
     "Host",
     "Limits",
+    "Offence",
     "PeerChange",
     "PeerConnected",
     "PeerDisconnected",

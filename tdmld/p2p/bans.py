@@ -41,7 +41,7 @@ class Ban(msgspec.Struct, frozen=True):
 
     subject: Annotated[str, msgspec.Meta(max_length=128)]
     """A PeerId, or a network such as 192.0.2.7/32 or 2001:db8::/64."""
-    until: float | None
+    until: Annotated[float, msgspec.Meta(ge=0, le=1e11)] | None
     """Unix time in seconds; None: until it is lifted."""
     reason: Annotated[str, msgspec.Meta(max_length=MAX_REASON)] = ""
     author: Author = "operator"

@@ -222,6 +222,13 @@ class Host:
         """Keep it no longer. A present connection stays; see `disconnect`."""
         self._peers.remove(peer_id)
 
+    async def connect(self, peer_id: str) -> PeerStatus:
+        """Connect now, if need be, to a peer whose addresses are known. AddressInvalid; DialFailed
+        says what was tried."""
+        peer = self._peers.entry(parse_peer_id(peer_id))
+        await self._peers.connect(peer)
+        return self._peers.status(peer)
+
     async def disconnect(self, peer_id: str) -> None:
         """Close the connection, if any. A kept peer is dialled again at once."""
         for conn in self._swarm.get_connections(parse_peer_id(peer_id)):

@@ -242,9 +242,10 @@ class Peers:
     def statuses(self) -> tuple[PeerStatus, ...]:
         """Connected and kept peers, by PeerId."""
         shown = [peer for peer in self._peers.values() if peer.kept or self.live(peer)]
-        return tuple(self._status(peer) for peer in sorted(shown, key=lambda peer: peer.text))
+        return tuple(self.status(peer) for peer in sorted(shown, key=lambda peer: peer.text))
 
-    def _status(self, peer: _Peer) -> PeerStatus:
+    def status(self, peer: _Peer) -> PeerStatus:
+        """One peer as it is now."""
         conn = self.live(peer)
         remote = transport = ""
         direction: Direction | None = None

@@ -15,6 +15,7 @@ The server never reaches around it, and a fake of it is all that a test needs. R
 from collections.abc import AsyncIterator
 from typing import Protocol
 
+from tdmld.rpc.nettypes import BanInfo, Connected, DialText, ReasonText, Seconds, SubjectText
 from tdmld.rpc.staketypes import NodeKeyInfo, StakeInfo, ValidatorSetInfo
 from tdmld.rpc.types import (
     AccountInfo,
@@ -53,6 +54,30 @@ class Backend(Protocol):
 
     async def net_peers(self) -> tuple[PeerInfo, ...]:
         """Known nodes, connected ones first."""
+
+    async def net_connect(self, address: DialText) -> Connected:
+        """Keep a peer connected from now on (waits for the first dial).
+
+        `address` ends in /p2p/ and the peer's id. Refused says what was tried; the node goes on
+        dialling all the same. InvalidParams when it cannot be dialled by anybody.
+        """
+
+    async def net_bans(self) -> tuple[BanInfo, ...]:
+        """Who may not connect: by the configuration, by command, by the node itself."""
+
+    async def net_ban(
+        self, subject: SubjectText, seconds: Seconds = 0, reason: ReasonText = ""
+    ) -> BanInfo:
+        """Disconnect and refuse a PeerId, IP address or network, for 0 seconds: until net_unban.
+
+        Holds for the carrier, too, and survives a restart.
+        """
+
+    async def net_unban(self, subject: SubjectText) -> BanInfo:
+        """Take a ban back, also one of the node itself; NotFound.
+
+        One of the configuration returns with the next start.
+        """
 
     async def chain_head(self) -> Head:
         """The newest finalized block."""

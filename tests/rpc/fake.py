@@ -7,6 +7,7 @@ import msgspec
 import trio
 
 from tdmld.rpc.errors import NotFound, Refused
+from tdmld.rpc.nettypes import BanInfo, Connected
 from tdmld.rpc.staketypes import (
     NodeKeyInfo,
     OffenceInfo,
@@ -266,6 +267,7 @@ class FakeBackend:
     outcome: str = "ok"
     submitted: list[str] = field(default_factory=list)
     published: list[tuple[str, str, str]] = field(default_factory=list)
+    banned: dict[str, BanInfo] = field(default_factory=dict)
     stopped: bool = False
     closed_generators: int = 0
     heads_limit: int | None = None
@@ -301,6 +303,28 @@ class FakeBackend:
             ),
             PeerInfo(node=NODES[2], addresses=("/ip4/127.0.0.1/tcp/4002",), connected=False),
         )
+
+    async def net_connect(self, address: str) -> Connected:
+        if not address.startswith("/ip4/127."):
+            raise Refused(f"cannot connect to {NODES[1]}: {address}: Connection refused")
+        return Connected(
+            node=NODES[1], address="/ip4/127.0.0.1/tcp/4001", path="direct", transport="/tls/1.0.0"
+        )
+
+    async def net_bans(self) -> tuple[BanInfo, ...]:
+        return tuple(self.banned.values())
+
+    async def net_ban(self, subject: str, seconds: int = 0, reason: str = "") -> BanInfo:
+        until = time_text(GENESIS_MS + 1000 * seconds) if seconds else ""
+        self.banned[subject] = BanInfo(
+            subject=subject, until=until, reason=reason, author="operator"
+        )
+        return self.banned[subject]
+
+    async def net_unban(self, subject: str) -> BanInfo:
+        if subject not in self.banned:
+            raise NotFound(f"{subject} is not banned")
+        return self.banned.pop(subject)
 
     async def chain_head(self) -> Head:
         return head(self.height)
