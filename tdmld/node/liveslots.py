@@ -57,9 +57,9 @@ class LiveSlots:
         self._slots: dict[tuple[bytes, SlotId], LiveSlot] = {}
         # Filled by the carrier's reader, which must not wait for disk; the slots' own pace
         # (a few packets a step) bounds it.
-        self._incoming, self._to_handle = trio.open_memory_channel[control.CarrierEvent](math.inf)
+        self._incoming, self._to_handle = trio.open_memory_channel[control.SlotEvent](math.inf)
 
-    def received(self, event: control.CarrierEvent) -> None:
+    def received(self, event: control.SlotEvent) -> None:
         """Take an event of the carrier."""
         self._incoming.send_nowait(event)
 

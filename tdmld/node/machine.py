@@ -11,11 +11,8 @@ Open a Machine in the main thread: the parent-death signal of a child belongs to
 started it.
 """
 
-import contextlib
 import logging
 import math
-import os
-import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -23,7 +20,6 @@ from typing import TypeVar
 
 import trio
 
-from tdmld.chain.crypto import KeyPair
 from tdmld.node import channel, control
 from tdmld.node.carrierclient import CarrierClient
 from tdmld.node.errors import (
@@ -38,13 +34,11 @@ from tdmld.node.jobfiles import (
     discard_settled,
     forget_older_states,
     has_state,
-    keep_newest_logs,
     remove_files,
-    remove_leftovers,
     remove_tree,
     state_limit,
 )
-from tdmld.node.layout import SEED_BYTES, Layout, list_file, state
+from tdmld.node.layout import Layout, list_file, state
 from tdmld.node.liveslots import LiveSlots
 from tdmld.node.machine_types import (
     AuditTask,
@@ -63,6 +57,7 @@ from tdmld.node.machine_types import (
     StateSource,
     StepDone,
 )
+from tdmld.node.prepare import prepare
 from tdmld.node.reachcarrier import ReachCarrier
 from tdmld.node.seal import sealing
 from tdmld.node.workers import WorkerLauncher
@@ -99,7 +94,6 @@ CARRIER_GRACE_SECONDS = 3.0
 MAX_WAITING_STEPS = 256
 """StepDone events that a slow consumer may have waiting before new ones are left out."""
 KEPT_BOUNDARIES = 2
-KEPT_WORKER_LOGS = 200
 
 R = TypeVar("R", bound=control.Reply)
 Key = tuple[bytes, SlotId]
@@ -123,7 +117,7 @@ async def open_machine(
 
     MachineError when the carrier does not come up (the text ends with its last words).
     """
-    layout, session = await trio.to_thread.run_sync(_prepare, data_dir)
+    layout, session = await trio.to_thread.run_sync(prepare, data_dir)
     config = control.Configure(str(layout.data_dir), chain_id, tuple(listen), content_quota)
     failure: MachineError | None = None
     async with trio.open_nursery() as nursery:
@@ -138,28 +132,6 @@ async def open_machine(
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
-
-
-def _prepare(data_dir: Path) -> tuple[Layout, str]:
-    """Directories and session key; gives the session."""
-    layout = Layout(data_dir.resolve())
-    for directory in (layout.content, layout.jobs, layout.logs, layout.session_key.parent):
-        directory.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(layout)
-    keep_newest_logs(layout.logs, KEPT_WORKER_LOGS)
-    with contextlib.suppress(FileExistsError):
-        fd = os.open(layout.session_key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(fd, "wb") as file:
-            file.write(secrets.token_bytes(SEED_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-    size = layout.session_key.stat().st_size
-    if size != SEED_BYTES:
-        raise MachineError(
-            f"{layout.session_key} has {size} bytes and is no session key; delete it, a new one"
-            " will be made"
-        )
-    return layout, KeyPair(layout.session_key.read_bytes()).address
 
 
 class Machine:
@@ -208,6 +180,11 @@ class Machine:
         self.reach = ReachCarrier(self._carrier)
         self._gather = Gatherer(layout, session, self._carrier)
         self._slots = LiveSlots(layout, self._workers, self._carrier, nursery, self._emit)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Multiaddrs where the carrier can be dialled."""
+        return self.reach.addresses
 
     @property
     def carrier_pid(self) -> int | None:

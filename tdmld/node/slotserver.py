@@ -12,12 +12,12 @@ import trio
 from tdmld.node import channel
 from tdmld.node.channel import FrameMemory, Packet, decode_packet, encode_packet
 from tdmld.node.control import (
-    CarrierEvent,
     GenesisReported,
     OpenSlot,
     SegmentReported,
     SlotBroken,
     SlotEnded,
+    SlotEvent,
     StepReported,
 )
 from tdmld.node.errors import ControlError, LinkRefused
@@ -51,7 +51,7 @@ class SlotServer:
         memory_fd: int,
         worker: socket.socket,
         signer: LinkSigner,
-        tell: Callable[[CarrierEvent], None],
+        tell: Callable[[SlotEvent], None],
     ) -> None:
         """Takes both descriptors. OSError, ControlError when they cannot be used."""
         dims = request.dimensions
