@@ -60,7 +60,9 @@ _ANSWER_SECONDS = 10.0
 """The relay may have to wait for the other end as long as we do for it."""
 _RENEW_PART = 0.6
 """Part of a reservation's time after which it is renewed."""
-_RENEW_LEAST_SECONDS = 1.0
+_RENEW_LEAST_SECONDS = 15.0
+_RENEW_MOST_SECONDS = 1800.0
+"""Bounds of that, for a relay's clock may be wrong."""
 _RETRY_FIRST_SECONDS = 1.0
 _RETRY_LAST_SECONDS = 300.0
 """Back-off of one relay that refused us or could not be reached."""
@@ -243,7 +245,8 @@ class Circuits:
             if known is None or known.addresses != fresh.addresses:
                 self._tell()
             left = (reservation.expire - time.time()) * _RENEW_PART
-            with trio.move_on_after(max(left, _RENEW_LEAST_SECONDS)) as renewal:
+            left = min(max(left, _RENEW_LEAST_SECONDS), _RENEW_MOST_SECONDS)
+            with trio.move_on_after(left) as renewal:
                 await conn.event_closed.wait()  # type: ignore[attr-defined]
             if not renewal.cancelled_caught:
                 raise DialFailed("it disconnected")
@@ -317,13 +320,15 @@ def _as_socket(circuit: CircuitStream, through: RelayedAddress, initiator: bool)
 
 
 def direct_addresses(addresses: Sequence[bytes]) -> list[TcpAddress]:
-    """The usable ones of what a peer says of itself, with or without its PeerId at the end."""
+    """The IP addresses in what a peer says of itself, with or without its PeerId at the end."""
     found: list[TcpAddress] = []
     for data in addresses:
         with suppress(AddressInvalid, MultiaddrError, ValueError):
             parts = str(Multiaddr(data)).split("/p2p/")
             if len(parts) == 1 or "/" not in parts[1]:
-                found.append(parse_direct(parts[0]))
+                address = parse_direct(parts[0])
+                if not ipaddress.ip_address(address.host).is_unspecified:
+                    found.append(address)
     return found
 
 

@@ -22,7 +22,6 @@ import trio
 from libp2p.abc import IMuxedConn, INetConn
 from libp2p.connection_types import ConnectionType
 from libp2p.exceptions import BaseLibp2pError
-from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
@@ -37,7 +36,13 @@ from tdmld.p2p.errors import DialFailed
 from tdmld.p2p.limits import Limits
 from tdmld.p2p.rawstream import is_relayed
 from tdmld.p2p.shield import shielded
-from tdmld.p2p.sockets import UNUSABLE_PORT, connect_from, family_of
+from tdmld.p2p.sockets import (
+    UNUSABLE_PORT,
+    connect_from,
+    family_of,
+    raw_connection,
+    remote_of,
+)
 from tdmld.p2p.types import Direction, Path
 
 log = logging.getLogger(__name__)
@@ -158,12 +163,12 @@ class Connector:
         """Upgrade one accepted socket; never raises but cancellation. Run it in a task of its
         own."""
         try:
-            host, port = stream.socket.getpeername()[:2]
+            remote = remote_of(stream)
         except OSError:
             await trio.aclose_forcefully(stream)
             return
-        raw = RawConnection(TrioTCPStream(stream), False)
-        await self.accept_raw(raw, str(host), client_of=self.punching.get((str(host), int(port))))
+        raw = raw_connection(stream, initiator=False)
+        await self.accept_raw(raw, remote[0], client_of=self.punching.get(remote))
 
     async def accept_raw(self, raw: RawConnection, host: str, client_of: ID | None = None) -> None:
         """Upgrade one connection that `host` (an IP address, or a relay's PeerId) brought; as the
@@ -295,7 +300,7 @@ class Connector:
         stream = await self._from_listener(address) if peer in self.from_listener else None
         if stream is None:
             stream = await trio.open_tcp_stream(address.host, address.port)
-        return RawConnection(TrioTCPStream(stream), True)
+        return raw_connection(stream, initiator=True)
 
     async def _from_listener(self, address: TcpAddress) -> trio.SocketStream | None:
         """A connection from a listening port; None when none fits or the system refuses."""

@@ -28,8 +28,6 @@ import trio
 from libp2p.abc import INetConn, INetStream
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
-from libp2p.io.trio import TrioTCPStream
-from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 from multiaddr import Multiaddr
@@ -40,7 +38,7 @@ from tdmld.p2p.circuit import Circuits, direct_addresses
 from tdmld.p2p.connector import Connector
 from tdmld.p2p.errors import DialFailed, StreamBroken
 from tdmld.p2p.peers import Peers
-from tdmld.p2p.sockets import connect_from, family_of
+from tdmld.p2p.sockets import connect_from, family_of, raw_connection
 
 log = logging.getLogger(__name__)
 
@@ -343,7 +341,7 @@ class Puncher:
         while own is not None:
             try:
                 stream = await connect_from(own, address)
-                raw = RawConnection(TrioTCPStream(stream), client)
+                raw = raw_connection(stream, initiator=client)
                 if client:
                     await self._connector.finish_outbound(raw, peer_id)
                 else:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import trio
+from libp2p.io.trio import TrioTCPStream
+from libp2p.network.connection.raw_connection import RawConnection
 
 from tdmld.p2p.addresses import TcpAddress, format_address, parse_direct
 from tdmld.p2p.errors import AddressInvalid, ListenFailed
@@ -94,6 +96,28 @@ async def connect_from(local: TcpAddress, remote: TcpAddress) -> trio.SocketStre
     except BaseException:  # also cancellation: no socket stays open
         opened.close()
         raise
+
+
+def raw_connection(stream: trio.SocketStream, initiator: bool) -> RawConnection:
+    """A socket in the form that the library's upgrade steps take."""
+    return RawConnection(_TcpStream(stream), initiator)
+
+
+class _TcpStream(TrioTCPStream):
+    """The library's knows no remote address of an IPv6 socket."""
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        try:
+            return remote_of(self.stream)
+        except OSError:
+            return None
+
+
+def remote_of(stream: trio.SocketStream) -> tuple[str, int]:
+    """The other end's IP address and port; OSError when it is gone. An IPv4 address stays one on a
+    socket that serves both versions."""
+    host, port = stream.socket.getpeername()[:2]
+    return str(host).removeprefix("::ffff:").split("%")[0], int(port)
 
 
 def family_of(host: str) -> socket.AddressFamily | None:
