@@ -10,7 +10,7 @@ import trio.testing
 from tdmld.chain.codec import encode
 from tdmld.chain.crypto import KeyPair
 from tdmld.chain.errors import DecodeError
-from tdmld.node import peers
+from tdmld.node import neighbours, peers
 from tdmld.node.peers import (
     PeerBook,
     PeerRecord,
@@ -118,6 +118,7 @@ class FakeHost:
 
     def __init__(self) -> None:
         self.kept: list[str] = []
+        self.infos: dict[str, PeerInfo] = {}
         self.near: set[str] = set()
         self.opened = self.refusals = 0
 
@@ -140,14 +141,26 @@ class FakeHost:
     def add_peer(self, info: PeerInfo) -> None:
         if any(address.endswith("0") for address in info.addresses):
             raise AddressInvalid("nobody could dial that")
-        self.kept.append(info.peer_id)
+        self.infos[info.peer_id] = info
+        if info.peer_id not in self.kept:
+            self.kept.append(info.peer_id)
+
+    def remove_peer(self, peer_id: str) -> None:
+        self.kept.remove(peer_id)
 
 
 class Rig:
-    def __init__(self, path: Path, **options: Any) -> None:
+    def __init__(self, path: Path, bootstrap: list[PeerInfo] | None = None, **options: Any) -> None:
         self.host = FakeHost()
         self.path = path
-        self.service = PeerService(self.host, ME, CHAIN, path, [], **options)  # type: ignore[arg-type]
+        self.service = PeerService(
+            self.host,  # type: ignore[arg-type]
+            ME,
+            CHAIN,
+            path,
+            bootstrap or [],
+            **options,
+        )
         self.far, self.near = stream_pair(FRIEND.address, ME.address)
 
     async def say(self, *records: SignedRecord) -> None:
@@ -241,6 +254,41 @@ async def test_validators_are_kept_however_many_others_came_first(tmp_path: Path
     validators.add(elected.public)
     rig.service.validators_changed()
     assert rig.host.kept[-1] == elected.address
+
+
+async def test_who_is_away_gives_its_place_to_others_and_is_tried_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "MAX_KEPT_PEERS", 10)
+    nodes = [stranger(number) for number in range(1, 40)]
+    await rig.say(*[signed(node) for node in nodes])
+    first = set(rig.host.kept)
+    assert len(first) == 10
+    rig.host.near = {node.address for node in nodes} - first
+    await trio.sleep(peers.AWAY_SECONDS + 2 * peers.REVIEW_SECONDS)
+    assert len(set(rig.host.kept) & rig.host.near) == 10 - neighbours.PROBES
+    assert len(rig.host.kept) == 10
+    tried: set[str] = set()
+    for _ in range(20):
+        await trio.sleep(peers.REVIEW_SECONDS)
+        tried |= first & set(rig.host.kept)
+    assert tried == first
+    rig.host.near = {node.address for node in nodes}
+    await trio.sleep(2 * peers.REVIEW_SECONDS)
+    assert set(rig.host.kept) == first
+
+
+async def test_a_bootstrap_node_is_dialled_where_the_configuration_says_too(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    rig = Rig(tmp_path / "peers.json", bootstrap=[PeerInfo(FRIEND.address, (ADDRESS,))])
+    elsewhere = "/ip4/10.0.0.1/tcp/4001"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rig.service.run)
+        await trio.testing.wait_all_tasks_blocked()
+        rig.service._learn("", Records((signed(FRIEND, 1, elsewhere),)))
+        assert rig.host.infos[FRIEND.address].addresses == (ADDRESS, elsewhere)
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_peer_that_is_just_starting_is_asked_again_and_a_broken_exchange_renewed(
