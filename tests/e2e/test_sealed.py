@@ -1,0 +1,255 @@
+"""A canary in the text of a sealed job: real daemons, and nothing of it where it must not be.
+
+Six nodes: one validates and submits, four ask for work, one looks on. The text is full of a random
+word. While the job runs, and after it, everything is searched that somebody could look at who has
+no part in it; then the same search must find the word of a second job that is `open`.
+"""
+
+import json
+import re
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import trio
+
+from tdmld import devnet
+from tdmld.rpc.access import read_access
+from tdmld.rpc.client import Client
+from tdmld.rpc.types import FINAL_JOB_STATES, JobDetail
+from tests.e2e.canary import Capture, Needles, forms
+
+ROOT = Path(__file__).resolve().parents[2]
+JOBS = ROOT / "tests" / "jobs"
+NODES, SUBMITTER, BYSTANDER = 6, 0, 5
+WINDOWS = {"interval_ms": 200, "segment_window": 100, "activate_window": 400, "audit_window": 300}
+PATIENCE_SECONDS = 200.0
+
+pytestmark = pytest.mark.e2e
+
+
+@dataclass
+class Seen:
+    """What the searches found."""
+
+    detail: JobDetail
+    in_files: list[str] = field(default_factory=list)
+    searched_live: bool = False
+    """The files, while the job ran: content goes when it is over."""
+    in_databases: list[str] = field(default_factory=list)
+    in_temporary: list[str] = field(default_factory=list)
+    in_flows: list[str] = field(default_factory=list)
+    in_strangers: list[str] = field(default_factory=list)
+    """In daemons, and in carriers of nodes that have no part in the job."""
+    in_members: set[str] = field(default_factory=set)
+    """Kinds of processes of assigned nodes that held the text in memory."""
+    sealed_stores: set[str] = field(default_factory=set)
+    """Nodes with sealed content on disk."""
+    strangers: set[str] = field(default_factory=set)
+    captured: int = 0
+    """Bytes."""
+    in_clear: int = 0
+    """Flows with the one thing that is said openly: which security to begin with."""
+    lost_share: float = 0.0
+    """Of the packets."""
+    no_capture: str = ""
+    open_in_files: list[str] = field(default_factory=list)
+
+
+class Hunt:
+    """One network, one sealed job, one open one."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.temporary = directory / "temporary"
+        self.temporary.mkdir(parents=True)
+        self.network = devnet.make_network(
+            directory / "network",
+            nodes=NODES,
+            validators=1,
+            asks=range(1, BYSTANDER),
+            settings={"ask.standby_slots": 4},
+            parameters=WINDOWS,
+        )
+        self.sealed, self.open = (secrets.token_hex(16) for _ in range(2))
+        self.needles = Needles(self.sealed)
+        self.deadline = time.monotonic() + PATIENCE_SECONDS
+
+    def job_file(self, name: str, word: str, privacy: str) -> Path:
+        """A job of one segment a stage, both of them audited, whose text is full of `word`."""
+        place = self.directory / name
+        place.mkdir()
+        lines = (f"{number} times it was said: {word}\n" for number in range(3000))
+        (place / "text.txt").write_text("".join(lines))
+        toml = (JOBS / "tiny.toml").read_text()
+        for old, new in (
+            ("../../data/shakespeare.txt", "text.txt"),
+            ("config.json", str(JOBS / "config.json")),
+            ("steps = 16", "steps = 2"),
+            ("warmup = 2, decay_from = 12", "warmup = 1, decay_from = 1"),
+            ('audit_rate = "0.5"', 'audit_rate = "1.0"'),
+            ('init = "seed"', f'init = "seed"{privacy}'),
+        ):
+            assert old in toml
+            toml = toml.replace(old, new)
+        (place / "job.toml").write_text(toml)
+        return place / "job.toml"
+
+    def submit(self, job: Path) -> str:
+        command = [sys.executable, "-m", "tdmld", "job", "submit", str(job), "--json"]
+        command += ["--data-dir", str(self.network.data_dir(SUBMITTER))]
+        command += ["--password-file", str(self.network.password_file(SUBMITTER))]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        return str(json.loads(done.stdout)["job"])
+
+    def look(self, job: str) -> JobDetail:
+        """The job now; a question takes its time, so asking again is no busy loop."""
+        assert time.monotonic() < self.deadline, "the job does not end"
+
+        async def ask() -> JobDetail:
+            async with Client(read_access(self.network.data_dir(SUBMITTER))) as client:
+                return await client.call("job_status", {"id": job}, JobDetail)
+
+        return trio.run(ask)
+
+    def run(self) -> Seen:
+        with self.network:
+            for index in range(NODES):
+                self.network.start(index, environment={"TMPDIR": str(self.temporary)})
+            self.network.wait_ready(timeout_seconds=120)
+            ports = {port for n in self.network.nodes for port in (n.port, n.carrier_port)}
+            capture: Capture | None = None
+            refused = ""
+            try:
+                capture = Capture(ports)
+            except (PermissionError, AttributeError) as error:
+                refused = str(error)
+            seen = self.follow(self.submit(self.job_file("sealed", self.sealed, "")))
+            if capture is not None:
+                capture.stop()
+                seen.captured = sum(map(len, capture.flows.values()))
+                seen.lost_share = capture.lost_share
+                seen.in_clear = sum(b"/tls/1.0.0" in data for data in capture.flows.values())
+                for flow, data in capture.flows.items():
+                    seen.in_flows += [f"{flow}: {name}" for name in self.needles.in_bytes(data)]
+            seen.no_capture = refused
+            self.submit(self.job_file("open", self.open, '\nprivacy = "open"'))
+            seen.open_in_files = Needles(self.open).in_files(self.network.directory)
+            self.network.down()
+        seen.in_files += self.needles.in_files(self.network.directory)
+        for index in range(NODES):
+            chain = self.network.data_dir(index) / "chain"
+            seen.in_databases += self.needles.in_database(chain)
+        seen.in_temporary = self.needles.in_files(self.temporary)
+        for place in (Path("/dev/shm"), Path("/var/tmp")):
+            seen.in_temporary += self.needles.in_files(place) if place.is_dir() else []
+        return seen
+
+    def follow(self, job: str) -> Seen:
+        """Search while the job runs, and once more when it is over."""
+        seen, detail = None, self.look(job)
+        while detail.summary.state not in FINAL_JOB_STATES and detail.result is None:
+            if detail.summary.state in ("preparing", "active"):
+                seen = seen or Seen(detail)
+                seen.detail = detail
+                self.search(seen)
+            detail = self.look(job)
+        assert seen is not None, detail.summary
+        assert detail.result is not None, detail.summary
+        seen.detail = detail
+        self.search(seen, thoroughly=True)
+        return seen
+
+    def search(self, seen: Seen, *, thoroughly: bool = False) -> None:
+        """Memory of members until it was found; and, once early and once late, everything else."""
+        detail = seen.detail
+        members = {slot.worker for slot in detail.slots}
+        members |= {standby.node for standby in detail.standbys}
+        members |= {audit.auditor for audit in detail.audits}
+        members.add(self.network.nodes[SUBMITTER].node)
+        for index, node in enumerate(self.network.nodes):
+            stored = self.network.data_dir(index) / "content" / "sealed"
+            seen.sealed_stores |= {node.name} if any(stored.glob("*/0/*")) else set()
+            for pid, kind in self.processes(index):
+                if kind != "daemon" and node.node in members:
+                    if "worker" not in seen.in_members and self.needles.in_process(pid):
+                        seen.in_members.add(kind)
+                elif thoroughly:
+                    found = self.needles.in_process(pid)
+                    seen.in_strangers += [f"{kind} of {node.name}: {form}" for form in found]
+                    seen.strangers.add(f"{kind} of {node.name}")
+        if len(seen.sealed_stores) > 2 and not seen.searched_live:
+            seen.searched_live = True
+            seen.in_files += self.needles.in_files(self.network.directory)
+
+    def processes(self, index: int) -> Iterator[tuple[int, str]]:
+        """(process id, "daemon", "carrier" or "worker") of a node."""
+        daemon = self.network.process(index)
+        assert daemon is not None
+        yield daemon.pid, "daemon"
+        try:
+            text = Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children").read_text()
+            for pid in map(int, text.split()):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if kind := re.search(rb"tdmld\.node\.(carrier|worker)\0", words):
+                    yield pid, kind[1].decode()
+        except OSError:
+            return
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    return Hunt(tmp_path_factory.mktemp("sealed")).run()
+
+
+def test_the_search_finds_every_form(tmp_path: Path) -> None:
+    word = secrets.token_hex(16)
+    for number, form in enumerate(forms(word).values()):
+        (tmp_path / str(number)).write_bytes(b"x" * (1 << 23) + form[:9])
+        with (tmp_path / str(number)).open("ab") as file:
+            file.write(form[9:])
+    found = Needles(word).in_files(tmp_path)
+    assert {line.rpartition(": ")[2] for line in found} == set(forms(word))
+
+
+def test_the_job_was_trained_and_audited(seen: Seen) -> None:
+    assert seen.detail.summary.state in ("finishing", "closed")
+    assert {audit.state for audit in seen.detail.audits} == {"passed"}
+
+
+def test_the_text_is_in_the_memory_of_those_who_work_on_it(seen: Seen) -> None:
+    assert "worker" in seen.in_members
+
+
+def test_the_text_is_in_no_file_and_no_database_of_any_node(seen: Seen) -> None:
+    assert seen.searched_live
+    assert seen.in_files == seen.in_databases == []
+
+
+def test_the_text_is_in_no_temporary_file(seen: Seen) -> None:
+    assert seen.in_temporary == []
+
+
+def test_the_text_is_in_no_daemon_and_in_nothing_of_a_node_without_part(seen: Seen) -> None:
+    assert {f"daemon of node{index}" for index in range(NODES)} <= seen.strangers
+    assert f"carrier of node{BYSTANDER}" in seen.strangers
+    assert seen.in_strangers == []
+
+
+def test_the_text_is_not_on_the_wire(seen: Seen) -> None:
+    if seen.no_capture:
+        pytest.skip(f"listening on the loopback interface is forbidden here: {seen.no_capture}")
+    assert seen.captured > 1_000_000
+    assert seen.in_clear > NODES
+    assert seen.lost_share < 0.01  # the word stands in the text thousands of times
+    assert seen.in_flows == []
+
+
+def test_the_same_search_finds_the_text_of_an_open_job(seen: Seen) -> None:
+    assert any("/content/" in line and line.endswith(": text") for line in seen.open_in_files)
