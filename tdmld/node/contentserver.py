@@ -142,6 +142,7 @@ class ContentServer:
             except OSError as error:
                 await self._answer(stream, wire.Refuse(f"cannot be read: {error.strerror}"))
             except msgspec.MsgspecError as error:
+                stream.blame(str(error))
                 await self._answer(stream, wire.Refuse(f"malformed request: {error}"[:300]))
                 return
 

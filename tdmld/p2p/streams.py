@@ -111,6 +111,10 @@ class Stream:
         self._account.messages_in += 1
         return body
 
+    def blame(self, why: str, offence: Offence = Offence.MALFORMED) -> None:
+        """The peer did on this stream what no honest one does: see `accounting`."""
+        self._account.accuse(offence, f"{why} ({self.protocol})")
+
     async def close(self) -> None:
         """End the stream in good order. What was sent still arrives. Idempotent, takes at most 1
         s."""
