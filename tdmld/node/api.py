@@ -148,6 +148,8 @@ class Api:
                 audit_capacity=ask.audit_capacity,
                 standby_slots=ask.standby_slots,
                 until=ask.until_height,
+                open=ask.open,
+                paths=tuple(map(address, ask.paths)),
             ),
             epoch=epoch,
             weight=str(weight),

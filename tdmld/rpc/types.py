@@ -67,6 +67,10 @@ class AskInfo(Wire, frozen=True):
     audit_capacity: int
     standby_slots: int
     until: HeightNumber
+    open: int = 0
+    """Other owners who dialled this node's carrier."""
+    paths: tuple[AddressText, ...] = ()
+    """Nodes whose carriers are connected directly with this one's."""
 
 
 class SlotRun(Wire, frozen=True):
