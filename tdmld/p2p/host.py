@@ -34,6 +34,7 @@ from tdmld.p2p import rawstream
 from tdmld.p2p.accounting import Offence
 from tdmld.p2p.addresses import parse_direct, parse_peer_id
 from tdmld.p2p.bans import Ban, Bans
+from tdmld.p2p.catchup import CatchUp
 from tdmld.p2p.circuit import HOP, STOP, Circuits
 from tdmld.p2p.connector import Connector
 from tdmld.p2p.errors import DialFailed, GossipRefused, ProtocolRefused, StreamError
@@ -306,6 +307,8 @@ class Host:
         with trio.move_on_after(timeout), suppress(DialFailed):
             await self._peers.connect(peer)
             await self._puncher.upgrade(peer.id)
+            # It may be just between the old connection and the new one.
+            await self._peers.connect(peer)
         conn = self._peers.live(peer)
         return conn is not None and not rawstream.is_relayed(conn.muxed_conn)
 
@@ -374,6 +377,8 @@ class Host:
 
     def _start(self, nursery: trio.Nursery, listeners: list[trio.SocketListener]) -> None:
         self._peers.start(self._connector, nursery)
+        if self._gossip is not None:
+            nursery.start_soon(CatchUp(self, self._gossip).run)
         nursery.start_soon(self._circuits.run)
         self._puncher.start(nursery)
         for listener in listeners:
