@@ -50,7 +50,8 @@ class FastMuxStream(IMuxedStream):
         self._ended = False
         """The peer said FIN."""
         self._closed = False
-        """We said FIN."""
+        """We said FIN, or will when the frame that is being written is out."""
+        self._in_frame = False
         self._deaf = False
         """The application will read no more."""
         self._reset = False
@@ -137,7 +138,13 @@ class FastMuxStream(IMuxedStream):
                 size = min(left, self._credit, FRAME_BYTES)
                 self._credit -= size
                 left -= size
-                await self._mux.send_data(self._number, size, _take(views, size))
+                self._in_frame = True
+                try:
+                    await self._mux.send_data(self._number, size, _take(views, size))
+                finally:
+                    self._in_frame = False
+                    if self._closed:
+                        self._say_fin()
 
     async def close(self) -> None:
         """Say FIN and read no more; a peer that goes on sending gets a reset. Never blocks."""
@@ -153,6 +160,12 @@ class FastMuxStream(IMuxedStream):
             return
         self._closed = True
         self._writable.set()
+        if not self._in_frame:  # or FIN would overtake the data
+            self._say_fin()
+
+    def _say_fin(self) -> None:
+        if self._reset:
+            return
         self._mux.queue_control(FIN, self._number, 0)
         if self._ended:
             self._mux.forget(self._number)

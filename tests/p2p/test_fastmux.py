@@ -133,6 +133,21 @@ async def test_a_writer_sends_its_window_and_then_waits_for_credit():
             assert (await peer.receive())[2] == 10
 
 
+@pytest.mark.parametrize("ending", ["close", "close_write"])
+async def test_the_end_does_not_overtake_data_that_are_being_written(ending: str):
+    async with muxer() as (mux, peer):
+        stream = await mux.open_stream()
+        assert (await peer.receive())[:2] == (OPEN, 2)
+        async with trio.open_nursery() as nursery:
+            async with mux._write_lock:  # the line is busy
+                nursery.start_soon(stream.write, b"last words")
+                await trio.testing.wait_all_tasks_blocked()
+                await getattr(stream, ending)()
+                await trio.testing.wait_all_tasks_blocked()
+            assert await peer.receive() == (DATA, 2, 10, b"last words")
+            assert await peer.receive() == (FIN, 2, 0, b"")
+
+
 async def test_a_peer_that_overruns_its_window_loses_the_connection():
     async with muxer() as (mux, peer):
         await peer.send(OPEN, 1)
