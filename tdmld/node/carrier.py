@@ -31,7 +31,7 @@ from tdmld.node.errors import ControlError, LinkRefused, MachineError
 from tdmld.node.layout import SEED_BYTES, Layout
 from tdmld.node.link import Hello, LinkSigner, decode_message
 from tdmld.node.linkserver import HELLO_SECONDS
-from tdmld.node.parentdeath import die_with_parent
+from tdmld.node.parentdeath import die_with_parent, leave_no_core
 from tdmld.node.seal import ContentKeys
 from tdmld.node.slotserver import SlotServer
 from tdmld.p2p import Ban, Host, PeerInfo, Stream, open_host
@@ -320,4 +320,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(arguments.control)
+    leave_no_core()
     sys.exit(trio.run(main, arguments.control))

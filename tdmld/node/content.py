@@ -9,8 +9,8 @@ open to it. Content keys come the same way, each in a box for this session (`sea
 """
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import trio
@@ -20,7 +20,7 @@ from tdmld.node import contentwire as wire
 from tdmld.node.contentstore import ContentStore
 from tdmld.node.control import Blob, Item
 from tdmld.node.download import Download
-from tdmld.node.errors import ContentMismatch, ContentUnavailable
+from tdmld.node.errors import ContentMismatch, ContentUnavailable, MachineError
 from tdmld.node.layout import Layout
 from tdmld.node.seal import ContentKeys, sealed_size, unseal
 from tdmld.p2p import Host, Stream
@@ -94,7 +94,7 @@ class ContentClient:
                 content, size = waiting.pop()
                 try:
                     await self._fetch_shard(job, sealed, content, size, holders)
-                except Exception as error:
+                except (MachineError, OSError) as error:
                     # Raised below: the nursery would put it into a group.
                     failure = failure or error
                     waiting.clear()
@@ -259,7 +259,8 @@ class ContentClient:
             if not isinstance(reply, wire.Located):
                 raise ContentUnavailable("an answer to something else")
             if wire.chunk_count(reply.size) <= wire.LIST_CHUNKS:
-                wire.check_digests(reply, reply.digests)
+                with _blaming(stream):
+                    wire.check_digests(reply, reply.digests)
         except BaseException:  # also cancellation: nobody else knows the stream
             await stream.reset()
             raise
@@ -291,6 +292,9 @@ class ContentClient:
         """Whether what is there is of no use: a broken download is, and stays."""
         try:
             await trio.to_thread.run_sync(download.open)
+            if download.resumed:
+                count = wire.chunk_count(located.size)
+                log.info("%s goes on: %d of %d chunks are here", target, download.resumed, count)
             async with trio.open_nursery() as nursery:
 
                 async def pull(holder: str) -> None:
@@ -333,7 +337,7 @@ class ContentClient:
                     if located.content != download.located.content:
                         await stream.reset()
                         raise ContentMismatch("it has something else now")
-                async with stream:
+                async with stream, _blaming(stream):
                     await download.pull(holder, stream)
                 return ""
             except (StreamError, DialFailed) as error:
@@ -429,6 +433,16 @@ class _Sources:
             for stream in self.streams.values():
                 await stream.reset()
         self.streams.clear()
+
+
+@contextmanager
+def _blaming(stream: Stream) -> Iterator[None]:
+    """Bytes that are not what their sender announced are counted against it."""
+    try:
+        yield
+    except ContentMismatch as error:
+        stream.blame(str(error))
+        raise
 
 
 async def _accept(download: Download, group: Sequence[str]) -> None:

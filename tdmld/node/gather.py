@@ -188,10 +188,11 @@ class Gatherer:
         raise ContentUnavailable("; ".join(answers) or "no holder is known")
 
     async def _fetch_result_from(
-        self, job: bytes, holder: str, directory: Path, limits: Mapping[str, int]
+        self, job: bytes, holders: tuple[str, ...], directory: Path, limits: Mapping[str, int]
     ) -> None:
+        """Bring the files of a result; each may come from several holders at once."""
         listing = await self._carrier.call(
-            lambda n: control.ListResult(n, job, (holder,)), control.Listing
+            lambda n: control.ListResult(n, job, holders), control.Listing
         )
         sizes = dict(listing.files)
         for name, limit in limits.items():
@@ -200,7 +201,7 @@ class Gatherer:
             path = str(directory / name)
             item = control.ResultFile(job, name)
             await self._carrier.call(
-                lambda n, i=item, p=path, s=limit: control.FetchFile(n, i, s, (holder,), p),  # type: ignore[misc]
+                lambda n, i=item, p=path, s=limit: control.FetchFile(n, i, s, holders, p),  # type: ignore[misc]
                 control.Stored,
             )
 
@@ -249,16 +250,18 @@ class Gatherer:
         aside = target / f".{secrets.token_hex(4)}.part"
         answers = []
         try:
-            for holder in holders:
+            together = _holders(holders)
+            alone = [(holder,) for holder in together] if len(together) > 1 else []
+            for group in [together, *alone] if together else []:
                 try:
-                    await self._fetch_result_from(job, holder, aside, limits)
+                    await self._fetch_result_from(job, group, aside, limits)
                     result = await trio.to_thread.run_sync(read_result, aside)
                     if result.result_id == result_id:
                         await trio.to_thread.run_sync(move_up, aside)
                         return ResultInfo(result.result_id, target, result.files)
-                    answers.append(f"{holder}: another result than the one attested")
+                    answers.append(f"{' and '.join(group)}: another result than the one attested")
                 except (ContentUnavailable, FileError) as error:
-                    answers.append(f"{holder}: {error}")
+                    answers.append(str(error))
                 await trio.to_thread.run_sync(remove_tree, aside)
         finally:
             with trio.CancelScope(shield=True):

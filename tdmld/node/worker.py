@@ -29,7 +29,7 @@ import msgspec
 from tdmld.node.channel import Failure, FrameMemory, Genesis, Segment, Step, WorkerChannel
 from tdmld.node.errors import ControlError
 from tdmld.node.layout import disk_text, list_file, state
-from tdmld.node.parentdeath import die_with_parent
+from tdmld.node.parentdeath import die_with_parent, leave_no_core
 from tdmld.node.worker_task import TASK_BYTES, Task
 from tdmld.train.channel import LogChannel
 from tdmld.train.data import Tokens
@@ -139,6 +139,7 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(arguments.socket)
+    leave_no_core()
     end = socket.socket(fileno=arguments.socket)
     try:
         check_environment()

@@ -67,6 +67,8 @@ async def test_a_holder_that_spoils_a_chunk_is_dropped_and_named(
     assert await world.fetch() == TEXT
     assert world.taps[1].chunks <= download.AHEAD
     assert f"content from {world.holders[1].session} is not taken" in caplog.text
+    blamed = {stream.peer_id for stream in world.asker.host.opened if stream.blamed}
+    assert blamed == {world.holders[1].session}
     for tap in world.taps:
         tap.spoil = True
     world.asker.target.unlink()

@@ -1,6 +1,7 @@
 """Machines with real carrier and worker processes: training, standby, audit, result, deaths."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -406,3 +407,42 @@ async def test_when_the_daemon_is_killed_its_processes_end(tmp_path: Path) -> No
     for child in children:
         await trio.lowlevel.wait_readable(child)
         os.close(child)
+
+
+async def test_a_download_goes_on_when_the_carrier_was_killed(tmp_path: Path) -> None:
+    data = os.urandom(1 << 20) * 256
+    async with (
+        open_machine(tmp_path / "0", chain_id=CHAIN) as holder,
+        open_machine(tmp_path / "1", chain_id=CHAIN) as asker,
+    ):
+        await holder.set_members(JOB, frozenset({asker.session}))
+        await asker.set_peers([PeerInfo(holder.session, holder.addresses)])
+        result = Layout(tmp_path / "0").result(JOB)
+        result.mkdir(parents=True)
+        (result / "model").write_bytes(data)
+        target = tmp_path / "got" / "model"
+
+        async def fetch() -> None:
+            item = control.ResultFile(JOB, "model")
+            await asker._carrier.call(
+                lambda n: control.FetchFile(n, item, 1 << 30, (holder.session,), str(target)),
+                control.Stored,
+            )
+
+        async def broken() -> None:
+            with pytest.raises(CarrierUnavailable):
+                await fetch()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(broken)
+            while not any(part.stat().st_size > 16 << 20 for part in target.parent.glob("*.part")):
+                await trio.testing.wait_all_tasks_blocked(0.001)
+            assert asker.carrier_pid is not None
+            os.kill(asker.carrier_pid, signal.SIGKILL)
+        await wait_for(asker, CarrierUp)
+        await asker.set_peers([PeerInfo(holder.session, holder.addresses)])
+        await fetch()
+        assert target.read_bytes() == data
+        assert [path.name for path in target.parent.iterdir()] == ["model"]
+        log = (tmp_path / "1" / "logs" / "carrier.jsonl").read_text()
+        assert re.search(r"model goes on: (\d\d+) of 256 chunks are here", log)
