@@ -337,8 +337,9 @@ class ContentClient:
                     if located.content != download.located.content:
                         await stream.reset()
                         raise ContentMismatch("it has something else now")
-                async with stream, _blaming(stream):
-                    await download.pull(holder, stream)
+                async with stream:
+                    with _blaming(stream):
+                        await download.pull(holder, stream)
                 return ""
             except (StreamError, DialFailed) as error:
                 log.info("content from %s: %s", holder, error)
