@@ -74,6 +74,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Multiaddrs of the daemon."""
     carrier_listen: _Text = "/ip4/127.0.0.1/tcp/0"
     """Multiaddr of the carrier: tensors and contents."""
+    announce: tuple[_Text, ...] = ()
+    """Multiaddrs at which others reach the daemon, such as those of a forwarded port."""
+    carrier_announce: tuple[_Text, ...] = ()
+    """The same for the carrier."""
+    mdns: bool = True
+    """Find other nodes on the local network, and be found; nothing on loopback addresses."""
+    upnp: bool = True
+    """Ask the router to forward the ports; nothing on loopback addresses."""
+    relay: bool = True
+    """Carry the connections of nodes that cannot be reached, when this one can."""
     rpc_listen: _Text = "127.0.0.1:7717"
     """host:port of the JSON-RPC server; port 0: any free one, written to run/rpc.url."""
     rpc_insecure: bool = False
@@ -184,6 +194,8 @@ def _keys() -> dict[str, Any]:
 _KEYS = _keys()
 _VARIABLES = {_PREFIX + key.replace(".", "_").upper(): key for key in _KEYS}
 
+_LISTS = ("listen", "announce", "carrier_announce", "peers", "deny")
+
 _Pairs = dict[str, tuple[str, object]]
 """key -> (how the source spells it, value)"""
 
@@ -261,7 +273,7 @@ def _convert(key: str, value: object, origin: str) -> Any:
             value = shlex.split(value)
         except ValueError as error:
             raise ConfigError(f"{origin} cannot be split into words", why=str(error)) from error
-    elif isinstance(value, str) and key in ("listen", "peers", "deny"):
+    elif isinstance(value, str) and key in _LISTS:
         value = [part.strip() for part in value.split(",") if part.strip()]
     try:
         # From TOML types must be right; the environment and the command line have only text.
@@ -272,12 +284,22 @@ def _convert(key: str, value: object, origin: str) -> Any:
 
 def _check(config: Config, origin: Mapping[str, str]) -> None:
     """What a type cannot say."""
-    for key, texts in (("listen", config.listen), ("carrier_listen", (config.carrier_listen,))):
+    for key, texts, purpose, example in (
+        ("listen", config.listen, "to listen on", "/ip4/0.0.0.0/tcp/4001"),
+        ("carrier_listen", (config.carrier_listen,), "to listen on", "/ip4/0.0.0.0/tcp/4002"),
+        ("announce", config.announce, "for others to dial", "/ip4/1.2.3.4/tcp/4001"),
+        (
+            "carrier_announce",
+            config.carrier_announce,
+            "for others to dial",
+            "/ip4/1.2.3.4/tcp/4002",
+        ),
+    ):
         for text in texts:
             if not _LISTEN.fullmatch(text) or int(text.rpartition("/")[2]) > 65535:
                 raise ConfigError(
-                    f"{origin[key]}: {text!r} is not an address to listen on",
-                    next="write it like /ip4/0.0.0.0/tcp/4001",
+                    f"{origin[key]}: {text!r} is not an address {purpose}",
+                    next=f"write it like {example}",
                 )
     for text in config.peers:
         match = _PEER.fullmatch(text)

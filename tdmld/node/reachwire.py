@@ -2,7 +2,7 @@
 
 One request and one answer a stream; whoever opened it asks.
 
-    Observe                       -> Observed     the IP address that the witness sees the asker at
+    Observe                       -> Observed     where the witness sees the asker, and its clock
     DialDaemon(addresses)         -> Reached      the witness's daemon dialled the asking daemon
     DialBack(session, addresses)  -> Receipt(1)   the witness's carrier dialled the asker's anew
     Pair(session)                 -> Receipt(2)   the carriers of both hold a direct connection
@@ -20,7 +20,7 @@ from typing import Annotated
 
 import msgspec
 
-from tdmld.chain.codec import PublicKey, Record
+from tdmld.chain.codec import Natural, PublicKey, Record
 from tdmld.chain.transactions import DialReceipt
 from tdmld.p2p import PeerStatus
 
@@ -63,7 +63,10 @@ class Pair(Record, tag="pair", frozen=True):
 
 
 class Observed(Record, tag="observed", frozen=True):
+    """`time_ms`: the witness's clock, Unix milliseconds; for people, nothing rests on it."""
+
     ip: Annotated[str, msgspec.Meta(max_length=45)]
+    time_ms: Natural
 
 
 class Reached(Record, tag="reached", frozen=True):

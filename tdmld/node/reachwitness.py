@@ -6,6 +6,7 @@ Whom we dial is never a third party: see `reachwire`.
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -13,6 +14,7 @@ import trio
 
 from tdmld.chain.codec import decode, encode
 from tdmld.chain.crypto import KeyPair, address, public_key
+from tdmld.chain.errors import DecodeError
 from tdmld.chain.transactions import DIAL_OPEN, DIAL_PAIR, sign_receipt
 from tdmld.node.errors import MachineError
 from tdmld.node.fairness import Allowance, Meter
@@ -45,8 +47,8 @@ PAIR_SECONDS = 20.0
 """For a hole to be punched."""
 DIALS_AT_ONCE = 8
 # "Work" is dials here, "size" bytes of requests.
-PER_PEER = Allowance(work=1 / 20, size=1024.0, burst=200.0)
-"""Ten dials at once, then three a minute: a node asks twice in some minutes."""
+PER_PEER = Allowance(work=1 / 5, size=1024.0, burst=100.0)
+"""Twenty dials at once, then twelve a minute: a node asks twice in some minutes."""
 PER_ADDRESS = Allowance(work=1 / 2, size=8192.0, burst=128.0)
 """A household, an office, or a whole network on one machine."""
 TOGETHER = Allowance(work=2.0, size=65536.0, burst=60.0)
@@ -88,10 +90,18 @@ class Witness:
         host.set_handler(protocol(chain_id), self.serve)
 
     async def serve(self, stream: Stream) -> None:
-        """One request; a malformed one ends the stream."""
-        with trio.fail_after(REQUEST_SECONDS):
+        """One request and its answer; who sends what is none, or nothing, is not answered."""
+        with trio.move_on_after(REQUEST_SECONDS) as scope:
             raw = await stream.receive(MAX_REACH_BYTES)
-        request: Request = decode(Request, raw, MAX_REACH_BYTES)  # type: ignore[arg-type]
+        if scope.cancelled_caught:
+            return await stream.reset()
+        try:
+            request: Request = decode(Request, raw, MAX_REACH_BYTES)  # type: ignore[arg-type]
+        except DecodeError as error:
+            stream.blame(str(error))
+            return await stream.reset()
+        if not _is_node(stream.peer_id):
+            return await stream.reset()
         answer = await self._answer(stream.peer_id, request, len(raw))
         await stream.send(encode(answer))
 
@@ -100,7 +110,8 @@ class Witness:
         if not self._allowed(peer_id, ip, size, dials=not isinstance(request, Observe)):
             return _refused("too many requests; ask again in some minutes")
         if isinstance(request, Observe):
-            return Observed(ip) if ip else _refused("you are connected through a relay")
+            now = time.time_ns() // 1_000_000
+            return Observed(ip, now) if ip else _refused("you are connected through a relay")
         try:
             # Who finds every place taken is not made to wait: others may have room.
             self._dials.acquire_nowait()
@@ -164,6 +175,15 @@ class Witness:
         node = public_key(peer_id)
         receipt = sign_receipt(self._key, self._chain_id, node, session, kind, self._height())
         return Receipt(receipt, at)
+
+
+def _is_node(peer_id: str) -> bool:
+    """Whether a peer has a key of our kind; libp2p knows others."""
+    try:
+        public_key(peer_id)
+    except DecodeError:
+        return False
+    return True
 
 
 def _refused(reason: str, *, tried: bool = False) -> Refused:

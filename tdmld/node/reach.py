@@ -1,0 +1,473 @@
+"""Whether this node can be reached, and what is done about it.
+
+The daemon asks witnesses (connected daemons, one an owner, other owners first) to dial daemon and
+carrier anew (`reachask`), and draws its conclusions (`reachverdict`):
+
+    open      the node's carrier relays for others, unless the configuration says no
+    closed    carrier and daemon keep reservations on relays; their relayed addresses are announced
+    either    what was dialled with success is announced; receipts are kept for the ask
+
+It asks again when a finding is old, when addresses change, and when a receipt nears its end. Where
+the router forwards ports (UPnP) and who is on the local network (mDNS) is looked after here, too.
+
+`changed` tells that the peer record must be signed anew, `on_news` that an ask may say more.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import trio
+
+from tdmld.chain.codec import Hash
+from tdmld.chain.crypto import KeyPair, address, public_key
+from tdmld.chain.errors import DecodeError
+from tdmld.chain.limits import RECEIPTS
+from tdmld.chain.transactions import DIAL_OPEN, DIAL_PAIR, DialReceipt
+from tdmld.node.errors import MachineError
+from tdmld.node.peers import PeerBook
+from tdmld.node.reachask import Asker, Finding, Trial
+from tdmld.node.reachbook import Offers, is_relayed, order_of
+from tdmld.node.reachcarrier import ReachCarrier
+from tdmld.node.reachlan import LanPeers
+from tdmld.node.reachverdict import (
+    State,
+    announced,
+    candidates,
+    is_loopback_text,
+    verdict,
+)
+from tdmld.node.reachwitness import PAIR_SECONDS, Witness
+from tdmld.p2p import Host, PeerInfo
+from tdmld.p2p.errors import AddressInvalid
+from tdmld.p2p.interfaces import expand, interface_addresses, is_global
+from tdmld.p2p.upnp import PortMapper
+
+log = logging.getLogger(__name__)
+
+WITNESSES = 3
+"""Asked at least; more when the chain wants more receipts."""
+FINDING_SECONDS = 600.0
+"""Age at which a witness is asked again."""
+FAILURE_SECONDS = 60.0
+"""The same when it did not try."""
+CHECK_SECONDS = 15.0
+"""Between two looks at what is old; a look that finds nothing costs nothing."""
+EARLIEST_SECONDS = 2.0
+"""Events come in crowds: one round for all of them."""
+PATIENCE_SECONDS = 45.0
+"""Without anybody to ask, or a direct path to others that nobody can dial, nothing is expected any
+more after so long."""
+PAIRS = 4
+"""Nodes with which direct paths are sought at a time."""
+PAIR_AGAIN_SECONDS = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReachPolicy:
+    """What the configuration and the chain's rules say."""
+
+    announce: tuple[str, ...] = ()
+    carrier_announce: tuple[str, ...] = ()
+    mdns: bool = False
+    upnp: bool = False
+    relay: bool = True
+    receipt_blocks: int = 1000
+    """Age of a receipt, in blocks, at which the chain takes it no more."""
+    receipts: int = 0
+    """Owners whose receipts the chain wants."""
+
+
+class Reachability:
+    """One node's service. Public attributes may be read at any time."""
+
+    def __init__(
+        self,
+        host: Host,
+        key: KeyPair,
+        chain_id: Hash,
+        book: PeerBook,
+        carrier: ReachCarrier,
+        session: bytes,
+        policy: ReachPolicy,
+        *,
+        height: Callable[[], int],
+        owner_of: Callable[[bytes], bytes | None],
+    ) -> None:
+        """`height()` is final; `owner_of(node)` is None for who is not registered."""
+        self.policy = policy
+        self.findings: dict[str, Finding] = {}
+        """By witness."""
+        self.settled = False
+        self.changed = trio.Event()
+        self.on_news: Callable[[], None] = lambda: None
+        self.relaying: tuple[bytes, ...] = ()
+        """Keys of nodes and sessions that the carrier relays for."""
+        self.relays: tuple[PeerInfo, ...] = ()
+        """Candidates that the carrier was given to be reached through."""
+        self._host = host
+        self._key = key
+        self._book = book
+        self._carrier = carrier
+        self._height = height
+        self._owner_of = owner_of
+        self._offers = Offers(book, key.public, owner_of)
+        self._asker = Asker(host, chain_id, key.public, session)
+        self._receipts: dict[tuple[int, bytes], DialReceipt] = {}
+        self._pairs_tried: dict[bytes, float] = {}
+        self._pairing = 0
+        self._patient = True
+        self._asking: set[str] = set()
+        self._answered = trio.Event()
+        self._wake = trio.Event()
+        self._told: tuple[object, ...] = ()
+        self._daemon_relays: tuple[PeerInfo, ...] = ()
+        self._own = interface_addresses()
+        Witness(host, key, chain_id, book, carrier, height)
+        outside = [text for text in host.listening if not is_loopback_text(text)]
+        outside += [text for text in carrier.addresses if not is_loopback_text(text)]
+        ports = tuple(dict.fromkeys(int(text.rpartition("/")[2]) for text in outside))
+        self.mapper = PortMapper(ports) if policy.upnp and ports else None
+        self.lan = LanPeers(host, chain_id, book) if policy.mdns and ports else None
+
+    # What is known
+
+    @property
+    def daemon_state(self) -> State:
+        return self._verdict(lambda finding: finding.daemon)
+
+    @property
+    def carrier_state(self) -> State:
+        return self._verdict(lambda finding: finding.carrier)
+
+    def _verdict(self, trial: Callable[[Finding], Trial]) -> State:
+        return verdict([(trial(f), is_global(f.seen_at)) for f in self.findings.values()])
+
+    @property
+    def daemon_addresses(self) -> tuple[str, ...]:
+        """What the peer record should say of the daemon."""
+        return self._announced(
+            self.policy.announce,
+            self._host.listening,
+            self._host.addresses,
+            [finding.daemon for finding in self.findings.values()],
+            self.daemon_state,
+        )
+
+    @property
+    def carrier_addresses(self) -> tuple[str, ...]:
+        """What the peer record should say of the carrier."""
+        return self._announced(
+            self.policy.carrier_announce,
+            self._carrier_listening,
+            self._carrier.addresses,
+            [finding.carrier for finding in self.findings.values()],
+            self.carrier_state,
+        )
+
+    @property
+    def _carrier_listening(self) -> tuple[str, ...]:
+        return tuple(text for text in self._carrier.addresses if not is_relayed(text))
+
+    def _announced(
+        self,
+        configured: Sequence[str],
+        listening: Sequence[str],
+        present: Sequence[str],
+        trials: Sequence[Trial],
+        state: State,
+    ) -> tuple[str, ...]:
+        relayed = [text for text in present if is_relayed(text)]
+        mapped = self._mapped(listening)
+        own = expand(listening, self._own)
+        return announced(configured, trials, mapped, relayed, own, state=state)
+
+    def _mapped(self, listening: Sequence[str]) -> list[str]:
+        """Addresses on the Internet that the router forwards to these listening ports."""
+        if self.mapper is None:
+            return []
+        ports = {int(text.rpartition("/")[2]) for text in listening}
+        mappings = self.mapper.state.mappings.items()
+        return [m.address for port, m in mappings if port in ports and m.public]
+
+    def receipts(self) -> tuple[DialReceipt, ...]:
+        """As an ask takes them: of the chain's present, sorted by kind and witness; those of kind 1
+        first, and not more than an ask holds."""
+        fresh = sorted(
+            (pair for pair in self._receipts.items() if self._takes(pair[1])), key=lambda p: p[0]
+        )
+        return tuple(receipt for _, receipt in islice(fresh, RECEIPTS))
+
+    def _takes(self, receipt: DialReceipt, part: float = 0.9) -> bool:
+        """Whether the chain takes a receipt for some time to come, and its witness counts."""
+        age = self._height() - receipt.height
+        if not 0 <= age <= part * self.policy.receipt_blocks:
+            return False
+        owner = self._owner_of(receipt.witness)
+        return owner is not None and owner != self._owner_of(self._key.public)
+
+    # Running
+
+    async def run(self) -> None:
+        """Serve until cancelled; then ports are unmapped, within some seconds."""
+        async with trio.open_nursery() as nursery:
+            if self.mapper is not None:
+                nursery.start_soon(self.mapper.run)
+                nursery.start_soon(self._follow_router, self.mapper)
+            if self.lan is not None:
+                nursery.start_soon(self.lan.run)
+            nursery.start_soon(self._follow_peers)
+            nursery.start_soon(self._follow_host)
+            nursery.start_soon(self._follow_carrier)
+            nursery.start_soon(self._wait_in_vain)
+            nursery.start_soon(self._rounds)
+
+    async def _follow_router(self, mapper: PortMapper) -> None:
+        while True:
+            await mapper.changed.wait()
+            self._moved()
+
+    async def _follow_peers(self) -> None:
+        with self._host.changes() as changes:
+            async for _ in changes:
+                self._wake.set()
+
+    async def _follow_host(self) -> None:
+        with self._host.address_changes() as changes:
+            async for _ in changes:
+                self._tell()
+
+    async def _follow_carrier(self) -> None:
+        listening = self._carrier_listening
+        while True:
+            await self._carrier.changed.wait()
+            if listening != self._carrier_listening:
+                listening = self._carrier_listening
+                self._moved()
+            self._tell()
+
+    async def _wait_in_vain(self) -> None:
+        await trio.sleep(PATIENCE_SECONDS)
+        self._patient = False
+        self._settle()
+
+    def _settle(self) -> None:
+        """Say once that nothing more is expected, when that is so."""
+        state, asked = self.carrier_state, self._all_answered()
+        # Who cannot be dialled may still find a direct path: the others' relayed addresses come.
+        paired = any(kind == DIAL_PAIR for kind, _ in self._receipts)
+        done = asked and (state == "open" or paired)
+        if not self.settled and not self._pairing and (done or not self._patient):
+            self.settled = True
+            self.on_news()
+
+    def _moved(self) -> None:
+        """What was found of addresses that we had is out of date."""
+        self.findings.clear()
+        self._wake.set()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell whoever signs the peer record, if it should say something else."""
+        told = (self.daemon_addresses, self.carrier_addresses, bool(self.relaying))
+        if told != self._told:
+            self._told = told
+            self.changed.set()
+            self.changed = trio.Event()
+
+    async def _rounds(self) -> None:
+        async with trio.open_nursery() as nursery:
+            while True:
+                self._own = interface_addresses()
+                self._round(nursery)
+                await self._follow_verdict()
+                self._seek_pairs(nursery)
+                self._tell()
+                with trio.move_on_after(CHECK_SECONDS):
+                    await self._wake.wait()
+                self._wake = trio.Event()
+                await trio.sleep(EARLIEST_SECONDS)
+
+    async def refresh(self, seconds: float) -> None:
+        """Ask every witness again, and wait for the answers for so long. For people."""
+        self.findings.clear()
+        self._wake.set()
+        with trio.move_on_after(seconds):
+            while not self._all_answered():
+                await self._answered.wait()
+
+    def _all_answered(self) -> bool:
+        chosen = set(self.witnesses())
+        return bool(chosen) and self.findings.keys() >= chosen
+
+    # Witnesses
+
+    def witnesses(self) -> list[str]:
+        """Whom to ask: connected daemons, one an owner; of other owners first, those that were
+        asked before preferred."""
+        mine = self._owner_of(self._key.public)
+        connected = [
+            peer.peer_id for peer in self._host.peers() if peer.connected and peer.path == "direct"
+        ]
+        ranked: list[tuple[bool, bool, bytes, str, bytes | None]] = []
+        for peer_id in connected:
+            record = self._book.node(_key_of(peer_id))
+            if record is not None:
+                owner = self._owner_of(record.node)
+                strange = owner is None or owner == mine
+                order = order_of(self._key.public, record.node)
+                ranked.append((strange, peer_id not in self.findings, order, peer_id, owner))
+        chosen: list[str] = []
+        owners: set[bytes | None] = set()
+        for _, _, _, peer_id, owner in sorted(ranked):
+            if owner not in owners or owner is None:
+                owners.add(owner)
+                chosen.append(peer_id)
+        return chosen[: min(RECEIPTS, max(WITNESSES, self.policy.receipts + 1))]
+
+    def _round(self, nursery: trio.Nursery) -> None:
+        """Ask those whose finding is missing or old. A slow witness keeps up nothing."""
+        chosen = self.witnesses()
+        for gone in self.findings.keys() - set(chosen):
+            if trio.current_time() - self.findings[gone].at > FINDING_SECONDS:
+                del self.findings[gone]
+        for witness in chosen:
+            if self._is_due(witness) and witness not in self._asking:
+                self._asking.add(witness)
+                nursery.start_soon(self._examine, witness)
+        self._settle()
+
+    def _is_due(self, witness: str) -> bool:
+        finding = self.findings.get(witness)
+        if finding is None:
+            return True
+        age = trio.current_time() - finding.at
+        if age > (FINDING_SECONDS if finding.useful else FAILURE_SECONDS):
+            return True
+        receipt = self._receipts.get((DIAL_OPEN, _key_of(witness)))
+        fading = receipt is not None and not self._takes(receipt, 0.5)
+        return fading and finding.carrier.reached is True and age > CHECK_SECONDS
+
+    async def _examine(self, witness: str) -> None:
+        try:
+            finding = await self._asker.examine(witness, self._daemon_at, self._carrier_at)
+        finally:
+            self._asking.discard(witness)
+        self.findings[witness] = finding
+        if finding.failure:
+            log.info("%s does not say whether we can be reached: %s", witness, finding.failure)
+        if finding.carrier.reached is False:
+            self._receipts.pop((DIAL_OPEN, _key_of(witness)), None)
+        self._keep(finding.receipt)
+        self._answered.set()
+        self._answered = trio.Event()
+        self._wake.set()
+
+    def _daemon_at(self, seen_at: str) -> tuple[str, ...]:
+        listening = self._host.listening
+        return candidates(seen_at, listening, (*self.policy.announce, *self._mapped(listening)))
+
+    def _carrier_at(self, seen_at: str) -> tuple[str, ...]:
+        listening = self._carrier_listening
+        configured = self.policy.carrier_announce
+        return candidates(seen_at, listening, (*configured, *self._mapped(listening)))
+
+    def _keep(self, receipt: DialReceipt | None) -> None:
+        if receipt is not None:
+            news = (receipt.kind, receipt.witness) not in self._receipts
+            self._receipts[receipt.kind, receipt.witness] = receipt
+            if news:
+                self.on_news()
+
+    # Pairs
+
+    async def pair_receipt(self, node: bytes) -> DialReceipt | None:
+        """Make a direct path between our carrier and that of `node`, if there is one, and have its
+        daemon sign for it. None when there is none; the log says why."""
+        record = self._book.node(node)
+        if record is None:
+            return None
+        try:
+            direct = await self._carrier.connect_direct(
+                address(record.session), record.session_addresses, PAIR_SECONDS
+            )
+        except MachineError as error:
+            log.info("no path to the carrier of %s: %s", address(node), error)
+            return None
+        if not direct:
+            log.info("no direct path to the carrier of %s", address(node))
+            return None
+        answer = await self._asker.pair(address(node))
+        if isinstance(answer, str):
+            log.info("no receipt of %s for a direct path: %s", address(node), answer)
+            return None
+        self._keep(answer)
+        return answer
+
+    def _seek_pairs(self, nursery: trio.Nursery) -> None:
+        """Who cannot be dialled needs direct paths to those that cannot either."""
+        if self.carrier_state != "closed":
+            return
+        now = trio.current_time()
+        for node in islice(self._offers.closed(), RECEIPTS):
+            tried = self._pairs_tried.get(node, now - PAIR_AGAIN_SECONDS)
+            if (
+                self._pairing < PAIRS
+                and now - tried >= PAIR_AGAIN_SECONDS
+                and not self._has_pair(node)
+            ):
+                self._pairs_tried[node] = now
+                self._pairing += 1
+                nursery.start_soon(self._pair, node)
+        if len(self._pairs_tried) > 256:
+            self._pairs_tried.clear()
+
+    async def _pair(self, node: bytes) -> None:
+        try:
+            await self.pair_receipt(node)
+        finally:
+            self._pairing -= 1
+        self._wake.set()
+
+    def _has_pair(self, node: bytes) -> bool:
+        receipt = self._receipts.get((DIAL_PAIR, node))
+        return receipt is not None and self._takes(receipt, 0.5)
+
+    # Relays
+
+    async def _follow_verdict(self) -> None:
+        """Be reached through relays when we cannot be dialled; relay when we can."""
+        carrier, daemon = self.carrier_state, self.daemon_state
+        relays = self._offers.relays() if "closed" in (carrier, daemon) else ()
+        relaying = self._offers.members() if carrier == "open" and self.policy.relay else ()
+        try:
+            if relaying != self.relaying:
+                await self._carrier.set_relaying(relaying)
+                self.relaying = relaying
+            if carrier != "unknown":
+                wanted = relays if carrier == "closed" else ()
+                if wanted != self.relays:
+                    await self._carrier.set_relays(wanted)
+                    self.relays = wanted
+        except MachineError as error:
+            log.info("the carrier was not told about relays: %s; again soon", error)
+        if daemon != "unknown":
+            wanted = relays if daemon == "closed" else ()
+            if wanted != self._daemon_relays:
+                self._set_daemon_relays(wanted)
+
+    def _set_daemon_relays(self, wanted: tuple[PeerInfo, ...]) -> None:
+        try:
+            self._host.set_relays(wanted)
+            self._daemon_relays = wanted
+        except AddressInvalid as error:
+            log.warning("the addresses of a relay cannot be used: %s", error)
+
+
+def _key_of(peer_id: str) -> bytes:
+    """The node key of a daemon; empty for a libp2p peer of another kind."""
+    try:
+        return public_key(peer_id)
+    except DecodeError:
+        return b""
