@@ -44,6 +44,7 @@ from tdmld.p2p.sockets import (
     remote_of,
 )
 from tdmld.p2p.types import Direction, Path
+from tdmld.p2p.wholereads import read_whole
 
 log = logging.getLogger(__name__)
 
@@ -359,6 +360,7 @@ class Connector:
         when the present one stays."""
         if not self._wanted(peer, direction, muxed.get_connection_type()):
             return False
+        read_whole(muxed)
         for conn in self._live(peer):
             log.debug("a new %s connection replaces that with %s", direction, peer)
             await conn.close()
@@ -372,6 +374,11 @@ class Connector:
         self._admitted_at = {c: t for c, t in self._admitted_at.items() if not c.is_closed}
         self._admitted_at[conn] = trio.current_time()
         return True
+
+    async def settled(self, peer: ID) -> None:
+        """Return when no connection with the peer is just being replaced by another."""
+        async with self._admission_of(peer):
+            pass
 
     @asynccontextmanager
     async def _admission_of(self, peer: ID) -> AsyncIterator[None]:
