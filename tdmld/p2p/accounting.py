@@ -24,6 +24,9 @@ PEER_HALF_LIFE_SECONDS = 600.0
 """What an identity does is its own: it is remembered for a while."""
 ADDRESS_HALF_LIFE_SECONDS = 60.0
 """An address may be shared by many honest peers: only what comes quickly adds up."""
+STREAMS_HALF_LIFE_SECONDS = 10.0
+STREAMS_LATELY = 3000.0
+"""Streams of one peer; above it each waits: 200 a second, a tenth of a core."""
 MAX_ADDRESSES = 4096
 """Addresses whose score is remembered."""
 
@@ -82,6 +85,8 @@ class Account:
         "gossip_bytes",
         "messages_in",
         "messages_out",
+        "opened",
+        "pushes",
         "score",
         "spent",
     )
@@ -99,6 +104,10 @@ class Account:
         self.spent = 0.0
         """Seconds of our time in validators and in what services report."""
         self.score = Score(PEER_HALF_LIFE_SECONDS)
+        self.opened = Score(STREAMS_HALF_LIFE_SECONDS)
+        """Streams that it opened lately."""
+        self.pushes: Score | None = None
+        """Identify pushes that it sent lately."""
 
     def accuse(self, offence: Offence, why: str) -> None:
         """The peer did this."""

@@ -350,7 +350,7 @@ class FastMux(IMuxedConn):
         if number % 2 == self._next % 2 or number <= self._highest_inbound:
             return False
         self._highest_inbound = number
-        if self._inbound_open >= self._inbound_limit or self.memory.refuses_stream(self.peer_id):
+        if self._inbound_open >= self._inbound_limit or self.memory.refuses_stream(self):
             self.queue_control(RST, number, 0)
             return True
         stream = FastMuxStream(self, number)

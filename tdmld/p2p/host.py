@@ -31,7 +31,7 @@ from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr
 
 from tdmld.p2p import rawstream
-from tdmld.p2p.accounting import Offence
+from tdmld.p2p.accounting import STREAMS_LATELY, Offence
 from tdmld.p2p.addresses import parse_direct, parse_peer_id
 from tdmld.p2p.bans import Ban, Bans
 from tdmld.p2p.catchup import CatchUp
@@ -41,6 +41,7 @@ from tdmld.p2p.errors import DialFailed, GossipRefused, ProtocolRefused, StreamE
 from tdmld.p2p.fastmux import PROTOCOL as FASTMUX
 from tdmld.p2p.fastmux import FastMux
 from tdmld.p2p.gossip import Gossip, open_gossip
+from tdmld.p2p.identify import limit_identify
 from tdmld.p2p.limits import Limits
 from tdmld.p2p.noise import ShieldedNoise
 from tdmld.p2p.peers import Peers
@@ -59,6 +60,7 @@ Validator = Callable[[str, bytes], bool | None]
 
 _OPEN_ATTEMPTS = 3
 """A stream may meet a connection that is just being replaced; then the next one is used."""
+_TURN_SECONDS = 0.1
 _SWARM_CONNECTIONS = 65536
 """The swarm's own bound must never bite: ours (`Limits.connections`) is checked before."""
 
@@ -148,6 +150,7 @@ class Host:
                 self._swarm, inner.get_private_key(), relay, lambda: listening, self._peers.is_kept
             )
             inner.set_stream_handler(HOP, self._relay.serve_hop)
+        limit_identify(inner, peers)
         self._inbound_streams: Counter[str] = Counter()
         self._swarm.register_notifee(
             _Notifee(self._peers, self._puncher, gossip, inner.get_peerstore())
@@ -363,10 +366,13 @@ class Host:
                 return
             self._inbound_streams[peer] += 1
             try:
+                await self._take_turn(stream.muxed_conn.peer_id)
                 await inner(stream)
             except Exception as error:
                 # Boundary: the library lets a handler's exception end the whole host.
                 log.debug("a stream of %s failed: %r", peer, error)
+                if isinstance(error, UnicodeDecodeError):
+                    self._peers.accuse(stream.muxed_conn.peer_id, Offence.NEGOTIATION, repr(error))
                 await rawstream.reset(stream)
             finally:
                 self._inbound_streams[peer] -= 1
@@ -375,12 +381,20 @@ class Host:
 
         return handle
 
+    async def _take_turn(self, peer_id: ID) -> None:
+        """Wait while a peer opens streams faster than we can serve them."""
+        opened = self._peers.account(peer_id).opened
+        opened.add(1.0, trio.current_time())
+        while opened.now(trio.current_time()) > STREAMS_LATELY:  # noqa: ASYNC110 (time does it)
+            await trio.sleep(_TURN_SECONDS)
+
     def _start(self, nursery: trio.Nursery, listeners: list[trio.SocketListener]) -> None:
         self._peers.start(self._connector, nursery)
         if self._gossip is not None:
             nursery.start_soon(CatchUp(self, self._gossip).run)
         nursery.start_soon(self._circuits.run)
         self._puncher.start(nursery)
+        nursery.start_soon(self._peers.memory.watch_foreign, self._swarm.get_connections)
         for listener in listeners:
             nursery.start_soon(self._connector.serve, listener)
 
