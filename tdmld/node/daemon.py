@@ -24,7 +24,6 @@ from tdmld.chain.crypto import KeyPair, public_key
 from tdmld.chain.errors import ChainError
 from tdmld.chain.genesis import GENESIS_BYTES_MAX, Genesis, chain_id, load_genesis
 from tdmld.chain.state import State
-from tdmld.chain.transactions import DialReceipt
 from tdmld.config import Config
 from tdmld.errors import UserError
 from tdmld.files import FileTooLarge, read_file
@@ -38,6 +37,7 @@ from tdmld.node.errors import MachineError
 from tdmld.node.machine import Machine, open_machine
 from tdmld.node.machineclass import machine_class
 from tdmld.node.peers import PeerService
+from tdmld.node.reach import Reachability, ReachPolicy
 from tdmld.node.snapshot import SnapshotClient
 from tdmld.node.store import ChainStore
 from tdmld.p2p import Bans, Host, PeerInfo, open_host
@@ -154,6 +154,7 @@ class _Node:
                 if config.sync == "snapshot" and store.height == 0:
                     await self._join(host, store)
                 chain = ChainService(host, store, self._genesis, key)
+                reach = self._reachability(host, peers, machine, chain)
                 agent = Agent(
                     key=key,
                     chain_id=self._chain_id,
@@ -163,7 +164,7 @@ class _Node:
                     data_dir=config.data_dir,
                     ask=self._ask(),
                     ask_blocks=2 * self._genesis.parameters.epoch_blocks,
-                    witnessed=_Unwitnessed(),
+                    witnessed=reach,
                 )
                 api = Api(
                     key=key,
@@ -178,7 +179,9 @@ class _Node:
                     stop=self._stop,
                 )
                 await nursery.start(chain.run)  # type: ignore[arg-type]  # third-party stubs of trio
-                nursery.start_soon(self._announce, peers, machine)
+                reach.on_news = agent.look_again
+                nursery.start_soon(reach.run)
+                nursery.start_soon(self._announce, peers, machine, reach)
                 nursery.start_soon(self._keep_validators, peers, chain)
                 nursery.start_soon(agent.run)
                 nursery.start_soon(api.run)
@@ -217,11 +220,45 @@ class _Node:
             standby_slots=ask.standby_slots,
         )
 
-    async def _announce(self, peers: PeerService, machine: Machine) -> None:
+    def _reachability(
+        self, host: Host, peers: PeerService, machine: Machine, chain: ChainService
+    ) -> Reachability:
+        config, parameters = self._config, self._genesis.parameters
+        policy = ReachPolicy(
+            announce=config.announce,
+            carrier_announce=config.carrier_announce,
+            mdns=config.mdns,
+            upnp=config.upnp,
+            relay=config.relay,
+            receipt_blocks=parameters.epoch_blocks,
+            receipts=parameters.dial_receipts,
+        )
+        return Reachability(
+            host,
+            self._key,
+            self._chain_id,
+            peers.book,
+            machine.reach,
+            public_key(machine.session),
+            policy,
+            height=lambda: chain.height,
+            owner_of=lambda node: _witness_owner(chain, node),
+        )
+
+    async def _announce(self, peers: PeerService, machine: Machine, reach: Reachability) -> None:
+        """Sign a new record whenever this node is to be found elsewhere, and now and then."""
+        session = public_key(machine.session)
         while True:
-            session = public_key(machine.session)
-            peers.announce(session, machine.addresses, peers.now_ms())
-            await trio.sleep(ANNOUNCE_SECONDS)
+            changed = reach.changed
+            peers.announce(
+                session,
+                reach.carrier_addresses,
+                peers.now_ms(),
+                addresses=reach.daemon_addresses,
+                relays=bool(reach.relaying),
+            )
+            with trio.move_on_after(ANNOUNCE_SECONDS):
+                await changed.wait()
 
     async def _keep_validators(self, peers: PeerService, chain: ChainService) -> None:
         """In every epoch others may validate, who must be reached before they do."""
@@ -241,13 +278,12 @@ class _Node:
                 self._stop.set()
 
 
-class _Unwitnessed:
-    """Until this node asks others how it can be reached."""
-
-    settled = True
-
-    def receipts(self) -> tuple[DialReceipt, ...]:
-        return ()
+def _witness_owner(chain: ChainService, node: bytes) -> bytes | None:
+    """The owner of a node whose word counts on the chain now."""
+    record = chain.state().node(node)
+    if record is None or record.revoked or record.from_height > chain.height:
+        return None
+    return record.owner
 
 
 def _validates(store: ChainStore, node: bytes) -> bool:
