@@ -309,11 +309,8 @@ class Host:
         peer = self._peers.entry(parse_peer_id(peer_id))
         with trio.move_on_after(timeout), suppress(DialFailed):
             await self._peers.connect(peer)
-            await self._puncher.upgrade(peer.id)
-            # It may be just between the old connection and the new one.
-            await self._peers.connect(peer)
-        conn = self._peers.live(peer)
-        return conn is not None and not rawstream.is_relayed(conn.muxed_conn)
+            return await self._puncher.upgrade(peer.id)
+        return False
 
     @property
     def relay_use(self) -> RelayUse | None:

@@ -143,8 +143,7 @@ class FastMuxStream(IMuxedStream):
                     await self._mux.send_data(self._number, size, _take(views, size))
                 finally:
                     self._in_frame = False
-                    if self._closed:
-                        self._say_fin()
+                    self._say_fin()
 
     async def close(self) -> None:
         """Say FIN and read no more; a peer that goes on sending gets a reset. Never blocks."""
@@ -160,11 +159,11 @@ class FastMuxStream(IMuxedStream):
             return
         self._closed = True
         self._writable.set()
-        if not self._in_frame:  # or FIN would overtake the data
-            self._say_fin()
+        self._say_fin()
 
     def _say_fin(self) -> None:
-        if self._reset:
+        """If it is due; not during a frame, or it would overtake the data."""
+        if not self._closed or self._reset or self._in_frame:
             return
         self._mux.queue_control(FIN, self._number, 0)
         if self._ended:

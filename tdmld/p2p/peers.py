@@ -187,13 +187,16 @@ class Peers:
             if peer.dials > dials and peer.last_error:
                 raise DialFailed(peer.last_error)  # of the dial that we have been waiting for
             peer.dials += 1
-            if self._connector is None:
+            if (connector := self._connector) is None:
                 raise DialFailed("the host is closed")
+            await connector.settled(peer.id)
+            if (conn := self.live(peer)) is not None:
+                return conn
             if (ban := self.ban_of(peer.id)) is not None:
                 raise DialFailed(f"{peer.text} is banned: {ban.reason or 'no reason was given'}")
             try:
                 allowed = self._allowed(peer.addresses if addresses is None else addresses)
-                await self._connector.dial(peer.id, allowed)
+                await connector.dial(peer.id, allowed)
             except DialFailed as error:
                 # The peer may have dialled us meanwhile.
                 if (conn := self.live(peer)) is not None:

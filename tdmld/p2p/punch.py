@@ -21,8 +21,8 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import trio
 from libp2p.abc import INetConn, INetStream
@@ -52,6 +52,7 @@ twice (after 1 and 3 s)."""
 _AGAIN_SECONDS = 0.2
 """Pause after a dial that was turned away; the other end may not have begun."""
 _MESSAGE_SECONDS = 5.0
+_REFUSED_SECONDS = 0.5
 _UNILATERAL_SECONDS = 2.0
 """For an address that can simply be dialled."""
 _PATIENCE_SECONDS = 2.0
@@ -138,7 +139,10 @@ class Puncher:
         self._upgrading: dict[ID, trio.Lock] = {}
         self._arranging: set[ID] = set()
         """Peers with which we have begun to arrange a punch ourselves."""
-        self._dialling: Counter[ID] = Counter()
+        self._busy: Counter[ID] = Counter()
+        """Peers with which a punch is arranged by them, or under way."""
+        self._expected: Counter[tuple[str, int]] = Counter()
+        """How often `_expecting` holds for a name."""
         self._window_ends = -math.inf
         self._served: Counter[ID] = Counter()
         self._dials_for_strangers = 0
@@ -187,24 +191,23 @@ class Puncher:
 
     async def _upgrade(self, peer_id: ID) -> bool:
         known = [a for a in self._peers.entry(peer_id).addresses if isinstance(a, TcpAddress)]
-        if known and not self._dialling[peer_id]:
+        if known and not self._busy[peer_id]:
             with suppress(DialFailed), trio.move_on_after(_UNILATERAL_SECONDS):
                 await self._connector.dial(peer_id, known)
         for _ in range(_ATTEMPTS):
             conn = self._connection(peer_id)
-            if conn is None:
-                return False
-            if not rawstream.is_relayed(conn.muxed_conn):
-                return True
+            if conn is None or not rawstream.is_relayed(conn.muxed_conn):
+                break
             try:
                 theirs = await self._arrange(conn)
             except (StreamBroken, BaseLibp2pError, trio.TooSlowError) as error:
-                log.debug("cannot punch to %s: %r", peer_id, error)
-                theirs = []
-            if theirs:
+                log.debug("cannot arrange a punch with %s: %r", peer_id, error)
+                # Perhaps because the peer has begun itself: we shall hear of it.
+                await trio.sleep(_REFUSED_SECONDS)
+            else:
+                if not theirs:
+                    break
                 await self._punch(peer_id, theirs, client=False)
-            elif not self._dialling[peer_id]:
-                break  # nor is the other end trying
             if await self._became_direct(peer_id):
                 return True
         return await self._became_direct(peer_id)
@@ -212,11 +215,12 @@ class Puncher:
     async def _became_direct(self, peer_id: ID) -> bool:
         """Whether the connection is direct, or becomes so by a punch that is under way."""
         while True:
+            await self._connector.settled(peer_id)
             changed = self._peers.entry(peer_id).changed
             conn = self._connection(peer_id)
             if conn is not None and not rawstream.is_relayed(conn.muxed_conn):
                 return True
-            if not self._dialling[peer_id]:
+            if not self._busy[peer_id]:
                 return False
             await changed.wait()
 
@@ -258,40 +262,60 @@ class Puncher:
             await rawstream.reset(stream)
             return
         ours = self._ours()
-        with trio.fail_after(_MESSAGE_SECONDS):
+        theirs: list[TcpAddress] = []
+        with self._working_on(peer_id), trio.fail_after(_MESSAGE_SECONDS):
             ask = await rawstream.receive(stream, HolePunch)
             if ask.type != HolePunch.CONNECT:
                 raise StreamBroken("DCUtR begins with CONNECT")
             theirs = worth_dialling(direct_addresses(ask.ObsAddrs), ours)
             if not self._grants(peer_id, len(theirs)):
-                log.debug("%s asks for too many punches", peer_id)
-                await rawstream.reset(stream)
-                return
-            for address in theirs:
-                # Its dial may come through before SYNC does.
-                self._connector.punching[address.host, address.port] = peer_id
-            try:
+                raise StreamBroken("the peer asks for too many punches")
+            # Its dial may come through before SYNC does.
+            with self._expecting(peer_id, theirs):
                 await rawstream.send(stream, _connect_message(ours))
                 sync = await rawstream.receive(stream, HolePunch)
                 if sync.type != HolePunch.SYNC:
                     raise StreamBroken("DCUtR goes on with SYNC")
-            except BaseException:
-                self._expect_no_more(theirs)
-                raise
-        # Not here: this task ends with the relayed connection, which we are about to replace.
-        if self._nursery is not None:
-            self._nursery.start_soon(self._punch_as_client, peer_id, theirs)
+                # Not here: this task ends with the relayed connection, which is to be replaced.
+                if self._nursery is not None:
+                    await self._nursery.start(self._punch_as_client, peer_id, theirs)
         await stream.close()
 
-    async def _punch_as_client(self, peer_id: ID, theirs: list[TcpAddress]) -> None:
-        try:
+    async def _punch_as_client(
+        self,
+        peer_id: ID,
+        theirs: list[TcpAddress],
+        task_status: trio.TaskStatus[None],  # type: ignore[name-defined]
+    ) -> None:
+        with self._expecting(peer_id, theirs):
+            task_status.started()
             await self._punch(peer_id, theirs, client=True)
-        finally:
-            self._expect_no_more(theirs)
 
-    def _expect_no_more(self, theirs: Sequence[TcpAddress]) -> None:
-        for address in theirs:
-            self._connector.punching.pop((address.host, address.port), None)
+    @contextmanager
+    def _expecting(self, peer_id: ID, theirs: Sequence[TcpAddress]) -> Iterator[None]:
+        """Meanwhile we are the client of what comes in from these addresses."""
+        names = [(address.host, address.port) for address in theirs]
+        self._expected.update(names)
+        self._connector.punching.update((name, peer_id) for name in names)
+        try:
+            yield
+        finally:
+            self._expected.subtract(names)
+            self._expected += Counter()  # drops the zeros
+            for name in names:
+                if name not in self._expected:
+                    self._connector.punching.pop(name, None)
+
+    @contextmanager
+    def _working_on(self, peer_id: ID) -> Iterator[None]:
+        self._busy[peer_id] += 1
+        try:
+            yield
+        finally:
+            self._busy[peer_id] -= 1
+            if not self._busy[peer_id]:
+                del self._busy[peer_id]
+            self._peers.entry(peer_id).touch()
 
     def _grants(self, peer_id: ID, dials: int) -> bool:
         """Count one request against the limits; False when it exceeds them."""
@@ -312,19 +336,12 @@ class Puncher:
     async def _punch(self, peer_id: ID, theirs: Sequence[TcpAddress], *, client: bool) -> None:
         """Dial all addresses at once, again and again, until the connection is direct or the time
         is over."""
-        self._dialling[peer_id] += 1
-        try:
-            with trio.move_on_after(_PUNCH_SECONDS):
-                async with trio.open_nursery() as nursery:
-                    for address in theirs:
-                        nursery.start_soon(self._knock, peer_id, address, client)
-                    await self._until_direct(peer_id)
-                    nursery.cancel_scope.cancel()
-        finally:
-            self._dialling[peer_id] -= 1
-            if not self._dialling[peer_id]:
-                del self._dialling[peer_id]
-            self._peers.entry(peer_id).touch()
+        with self._working_on(peer_id), trio.move_on_after(_PUNCH_SECONDS):
+            async with trio.open_nursery() as nursery:
+                for address in theirs:
+                    nursery.start_soon(self._knock, peer_id, address, client)
+                await self._until_direct(peer_id)
+                nursery.cancel_scope.cancel()
 
     async def _until_direct(self, peer_id: ID) -> None:
         while True:

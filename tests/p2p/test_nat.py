@@ -120,7 +120,7 @@ def homes(net: Internet, *, random_ports: bool = False) -> None:
 ANY = "/ip4/0.0.0.0/tcp/4001"
 
 
-async def test_a_hole_is_punched_through_two_routers_and_bytes_flow_past_the_relays_quota() -> None:
+async def test_a_hole_is_punched_through_two_routers_and_bytes_flow_past_the_relays_quota():
     with nodes() as world:
         homes(world.net)
         relay, a, b = world.relay(), world.start("a", ANY), world.start("b", ANY)
@@ -137,7 +137,7 @@ async def test_a_hole_is_punched_through_two_routers_and_bytes_flow_past_the_rel
         assert sent["arrived"] / sent["seconds"] > 4 * QUOTA[0]
 
 
-async def test_behind_a_router_with_unforeseeable_ports_the_relayed_path_stays() -> None:
+async def test_behind_a_router_with_unforeseeable_ports_the_relayed_path_stays():
     with nodes() as world:
         homes(world.net, random_ports=True)
         world.net.router("router-c", "203.0.113.4", "10.0.3", random_ports=True)
@@ -155,7 +155,7 @@ async def test_behind_a_router_with_unforeseeable_ports_the_relayed_path_stays()
         assert sent["arrived"] == 1 << 20
 
 
-async def test_a_circuit_ends_at_its_quota_and_is_no_faster_than_it() -> None:
+async def test_a_circuit_ends_at_its_quota_and_is_no_faster_than_it():
     with nodes() as world:
         homes(world.net, random_ports=True)
         # Without a listening port nobody punches.
@@ -171,7 +171,7 @@ async def test_a_circuit_ends_at_its_quota_and_is_no_faster_than_it() -> None:
         assert "StreamBroken" in refused["error"]
 
 
-async def test_a_firewall_without_an_open_port_is_no_obstacle() -> None:
+async def test_a_firewall_without_an_open_port_is_no_obstacle():
     with nodes() as world:
         world.net.public("fenced", "203.0.113.20", firewall=True)
         world.net.router("router-a", "203.0.113.2", "10.0.1")
@@ -188,7 +188,7 @@ async def test_a_firewall_without_an_open_port_is_no_obstacle() -> None:
         assert sent["arrived"] == 4 * QUOTA[1]
 
 
-async def test_another_relay_is_used_when_one_dies() -> None:
+async def test_another_relay_is_used_when_one_dies():
     with nodes() as world:
         homes(world.net)
         relay, spare = world.relay(), world.relay(OTHER_RELAY)
