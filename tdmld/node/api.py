@@ -31,12 +31,14 @@ from tdmld.node.jobfeed import JobFeed
 from tdmld.node.machine import Machine, StepDone
 from tdmld.node.netapi import NetApi
 from tdmld.node.peers import PeerService
+from tdmld.node.reachapi import ReachApi
 from tdmld.node.seal import sealing
 from tdmld.node.store import ChainStore
 from tdmld.node.work import Work
 from tdmld.p2p import Host
 from tdmld.rpc.errors import InvalidParams, NotFound, NotReady, Refused
 from tdmld.rpc.nettypes import BanInfo, Connected
+from tdmld.rpc.reachtypes import NetReachability
 from tdmld.rpc.staketypes import NodeKeyInfo, StakeInfo, ValidatorSetInfo
 from tdmld.rpc.types import (
     AccountInfo,
@@ -81,6 +83,7 @@ class Api:
     machine: Machine
     agent: Agent
     peers: PeerService
+    reach: ReachApi
     data_dir: Path
     stop: trio.Event
     started: str = ""
@@ -165,6 +168,9 @@ class Api:
 
     async def net_peers(self) -> tuple[PeerInfo, ...]:
         return await self.net.peers()
+
+    async def net_reachability(self, refresh: bool = False) -> NetReachability:
+        return await self.reach.reachability(refresh=refresh)
 
     async def net_connect(self, address: str) -> Connected:
         return await self.net.connect(address)

@@ -38,6 +38,7 @@ from tdmld.node.machine import Machine, open_machine
 from tdmld.node.machineclass import machine_class
 from tdmld.node.peers import PeerService
 from tdmld.node.reach import Reachability, ReachPolicy
+from tdmld.node.reachapi import ReachApi
 from tdmld.node.snapshot import SnapshotClient
 from tdmld.node.store import ChainStore
 from tdmld.p2p import Bans, Host, PeerInfo, open_host
@@ -175,6 +176,9 @@ class _Node:
                     machine=machine,
                     agent=agent,
                     peers=peers,
+                    reach=ReachApi(
+                        reach, host, machine.reach, lambda node: _witness_owner(chain, node)
+                    ),
                     data_dir=config.data_dir,
                     stop=self._stop,
                 )

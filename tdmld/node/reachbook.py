@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from tdmld.chain.crypto import address
+from tdmld.node.control import MAX_RELAYED
 from tdmld.node.peers import PeerBook, PeerRecord
 from tdmld.p2p import PeerInfo
 
@@ -51,9 +52,13 @@ class Offers:
         )
 
     def members(self) -> tuple[bytes, ...]:
-        """Nodes that may be relayed, and the sessions that they name."""
-        known = (r for r in self.book.records() if self.owner_of(r.node) is not None)
-        return tuple(sorted({key for record in known for key in (record.node, record.session)}))
+        """Nodes that may be relayed, and the sessions that they name: as many as the carrier can
+        be told of, in a network of more each relay has its own choice."""
+        known = [r for r in self.book.records() if self.owner_of(r.node) is not None]
+        known.sort(key=lambda record: order_of(self.me, record.node))
+        return tuple(
+            key for record in known[: MAX_RELAYED // 2] for key in (record.node, record.session)
+        )
 
     def closed(self) -> list[bytes]:
         """Nodes of other owners that can be reached through relays only, as they say themselves;

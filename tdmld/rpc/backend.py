@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator
 from typing import Protocol
 
 from tdmld.rpc.nettypes import BanInfo, Connected, DialText, ReasonText, Seconds, SubjectText
+from tdmld.rpc.reachtypes import NetReachability
 from tdmld.rpc.staketypes import NodeKeyInfo, StakeInfo, ValidatorSetInfo
 from tdmld.rpc.types import (
     AccountInfo,
@@ -145,6 +146,12 @@ class Backend(Protocol):
 
         Refused while the job has no result; NotFound. The receipt (a Fetched transaction) is the
         submitter's to sign: commands do it, with chain_submit.
+        """
+
+    async def net_reachability(self, refresh: bool = False) -> NetReachability:
+        """Whether others can dial this node, who says so, and what it does about it.
+
+        With `refresh` every witness is asked again first: some seconds, 20 at most.
         """
 
     async def admin_stop(self) -> None:

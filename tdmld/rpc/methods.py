@@ -12,6 +12,7 @@ _METHODS = (
     ("node_status", Backend.node_status, Scope.READ),
     ("node_earnings", Backend.node_earnings, Scope.READ),
     ("net_peers", Backend.net_peers, Scope.READ),
+    ("net_reachability", Backend.net_reachability, Scope.READ),
     ("net_connect", Backend.net_connect, Scope.ADMIN),
     ("net_bans", Backend.net_bans, Scope.READ),
     ("net_ban", Backend.net_ban, Scope.ADMIN),

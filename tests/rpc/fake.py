@@ -8,6 +8,14 @@ import trio
 
 from tdmld.rpc.errors import NotFound, Refused
 from tdmld.rpc.nettypes import BanInfo, Connected
+from tdmld.rpc.reachtypes import (
+    NetReachability,
+    ProcessReach,
+    RelayingInfo,
+    RouterInfo,
+    TrialInfo,
+    WitnessInfo,
+)
 from tdmld.rpc.staketypes import (
     NodeKeyInfo,
     OffenceInfo,
@@ -53,6 +61,45 @@ OWNER = "12D3KooW" + "E" * 44
 JOB = "a91f" + "0" * 60
 CHAIN_ID = "c0" * 32
 GENESIS_MS = 1_767_225_600_000
+
+REACHABILITY = NetReachability(
+    daemon=ProcessReach(
+        state="open",
+        listening=("/ip4/0.0.0.0/tcp/4001",),
+        announced=("/ip4/203.0.113.7/tcp/4001",),
+        relayed=(),
+    ),
+    carrier=ProcessReach(
+        state="open",
+        listening=("/ip4/0.0.0.0/tcp/4002",),
+        announced=("/ip4/203.0.113.7/tcp/4002",),
+        relayed=(),
+    ),
+    settled=True,
+    witnesses=(
+        WitnessInfo(
+            node=NODES[1],
+            owner=OWNER,
+            seconds_ago=12.0,
+            seen_at="203.0.113.7",
+            clock_ms=35.0,
+            daemon=TrialInfo(reached=True, address="/ip4/203.0.113.7/tcp/4001"),
+            carrier=TrialInfo(reached=True, address="/ip4/203.0.113.7/tcp/4002"),
+        ),
+    ),
+    own=("192.168.1.5",),
+    router=RouterInfo(state="forwards", addresses=("/ip4/203.0.113.7/tcp/4002",)),
+    local=("192.168.1.5",),
+    relaying=RelayingInfo(on=True, members=6, reservations=2),
+    daemons=3,
+    daemons_relayed=0,
+    carriers=2,
+    carriers_relayed=0,
+    open_receipts=2,
+    pair_receipts=0,
+    wanted_receipts=2,
+)
+"""A node at home that can be dialled."""
 
 
 def head(height: int) -> Head:
@@ -290,6 +337,9 @@ class FakeBackend:
                 for n in range(30)
             ),
         )
+
+    async def net_reachability(self, refresh: bool = False) -> NetReachability:
+        return REACHABILITY
 
     async def net_peers(self) -> tuple[PeerInfo, ...]:
         return (
