@@ -249,7 +249,8 @@ def make_network(
 
     Nodes 0 .. validators-1 validate. `asks`: which nodes ask for work (default: all); the others
     can submit, and audit nothing. Amounts are for each owner. `parameters` replace genesis
-    defaults and `dial_receipts`, which is 1: nodes of a devnet dial each other, too; `settings` and `node_settings[index]` are put into tdmld.toml (keys as for
+    defaults and `dial_receipts`, which is 1: nodes of a devnet dial each other, too. `settings` and
+    `node_settings[index]` are put into tdmld.toml (keys as for
     `load_config`). UserError when `directory` is not empty or the numbers make no network.
     """
     if not 1 <= validators <= nodes <= NODES_MAX:
