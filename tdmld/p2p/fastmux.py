@@ -20,7 +20,6 @@ of other streams pass between frames.
 
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Protocol, cast
 
 import trio
 from libp2p.abc import IMuxedConn, ISecureConn
@@ -47,11 +46,14 @@ from tdmld.p2p.muxstream import (
     PING,
     PONG,
     RST,
+    SMALL_BYTES,
     WINDOW_BYTES,
     Buffer,
     FastMuxStream,
 )
 from tdmld.p2p.shield import shielded
+from tdmld.p2p.tls import RECORD_BYTES, TlsSession
+from tdmld.p2p.turns import FrameSize, Turns
 
 PROTOCOL = TProtocol("/tdmld/fastmux/1.0.0")
 
@@ -70,8 +72,6 @@ _FULL_BYTES = 512
 _FRAMES_A_TURN = 512
 """Handled before other tasks get their turn: 3 ms."""
 _THROTTLE_SECONDS = 0.1
-_SMALL_BYTES = 16 * 1024
-"""Below this a frame is joined with its header: one TLS record instead of several."""
 _DIE_SECONDS = 2.0
 _CLOSE_SECONDS = 0.2
 """Time for the last FIN frames when a connection is closed in good order."""
@@ -81,10 +81,6 @@ _BROKEN = (IOException, RawConnError, trio.ClosedResourceError)
 
 
 Accuse = Callable[[ID, Offence, str], None]
-
-
-class _GatheringSession(Protocol):
-    async def write_parts(self, parts: Sequence[Buffer]) -> None: ...
 
 
 class BrokenRules(Exception):
@@ -118,9 +114,8 @@ class FastMux(IMuxedConn):
         self.on_close = None
         self.event_started = trio.Event()
         self._session = conn
-        self._gather: _GatheringSession | None = (
-            cast(_GatheringSession, conn) if hasattr(conn, "write_parts") else None
-        )
+        self._tls = conn if isinstance(conn, TlsSession) else None
+        """The same when it can gather and scatter."""
         self._streams: dict[int, FastMuxStream] = {}
         self._next = 1 if conn.is_initiator else 2
         self._inbound_limit = inbound_streams
@@ -129,7 +124,9 @@ class FastMux(IMuxedConn):
         self._accepted_send, self._accepted = trio.open_memory_channel[FastMuxStream](
             inbound_streams
         )
-        self._write_lock = trio.Lock()
+        self.turns = Turns()
+        """Who may write a frame."""
+        self._frame_size = FrameSize()
         self._control: list[bytes] = []
         self._control_added = trio.Event()
         self._dead = False
@@ -200,8 +197,11 @@ class FastMux(IMuxedConn):
         """Send what control frames wait, then close. Takes at most `_CLOSE_SECONDS`."""
         if not self._dead and self.event_started.is_set() and self._control:
             with shielded(_CLOSE_SECONDS), suppress(*_BROKEN):
-                async with self._write_lock:
-                    await self._write(())
+                await self.turns.take(urgent=True)
+                try:
+                    await self._write(b"", ())
+                finally:
+                    self.turns.release()
         await self._die()
 
     def get_remote_address(self) -> tuple[str, int] | None:
@@ -215,21 +215,27 @@ class FastMux(IMuxedConn):
 
     # Sending
 
+    @property
+    def frame_bytes(self) -> int:
+        """The most for the next DATA frame: with its header it fills whole TLS records."""
+        return self._frame_size.bytes - HEADER.size
+
     async def send_data(self, number: int, size: int, views: Sequence[memoryview]) -> None:
-        """One DATA frame, whole, whatever happens to the caller; MuxedStreamReset when dead."""
-        header = HEADER.pack(DATA, number, size)
-        parts: Sequence[Buffer] = (
-            (b"".join((header, *views)),) if size <= _SMALL_BYTES else (header, *views)
-        )
-        with trio.CancelScope(shield=True):
-            async with self._write_lock:
-                if self._dead:
-                    raise MuxedStreamReset("the connection is closed")
-                try:
-                    await self._write(parts)
-                except _BROKEN as error:
-                    await self._die()
-                    raise MuxedStreamReset(f"the connection broke: {error}") from error
+        """With the turn held: one DATA frame, whole, whatever happens to the caller.
+
+        MuxedStreamReset when the connection is dead.
+        """
+        if self._dead:
+            raise MuxedStreamReset("the connection is closed")
+        began = trio.current_time()
+        try:
+            await self._write(HEADER.pack(DATA, number, size), views)
+        except _BROKEN as error:
+            with shielded(_DIE_SECONDS):
+                await self._die()
+            raise MuxedStreamReset(f"the connection broke: {error}") from error
+        if size > SMALL_BYTES // 2:
+            self._frame_size.sent(size, trio.current_time() - began)
 
     def queue_control(self, kind: int, number: int, value: int) -> None:
         """Send a control frame as soon as possible without waiting for it."""
@@ -238,28 +244,29 @@ class FastMux(IMuxedConn):
         self._control.append(HEADER.pack(kind, number, value))
         self._control_added.set()
 
-    async def _write(self, parts: Sequence[Buffer]) -> None:
-        """With the lock held: what control frames wait, then `parts`."""
+    async def _write(self, header: bytes, views: Sequence[memoryview]) -> None:
+        """With the turn held: what control frames wait, then a frame."""
         control, self._control = self._control, []
-        if control:
-            parts = (b"".join(control), *parts)
-        if not parts:
-            return
-        if self._gather is not None:
-            await self._gather.write_parts(parts)
-        else:
-            await self._session.write(b"".join(parts))
+        head = b"".join((*control, header))
+        if self._tls is not None:
+            await self._tls.write_parts(_records(head, views))
+        elif head:
+            await self._session.write(b"".join((head, *views)))
 
     async def _flush_control(self) -> None:
         while not self._dead:
             await self._control_added.wait()
             self._control_added = trio.Event()
+            if not self._control:
+                continue  # they left with a frame
+            await self.turns.take(urgent=True)
             try:
-                async with self._write_lock:
-                    await self._write(())
+                await self._write(b"", ())
             except _BROKEN:
                 await self._session.close()  # the reader notices and ends the connection
                 return
+            finally:
+                self.turns.release()
 
     # Receiving
 
@@ -315,12 +322,22 @@ class FastMux(IMuxedConn):
         elif stream.is_deaf:
             await stream.reset()
         while size:
-            chunk = await self._session.read(size)
-            if not chunk:
+            if (
+                self._tls is not None
+                and stream is not None
+                and (room := stream.room(size)) is not None
+            ):
+                filled = await self._tls.read_into(room)
+                del room  # or its message could not be given away without a copy
+                stream.on_filled(filled)
+            else:
+                chunk = await self._session.read(size)
+                filled = len(chunk)
+                if stream is not None:
+                    stream.on_data(chunk)
+            if not filled:
                 raise EOFError
-            size -= len(chunk)
-            if stream is not None:
-                stream.on_data(chunk)
+            size -= filled
 
     def _on_control(self, kind: int, number: int, value: int) -> bool:
         """False when the peer breaks the protocol."""
@@ -340,7 +357,7 @@ class FastMux(IMuxedConn):
             elif kind == FIN:
                 stream.on_fin()
             else:
-                stream.on_break()
+                stream.on_reset()
                 self.forget(number)
         else:
             return False
@@ -388,7 +405,7 @@ class FastMux(IMuxedConn):
         self._dead = True
         self._accepted_send.close()
         for stream in list(self._streams.values()):
-            stream.on_break()
+            stream.on_lost()
         self._streams.clear()
         for answered in self._pings.values():
             answered.set()
@@ -398,3 +415,19 @@ class FastMux(IMuxedConn):
             await self._session.close()
         if self.on_close is not None:
             await self.on_close()
+
+
+def _records(head: bytes, views: Sequence[memoryview]) -> list[Buffer]:
+    """What to encrypt one after another: `head` shares its record with the beginning of the data,
+    so that no record is nearly empty; the rest is not copied."""
+    lead = RECORD_BYTES - len(head) % RECORD_BYTES
+    copied: list[Buffer] = [head]
+    left: list[Buffer] = []
+    for view in views:
+        if lead:
+            copied.append(view[:lead])
+            lead, view = lead - len(copied[-1]), view[lead:]
+        if view:
+            left.append(view)
+    joined = b"".join(copied)
+    return [joined, *left] if joined else left

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import trio
-from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 
 from tdmld.p2p.addresses import TcpAddress, format_address, parse_direct
 from tdmld.p2p.errors import AddressInvalid, ListenFailed
+from tdmld.p2p.tcp import TcpConnection
 
 _BACKLOG = 128
 UNUSABLE_PORT = {errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EINVAL, errno.EACCES}
@@ -100,17 +100,11 @@ async def connect_from(local: TcpAddress, remote: TcpAddress) -> trio.SocketStre
 
 def raw_connection(stream: trio.SocketStream, initiator: bool) -> RawConnection:
     """A socket in the form that the library's upgrade steps take."""
-    return RawConnection(_TcpStream(stream), initiator)
-
-
-class _TcpStream(TrioTCPStream):
-    """The library's knows no remote address of an IPv6 socket."""
-
-    def get_remote_address(self) -> tuple[str, int] | None:
-        try:
-            return remote_of(self.stream)
-        except OSError:
-            return None
+    try:
+        remote = remote_of(stream)
+    except OSError:
+        remote = None
+    return RawConnection(TcpConnection(stream, remote), initiator)
 
 
 def remote_of(stream: trio.SocketStream) -> tuple[str, int]:

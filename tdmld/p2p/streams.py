@@ -19,7 +19,7 @@ from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
 from tdmld.p2p.accounting import Account, Offence
 from tdmld.p2p.errors import MessageTooLarge, StreamBroken, StreamClosed
 from tdmld.p2p.muxstream import FastMuxStream
-from tdmld.p2p.shield import shielded
+from tdmld.p2p.shield import acquire, shielded
 
 _LENGTH = struct.Struct("!I")
 _FOREIGN_READ_BYTES = 64 * 1024
@@ -52,7 +52,8 @@ class Stream:
         self._send_lock = trio.Lock()
         self._receiving = False
         self._finished: StreamClosed | StreamBroken | MessageTooLarge | None = None
-        # The message being received; kept here so that a cancelled `receive` can be repeated.
+        # The message being received; kept so that a cancelled `receive` can be repeated. On a fast
+        # stream it is kept there.
         self._chunks: list[bytes] = []
         self._size = 0
         self._expected: int | None = None
@@ -70,7 +71,8 @@ class Stream:
         size = sum(memoryview(part).nbytes for part in parts)
         if size > self._most:
             raise ValueError(f"a message has at most {self._most} bytes, not {size}")
-        async with self._send_lock:
+        await acquire(self._send_lock)
+        try:
             self._raise_if_finished()
             complete = False
             try:
@@ -81,6 +83,8 @@ class Stream:
             finally:
                 if not complete:
                     await self._reset_shielded()
+        finally:
+            self._send_lock.release()
         self._account.messages_out += 1
 
     async def receive(self, limit: int) -> bytes:
@@ -99,7 +103,7 @@ class Stream:
             await trio.lowlevel.checkpoint()
             if self._expected is None:
                 self._expected = await self._receive_length(min(limit, self._most))
-            body = await self._receive_exactly(self._expected)
+            body = await self._exactly(self._expected)
             self._expected = None
         except _BROKEN as error:
             failure = self._end(self._failure(error))
@@ -160,13 +164,8 @@ class Stream:
         if joined:
             await self._inner.write(bytes(joined))
 
-    async def _read(self, limit: int) -> list[bytes]:
-        if self._fast is not None:
-            return await self._fast.read_chunks(limit)
-        return [await self._inner.read(min(limit, _FOREIGN_READ_BYTES))]
-
     async def _receive_length(self, limit: int) -> int:
-        (size,) = _LENGTH.unpack(await self._receive_exactly(_LENGTH.size))
+        (size,) = _LENGTH.unpack(await self._exactly(_LENGTH.size))
         if size > limit:
             refusal = MessageTooLarge(
                 f"{self.peer_id} announced {size} bytes on {self.protocol}; "
@@ -180,21 +179,29 @@ class Stream:
             self._fast.expect(size)
         return int(size)
 
-    async def _receive_exactly(self, size: int) -> bytes:
+    async def _exactly(self, size: int) -> bytes:
+        if self._fast is not None:
+            return await self._fast.take(size)
         while self._size < size:
-            chunks = await self._read(size - self._size)
-            if not any(chunks):
+            chunk = await self._inner.read(min(size - self._size, _FOREIGN_READ_BYTES))
+            if not chunk:
                 raise MuxedStreamEOF
-            self._chunks += chunks
-            self._size += sum(map(len, chunks))
+            self._chunks.append(chunk)
+            self._size += len(chunk)
         chunks, self._chunks, self._size = self._chunks, [], 0
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
+    @property
+    def _in_a_message(self) -> bool:
+        """Whether a part of a message, or of its length, was received."""
+        begun = self._size > 0 if self._fast is None else self._fast.partial
+        return begun or self._expected is not None
+
     def _failure(self, error: BaseException) -> StreamClosed | StreamBroken:
         if isinstance(error, (StreamEOF, MuxedStreamEOF)):
-            if self._expected is None and self._size == 0:
-                return StreamClosed(f"{self.peer_id} closed {self.protocol}")
-            return StreamBroken(f"{self.peer_id} closed {self.protocol} in the middle of a message")
+            if self._in_a_message:
+                return StreamBroken(f"{self.peer_id} closed {self.protocol} in mid-message")
+            return StreamClosed(f"{self.peer_id} closed {self.protocol}")
         return _after_failure(error)
 
     def _end(self, failure: StreamClosed | StreamBroken) -> StreamClosed | StreamBroken:

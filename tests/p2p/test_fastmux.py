@@ -139,11 +139,12 @@ async def test_the_end_does_not_overtake_data_that_are_being_written(ending: str
         stream = await mux.open_stream()
         assert (await peer.receive())[:2] == (OPEN, 2)
         async with trio.open_nursery() as nursery:
-            async with mux._write_lock:  # the line is busy
-                nursery.start_soon(stream.write, b"last words")
-                await trio.testing.wait_all_tasks_blocked()
-                await getattr(stream, ending)()
-                await trio.testing.wait_all_tasks_blocked()
+            await mux.turns.take(urgent=True)  # the line is busy
+            nursery.start_soon(stream.write, b"last words")
+            await trio.testing.wait_all_tasks_blocked()
+            await getattr(stream, ending)()
+            await trio.testing.wait_all_tasks_blocked()
+            mux.turns.release()
             assert await peer.receive() == (DATA, 2, 10, b"last words")
             assert await peer.receive() == (FIN, 2, 0, b"")
 
@@ -221,13 +222,25 @@ async def test_data_before_a_clean_end_survive_a_reset_after_it():
             await stream.write(b"anybody there?")
 
 
-async def test_data_without_a_clean_end_are_void_after_a_reset():
+async def test_what_came_before_a_reset_can_be_read_and_then_the_reader_learns_of_it():
     async with muxer() as (mux, peer):
         await peer.send(OPEN, 1)
         await peer.data(1, b"half a mes")
         await peer.send(RST, 1)
         stream = await mux.accept_stream()
         await trio.testing.wait_all_tasks_blocked()
+        assert await stream.read(100) == b"half a mes"
+        with pytest.raises(MuxedStreamReset):
+            await stream.read(100)
+
+
+async def test_data_without_a_clean_end_are_void_when_the_connection_ends():
+    async with muxer() as (mux, peer):
+        await peer.send(OPEN, 1)
+        await peer.data(1, b"half a mes")
+        stream = await mux.accept_stream()
+        await trio.testing.wait_all_tasks_blocked()
+        await mux.close()
         with pytest.raises(MuxedStreamReset):
             await stream.read(100)
 
