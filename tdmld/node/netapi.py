@@ -12,6 +12,7 @@ import msgspec
 import trio
 
 from tdmld.chain.crypto import address, public_key
+from tdmld.chain.errors import DecodeError
 from tdmld.node.chainservice import ChainService
 from tdmld.node.errors import MachineError
 from tdmld.node.machine import Machine
@@ -122,9 +123,7 @@ class NetApi:
             raise Refused(
                 f"{error}; the node goes on trying, `tdmld peers list` shows it"
             ) from error
-        except ValueError as error:
-            raise InvalidParams(f"{text!r}: {error}") from error
-        except AddressInvalid as error:
+        except (AddressInvalid, DecodeError) as error:
             raise InvalidParams(str(error)) from error
         return Connected(
             node=node,

@@ -207,14 +207,14 @@ def load_bans(path: Path) -> tuple[Ban, ...]:
         rows = msgspec.json.decode(files.read_file(path, _FILE_BYTES), type=list[msgspec.Raw])
     except FileNotFoundError:
         return ()
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, RecursionError, msgspec.MsgspecError) as error:
         log.warning("%s is unreadable and starts anew: %s", path, error)
         return ()
     found = []
     for row in rows:
         try:
             found.append(msgspec.json.decode(row, type=Ban))
-        except msgspec.MsgspecError as error:
+        except (RecursionError, msgspec.MsgspecError) as error:
             log.warning("dropped from %s: %s", path, error)
     return tuple(found)
 
