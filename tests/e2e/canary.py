@@ -85,7 +85,8 @@ class Needles:
         return [f"{path} (records): {name}" for name in found]
 
     def in_process(self, pid: int) -> list[str]:
-        """Forms in the memory of a process; none when it has ended."""
+        """Forms in the memory of a process; none when it has ended. PermissionError where the
+        system forbids to look at other processes."""
         found = set[str]()
         try:
             with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:

@@ -40,7 +40,7 @@ class Seen:
     detail: JobDetail
     in_files: list[str] = field(default_factory=list)
     searched_live: bool = False
-    """The files, while the job ran: content goes when it is over."""
+    """Everything, while the job ran: content goes when it is over."""
     in_databases: list[str] = field(default_factory=list)
     in_temporary: list[str] = field(default_factory=list)
     in_flows: list[str] = field(default_factory=list)
@@ -58,6 +58,8 @@ class Seen:
     lost_share: float = 0.0
     """Of the packets."""
     no_capture: str = ""
+    no_memory: str = ""
+    """Why the system did not let us look; empty when it did."""
     open_in_files: list[str] = field(default_factory=list)
 
 
@@ -168,6 +170,9 @@ class Hunt:
 
     def search(self, seen: Seen, *, thoroughly: bool = False) -> None:
         """Memory of members until it was found; and, once early and once late, everything else."""
+        if len(seen.sealed_stores) > 2 and not seen.searched_live:
+            seen.searched_live = thoroughly = True
+            seen.in_files += self.needles.in_files(self.network.directory)
         detail = seen.detail
         members = {slot.worker for slot in detail.slots}
         members |= {standby.node for standby in detail.standbys}
@@ -177,16 +182,19 @@ class Hunt:
             stored = self.network.data_dir(index) / "content" / "sealed"
             seen.sealed_stores |= {node.name} if any(stored.glob("*/0/*")) else set()
             for pid, kind in self.processes(index):
-                if kind != "daemon" and node.node in members:
-                    if "worker" not in seen.in_members and self.needles.in_process(pid):
-                        seen.in_members.add(kind)
-                elif thoroughly:
+                is_member = kind != "daemon" and node.node in members
+                if ("worker" in seen.in_members) if is_member else not thoroughly:
+                    continue
+                try:
                     found = self.needles.in_process(pid)
+                except PermissionError as error:
+                    seen.no_memory = str(error)
+                    continue
+                if is_member:
+                    seen.in_members |= {kind} if found else set()
+                else:
                     seen.in_strangers += [f"{kind} of {node.name}: {form}" for form in found]
                     seen.strangers.add(f"{kind} of {node.name}")
-        if len(seen.sealed_stores) > 2 and not seen.searched_live:
-            seen.searched_live = True
-            seen.in_files += self.needles.in_files(self.network.directory)
 
     def processes(self, index: int) -> Iterator[tuple[int, str]]:
         """(process id, "daemon", "carrier" or "worker") of a node."""
@@ -224,6 +232,8 @@ def test_the_job_was_trained_and_audited(seen: Seen) -> None:
 
 
 def test_the_text_is_in_the_memory_of_those_who_work_on_it(seen: Seen) -> None:
+    if seen.no_memory:
+        pytest.skip(f"looking into processes is forbidden here: {seen.no_memory}")
     assert "worker" in seen.in_members
 
 
@@ -237,6 +247,8 @@ def test_the_text_is_in_no_temporary_file(seen: Seen) -> None:
 
 
 def test_the_text_is_in_no_daemon_and_in_nothing_of_a_node_without_part(seen: Seen) -> None:
+    if seen.no_memory:
+        pytest.skip(f"looking into processes is forbidden here: {seen.no_memory}")
     assert {f"daemon of node{index}" for index in range(NODES)} <= seen.strangers
     assert f"carrier of node{BYSTANDER}" in seen.strangers
     assert seen.in_strangers == []

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -262,6 +263,9 @@ async def test_a_killed_worker_and_a_killed_carrier_are_reported_and_disturb_not
             await machine.open_slot(task)
         pid = machine.worker_pid(JOB, task.slot)
         assert pid is not None
+        assert machine.carrier_pid is not None
+        for process in (pid, machine.carrier_pid):
+            assert resource.prlimit(process, resource.RLIMIT_CORE) == (0, 0)
         os.kill(pid, signal.SIGKILL)
         failed = await wait_for(machine, SlotFailed)
         assert failed.slot == task.slot

@@ -75,6 +75,12 @@ def test_chunks_cannot_be_swapped_dropped_repeated_or_changed() -> None:
             unseal(KEY, SPEC_ID, 0, digest(data), wrong)
 
 
+def test_another_content_than_its_name_says_is_refused() -> None:
+    lie = b"".join(seal(KEY, SPEC_ID, 0, digest(LONG), memoryview(b"something else")))
+    with pytest.raises(ContentMismatch, match="not the content"):
+        unseal(KEY, SPEC_ID, 0, digest(LONG), lie)
+
+
 def test_all_holders_have_the_same_bytes_and_no_two_chunks_share_a_nonce() -> None:
     assert sealed(LONG) == sealed(LONG)
     places = [(SPEC_ID, 0, 0), (SPEC_ID, 0, 1), (SPEC_ID, 1, 0), (b"t" * 32, 0, 0)]
