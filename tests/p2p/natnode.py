@@ -65,7 +65,7 @@ async def main(number: int, listen: str, quota: list[int]) -> None:
     policy = None
     if quota:
         granted = CircuitQuota(bytes=quota[1], seconds=600.0, bytes_per_second=quota[0])
-        policy = RelayPolicy(strangers=granted)
+        policy = RelayPolicy(strangers=granted, bytes_per_second=max(32 << 20, quota[0]))
     addresses = [listen] if listen else []
     async with open_host(seed(number), addresses, gossip=False, relay=policy) as host:
         host.set_handler(ECHO, echo)
