@@ -1,11 +1,13 @@
 """Gossip arrives, once, at others; and no message, however made, takes a host down."""
 
+import time
 from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
 import trio.testing
 from libp2p.custom_types import TProtocol
+from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import PROTOCOL_ID_V12
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.utils.varint import encode_varint_prefixed
@@ -145,6 +147,43 @@ async def test_what_the_validator_refuses_or_fails_on_is_not_delivered(caplog):
     assert "the validator of /test/gossip/1 failed" in caplog.text
 
 
+@pytest.mark.parametrize(("verdict", "blamed"), [(False, True), (None, False)])
+async def test_who_passes_on_what_nobody_honest_would_is_blamed_and_nobody_else(
+    verdict: bool | None, blamed: bool
+):
+    """The library knows two answers only, and what hangs on the receiver's state gets the bad one."""
+    async with connected_pair(gossip=True) as (a, b):
+        await a.subscribe(TOPIC, limit=1000, validate=accept)
+        asked = trio.Event()
+
+        def validate(source: str, data: bytes) -> bool | None:
+            asked.set()
+            return verdict
+
+        yours = await b.subscribe(TOPIC, limit=1000, validate=validate)
+        await until(lambda: known(a) == known(b) == 1)
+        await a.publish(TOPIC, b"news")
+        with trio.fail_after(5):
+            await asked.wait()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        with pytest.raises(trio.WouldBlock):
+            yours.receive_nowait()
+        [status] = b.peers()
+        assert (status.score > 0) == blamed
+        assert status.gossip_bytes == 4
+
+
+async def test_the_heart_beats_every_second_however_few_peers_there_are():
+    """The library's beats every two minutes, and more slowly when it likes its peers too little."""
+    async with hosts(1, gossip=True) as (a,):
+        beats = []
+        router = a._gossip._router
+        original = router.mesh_heartbeat
+        router.mesh_heartbeat = lambda: beats.append(trio.current_time()) or original()
+        await until(lambda: len(beats) >= 3, seconds=6)
+        assert beats[2] - beats[1] < 2
+
+
 async def test_a_message_over_the_limit_is_neither_sent_nor_taken():
     seen = []
 
@@ -275,3 +314,70 @@ async def test_garbage_on_a_gossip_stream_harms_its_sender_only(raw: bytes):
         await b.publish(TOPIC, b"genuine")
         assert await collect(channel, 1) == [b"genuine"]
         assert await says_hello(b, c.peer_id)
+
+
+async def control(host: Host, peer: Host, message: rpc_pb2.ControlMessage) -> None:
+    """Send it on a stream of its own, as a hostile peer may."""
+    [conn] = [c for c in host._swarm.get_connections() if str(c.muxed_conn.peer_id) == peer.peer_id]
+    stream = await negotiate(conn, TProtocol(PROTOCOL_ID_V12))
+    rpc = rpc_pb2.RPC(control=message)
+    await stream.write(encode_varint_prefixed(rpc.SerializeToString()))
+
+
+async def test_a_message_that_is_wanted_a_thousand_times_is_sent_once():
+    """The library sends as many copies: a small packet makes it build one of gigabytes."""
+    seen: list[rpc_pb2.RPC] = []
+    async with connected_pair(gossip=True) as (a, b):
+        mine, _ = await join(a, b)
+        await b.publish(TOPIC, b"news")
+        await collect(mine, 1)
+        [key] = b._gossip._router.mcache.window(TOPIC)
+        pubsub = b._gossip._pubsub
+        pubsub.write_msg = noting(pubsub.write_msg, seen)
+        want = rpc_pb2.ControlIWant(messageIDs=[key.hex().encode()] * 1000)
+        await control(a, b, rpc_pb2.ControlMessage(iwant=[want]))
+        await until(lambda: any(rpc.publish for rpc in seen))
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert sum(len(rpc.publish) for rpc in seen) == 1
+
+
+async def test_what_was_seen_is_not_asked_for_again():
+    """The library announces messages under ids that nobody knows them by."""
+    seen: list[rpc_pb2.RPC] = []
+    async with connected_pair(gossip=True) as (a, b):
+        await join(a, b)
+        pubsub = b._gossip._pubsub
+        pubsub.write_msg = noting(pubsub.write_msg, seen)
+        await a.publish(TOPIC, b"news")
+        await until(lambda: len(b._gossip.recent) == 1)
+        [known_id] = a._gossip._router.mcache.window(TOPIC)
+        for key in (known_id, bytes(32)):
+            have = rpc_pb2.ControlIHave(topicID=TOPIC, messageIDs=[key.hex().encode()])
+            await control(a, b, rpc_pb2.ControlMessage(ihave=[have]))
+        await until(lambda: any(rpc.control.iwant for rpc in seen))
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        asked = [i for rpc in seen for want in rpc.control.iwant for i in want.messageIDs]
+        assert len(asked) == 1
+
+
+async def test_whoever_leaves_our_mesh_makes_us_dial_nobody_and_remember_nothing():
+    """In the library it may name peers, whom the host then dials, and topics without end."""
+    async with hosts(3, gossip=True) as (a, b, c):
+        a.add_peer(info(b))
+        c.add_peer(info(b))
+        await until(lambda: len(b.connected()) == 2)
+        await join(a, b, c)
+        # b knows an address of c by identify, and would dial it.
+        c.remove_peer(b.peer_id)
+        await b.disconnect(c.peer_id)
+        await until(lambda: len(b.connected()) == 1)
+        named = rpc_pb2.PeerInfo(peerID=ID.from_base58(c.peer_id).to_bytes())
+        prunes = [rpc_pb2.ControlPrune(topicID=f"invented {n}", backoff=10**9) for n in range(100)]
+        prunes.append(rpc_pb2.ControlPrune(topicID=TOPIC, peers=[named], backoff=10**9))
+        await control(a, b, rpc_pb2.ControlMessage(prune=prunes))
+        backoffs = b._gossip._router.back_off
+        await until(lambda: bool(backoffs.get(TOPIC)))
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert set(backoffs) == {TOPIC}
+        assert all(at < time.time() + 100 for at in backoffs[TOPIC].values())
+        assert b.connected() == {a.peer_id}
