@@ -32,10 +32,12 @@ from tdmld.node.reachwire import (
     protocol,
 )
 from tdmld.p2p import Host
-from tdmld.p2p.errors import P2PError
+from tdmld.p2p.errors import P2PError, StreamBroken
 
 OBSERVE_SECONDS = 10.0
 """For an answer that needs no dial."""
+AGAIN_SECONDS = 0.5
+"""Pause after a broken stream; doubled each time, so a few tries in all."""
 
 Candidates = Callable[[str], tuple[str, ...]]
 """Where to be dialled, when seen at an IP address."""
@@ -129,9 +131,7 @@ class Asker:
         """The answer; a witness that fails or lies counts as one that refuses."""
         try:
             with trio.fail_after(seconds):
-                async with await self._host.open_stream(witness, self._protocol) as stream:
-                    await stream.send(encode(request))
-                    raw = await stream.receive(MAX_REACH_BYTES)
+                raw = await self._exchange(witness, encode(request))
             answer: Answer = decode(Answer, raw, MAX_REACH_BYTES)  # type: ignore[arg-type]
         except trio.TooSlowError:
             return Refused(f"no answer within {seconds:g} s", False)
@@ -140,6 +140,19 @@ class Asker:
         if isinstance(answer, Receipt) and not self._signed(witness, request, answer.receipt):
             return Refused("its receipt is not for what we asked, or not signed by it", False)
         return answer
+
+    async def _exchange(self, witness: str, request: bytes) -> bytes:
+        """The answer in bytes. Again after a broken stream: just now connections through a relay
+        may become direct ones, and the streams on them break."""
+        pause = AGAIN_SECONDS
+        while True:
+            try:
+                async with await self._host.open_stream(witness, self._protocol) as stream:
+                    await stream.send(request)
+                    return await stream.receive(MAX_REACH_BYTES)
+            except StreamBroken:
+                await trio.sleep(pause)
+                pause *= 2
 
     def _signed(self, witness: str, request: Request, receipt: DialReceipt) -> bool:
         kind = DIAL_OPEN if isinstance(request, DialBack) else DIAL_PAIR
