@@ -9,6 +9,7 @@ others; one more node, the observer, is never killed. After the last restart:
     messages_missing    those of the last minute that a node lacks after 30 s, summed over all.
                         Counted is what was published 5 s ago or more by anybody, killed since or
                         not, and is known to one node that lives. A node has what it said itself
+    links               connections of the node that has fewest
     rss_slope           private memory, MB a minute, the most of all nodes, and tasks_growth,
                         descriptors_growth: between two quiet moments under the same load
     observer            the same since before the first kill, of the node that saw all of them
@@ -213,8 +214,10 @@ class Network:
         for _ in range(SAMPLES):
             for index, answer in (await self.ask("weigh")).items():
                 seen = least.setdefault(index, {})
-                for name in ("bytes", "tasks", "descriptors", "threads"):
-                    seen[name] = min(seen.get(name, float("inf")), answer[name])
+                weights = {name: answer[name] for name in ("bytes", "tasks", "descriptors")}
+                weights["links"] = len(answer["connected"])
+                for name, value in weights.items():
+                    seen[name] = min(seen.get(name, float("inf")), value)
             await trio.sleep(1)
         return least
 
@@ -316,6 +319,7 @@ async def run(options: argparse.Namespace, home: Path, found: dict[str, Any]) ->
             await net.stop()
     minutes = (options.quiet + SAMPLES) / 60
     found |= {
+        "links": min(row["links"] for row in after.values()),
         "rss_mb": round(sum(row["bytes"] for row in after.values()) / len(after) / 1e6, 1),
         "rss_slope": round(growth(before, after, "bytes") / 1e6 / minutes, 2),
         "tasks": max(row["tasks"] for row in after.values()),

@@ -10,7 +10,6 @@ import logging
 import os
 import random
 import socket
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -144,7 +143,6 @@ class Node:
                 "bytes": resident_bytes(),
                 "tasks": count_tasks(),
                 "descriptors": len(os.listdir("/proc/self/fd")),
-                "threads": threading.active_count(),
             }
         return status
 
