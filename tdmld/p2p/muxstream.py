@@ -185,15 +185,17 @@ class FastMuxStream(IMuxedStream):
     async def write(self, data: bytes) -> None:
         await self.write_parts((data,))
 
-    async def write_parts(self, parts: Iterable[Buffer]) -> None:
+    async def write_parts(
+        self, parts: Iterable[Buffer], *, urgent_bytes: int = SMALL_BYTES
+    ) -> None:
         """Write the parts one after another without joining large ones.
 
-        A small write overtakes bulk of other streams. Cancelled before the last frame, it has sent
-        a prefix: reset the stream then.
+        A write of at most `urgent_bytes` overtakes bulk of other streams. Cancelled before the last
+        frame, it has sent a prefix: reset the stream then.
         """
         views = [memoryview(part).cast("B") for part in parts]
         left = sum(len(view) for view in views)
-        urgent = left <= SMALL_BYTES
+        urgent = left <= urgent_bytes
         views.reverse()
         await acquire(self._write_lock)
         try:

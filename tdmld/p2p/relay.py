@@ -42,6 +42,7 @@ from multiaddr import Multiaddr
 from tdmld.p2p import rawstream
 from tdmld.p2p.circuit import STOP
 from tdmld.p2p.errors import StreamBroken
+from tdmld.p2p.muxstream import FastMuxStream
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,9 @@ _STOP_SECONDS = 5.0
 """For the target to accept; less than a dialler waits for us."""
 _PIECE_BYTES = 64 * 1024
 """One turn of a circuit: what other circuits, and our own frames, may have to wait for."""
+_URGENT_BYTES = 1024
+"""Smaller pieces overtake bulk on their connection: handshakes, pings, credit. The others, however
+they come, do not overtake our own."""
 _BURST_SECONDS = 0.1
 """What an idle pace lets through at once."""
 _VOUCHER_DOMAIN = "libp2p-relay-rsvp"
@@ -331,7 +335,7 @@ class Relay:
                         raise _QuotaSpent
                     await pace.take(len(piece))
                     await self._pace.take(len(piece))
-                    await sink.write(piece)
+                    await _write(sink, piece)
                     self._carried += len(piece)
             except StreamEOF:
                 await cast(NetStream, sink).close_write()
@@ -343,6 +347,14 @@ class Relay:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(copy, near, far)
                 nursery.start_soon(copy, far, near)
+
+
+async def _write(sink: INetStream, piece: bytes) -> None:
+    muxed = cast(NetStream, sink).muxed_stream
+    if isinstance(muxed, FastMuxStream):
+        await muxed.write_parts((piece,), urgent_bytes=_URGENT_BYTES)
+    else:
+        await sink.write(piece)
 
 
 def _limit(quota: CircuitQuota) -> Limit:
