@@ -45,7 +45,6 @@ class Offence(Enum):
     FLOW_CONTROL = (50.0, "broke the rules of the muxer: frames, stream numbers, credit")
     UNREAD = (25.0, "made us answer and did not read the answers")
     CONTROL_FLOOD = (2.0, "sent frames without content faster than any use of the muxer does")
-    HOARDING = (20.0, "had the most data waiting unread here when memory ran out")
     STREAMS = (0.5, "opened more streams than one peer may have")
     NEGOTIATION = (10.0, "sent garbage in the negotiation of a protocol")
     GOSSIP = (10.0, "passed on gossip that every honest node refuses")

@@ -151,7 +151,7 @@ async def test_what_the_validator_refuses_or_fails_on_is_not_delivered(caplog):
 async def test_who_passes_on_what_nobody_honest_would_is_blamed_and_nobody_else(
     verdict: bool | None, blamed: bool
 ):
-    """The library knows two answers only, and what hangs on the receiver's state gets the bad one."""
+    """The library has two answers: what hangs on the state of who is asked gets the bad one."""
     async with connected_pair(gossip=True) as (a, b):
         await a.subscribe(TOPIC, limit=1000, validate=accept)
         asked = trio.Event()

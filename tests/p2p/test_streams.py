@@ -221,6 +221,23 @@ async def test_small_messages_pass_while_a_bulk_message_waits_for_its_reader():
             await done.wait()
 
 
+async def test_a_reader_may_compute_for_longer_than_the_librarys_patience():
+    """Its muxer gives a stream up when the peer grants nothing for five seconds."""
+    done = trio.Event()
+
+    async def busy(stream: Stream) -> None:
+        await trio.sleep(6)
+        assert await stream.receive(MOST) == bytes(20_000_000)
+        done.set()
+
+    async with connected_pair() as (a, b):
+        b.set_handler(SINK, busy)
+        stream = await a.open_stream(b.peer_id, SINK)
+        await stream.send(bytes(20_000_000))
+        with trio.fail_after(5):
+            await done.wait()
+
+
 async def test_a_handler_may_answer_and_leave_while_the_request_is_still_coming():
     async def hasty(stream: Stream) -> None:
         await stream.send(b"no, thank you")
