@@ -14,6 +14,7 @@ the router forwards ports (UPnP) and who is on the local network (mDNS) is looke
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -119,6 +120,9 @@ class Reachability:
         self._pairing = 0
         self._patient = True
         self._asking: set[str] = set()
+        self._asked: dict[str, float] = {}
+        """Witness -> when it answered last, or failed to."""
+        self._due_since = -math.inf
         self._answered = trio.Event()
         self._wake = trio.Event()
         self._told: tuple[object, ...] = ()
@@ -264,9 +268,13 @@ class Reachability:
 
     def _moved(self) -> None:
         """What was found of addresses that we had is out of date."""
-        self.findings.clear()
-        self._wake.set()
+        self._ask_again()
         self._tell()
+
+    def _ask_again(self) -> None:
+        """Until the answers come, what was found before is all that is known."""
+        self._due_since = trio.current_time()
+        self._wake.set()
 
     def _tell(self) -> None:
         """Tell whoever signs the peer record, if it should say something else."""
@@ -291,15 +299,17 @@ class Reachability:
 
     async def refresh(self, seconds: float) -> None:
         """Ask every witness again, and wait for the answers for so long. For people."""
-        self.findings.clear()
-        self._wake.set()
+        self._ask_again()
         with trio.move_on_after(seconds):
             while not self._all_answered():
                 await self._answered.wait()
 
     def _all_answered(self) -> bool:
-        chosen = set(self.witnesses())
-        return bool(chosen) and self.findings.keys() >= chosen
+        """Every witness, since the last reason to ask; False when there is none."""
+        chosen = self.witnesses()
+        return bool(chosen) and all(
+            self._asked.get(witness, -math.inf) >= self._due_since for witness in chosen
+        )
 
     # Witnesses
 
@@ -332,6 +342,7 @@ class Reachability:
         for gone in self.findings.keys() - set(chosen):
             if trio.current_time() - self.findings[gone].at > FINDING_SECONDS:
                 del self.findings[gone]
+                self._asked.pop(gone, None)
         for witness in chosen:
             if self._is_due(witness) and witness not in self._asking:
                 self._asking.add(witness)
@@ -339,22 +350,24 @@ class Reachability:
         self._settle()
 
     def _is_due(self, witness: str) -> bool:
-        finding = self.findings.get(witness)
-        if finding is None:
-            return True
-        age = trio.current_time() - finding.at
-        if age > (FINDING_SECONDS if finding.useful else FAILURE_SECONDS):
+        finding, asked = self.findings.get(witness), self._asked.get(witness, -math.inf)
+        age = trio.current_time() - asked
+        useful = finding is not None and finding.useful and asked - finding.at < FAILURE_SECONDS
+        if asked < self._due_since or age > (FINDING_SECONDS if useful else FAILURE_SECONDS):
             return True
         receipt = self._receipts.get((DIAL_OPEN, _key_of(witness)))
         fading = receipt is not None and not self._takes(receipt, 0.5)
-        return fading and finding.carrier.reached is True and age > CHECK_SECONDS
+        return fading and age > CHECK_SECONDS
 
     async def _examine(self, witness: str) -> None:
         try:
             finding = await self._asker.examine(witness, self._daemon_at, self._carrier_at)
         finally:
             self._asking.discard(witness)
-        self.findings[witness] = finding
+        self._asked[witness] = trio.current_time()
+        known = self.findings.get(witness)
+        if finding.useful or known is None or finding.at - known.at > FINDING_SECONDS:
+            self.findings[witness] = finding
         if finding.failure:
             log.info("%s does not say whether we can be reached: %s", witness, finding.failure)
         if finding.carrier.reached is False:

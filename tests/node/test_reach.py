@@ -386,6 +386,22 @@ async def test_refresh_asks_again() -> None:
         nursery.cancel_scope.cancel()
 
 
+async def test_a_witness_that_is_tired_takes_nothing_back() -> None:
+    async with nodes(2) as (a, b), trio.open_nursery() as nursery:
+        nursery.start_soon(a.reach.run)
+        await until(lambda: a.reach.carrier_state == "open")
+
+        async def refuse(stream: Stream) -> None:
+            await stream.receive(MAX_REACH_BYTES)
+            await stream.send(encode(Refused("too many requests", False)))
+
+        b.host.set_handler(protocol(CHAIN), refuse)
+        await a.reach.refresh(10)
+        assert a.reach.carrier_state == "open"
+        assert len(a.reach.receipts()) == 1
+        nursery.cancel_scope.cancel()
+
+
 async def test_without_anybody_to_ask_it_settles_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
