@@ -19,7 +19,6 @@ def options(**changes: Any) -> argparse.Namespace:
 
 
 async def test_five_nodes_killed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chaos_network, "ALLOWED_SECONDS", 5.0)
     monkeypatch.setattr(chaos_network, "FRESH_SECONDS", 2.0)
     monkeypatch.setattr(chaos_network, "SAMPLES", 1)
     monkeypatch.setattr(chaos_network, "STABLE", 2)
