@@ -60,6 +60,8 @@ EARLIEST_SECONDS = 2.0
 PATIENCE_SECONDS = 45.0
 """Without anybody to ask, or a direct path to others that nobody can dial, nothing is expected any
 more after so long."""
+MEMBERS_SECONDS = 60.0
+"""Whom we relay for is a look at every record and its node on the chain."""
 PAIRS = 4
 """Nodes with which direct paths are sought at a time."""
 PAIR_AGAIN_SECONDS = 300.0
@@ -128,6 +130,8 @@ class Reachability:
         self._told: tuple[object, ...] = ()
         self._daemon_relays: tuple[PeerInfo, ...] = ()
         self._own = interface_addresses()
+        self._known_members: tuple[bytes, ...] = ()
+        self._members_of, self._members_until = 0, -math.inf
         Witness(host, key, chain_id, book, carrier, height)
         outside = [text for text in host.listening if not is_loopback_text(text)]
         outside += [text for text in carrier.addresses if not is_loopback_text(text)]
@@ -453,7 +457,7 @@ class Reachability:
         """Be reached through relays when we cannot be dialled; relay when we can."""
         carrier, daemon = self.carrier_state, self.daemon_state
         relays = self._offers.relays() if "closed" in (carrier, daemon) else ()
-        relaying = self._offers.members() if carrier == "open" and self.policy.relay else ()
+        relaying = self._members() if carrier == "open" and self.policy.relay else ()
         try:
             if relaying != self.relaying:
                 await self._carrier.set_relaying(relaying)
@@ -469,6 +473,14 @@ class Reachability:
             wanted = relays if daemon == "closed" else ()
             if wanted != self._daemon_relays:
                 self._set_daemon_relays(wanted)
+
+    def _members(self) -> tuple[bytes, ...]:
+        """Whom to relay for; looked up anew when there are more records, and every minute."""
+        now, known = trio.current_time(), len(self._book.records())
+        if known != self._members_of or now > self._members_until:
+            self._members_of, self._members_until = known, now + MEMBERS_SECONDS
+            self._known_members = self._offers.members()
+        return self._known_members
 
     def _set_daemon_relays(self, wanted: tuple[PeerInfo, ...]) -> None:
         try:

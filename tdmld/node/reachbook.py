@@ -67,9 +67,9 @@ class Offers:
         found = [
             record.node
             for record in self.book.records()
-            if self.owner_of(record.node) not in (None, mine)
+            if any(map(is_relayed, record.session_addresses))
             and record.node != self.me
-            and any(map(is_relayed, record.session_addresses))
+            and self.owner_of(record.node) not in (None, mine)
         ]
         return sorted(found, key=lambda node: order_of(*sorted((self.me, node))))
 

@@ -4,6 +4,7 @@ Whoever proves its identity exchanges peer records and is kept by the peer servi
 """
 
 import logging
+from contextlib import suppress
 
 import trio
 
@@ -11,7 +12,7 @@ from tdmld.chain.crypto import public_key
 from tdmld.chain.errors import DecodeError
 from tdmld.node.peers import PeerBook
 from tdmld.p2p import Host, PeerInfo
-from tdmld.p2p.errors import P2PError
+from tdmld.p2p.errors import DialFailed, P2PError
 from tdmld.p2p.mdns import PORT, LanDiscovery
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class LanPeers:
             self._trying.discard(info.peer_id)
 
     async def _connected(self, peer_id: str) -> bool:
-        with trio.move_on_after(TRY_SECONDS):
+        with trio.move_on_after(TRY_SECONDS), suppress(DialFailed):
             await self._host.connect(peer_id)
         return peer_id in self._host.connected()
 
