@@ -155,6 +155,7 @@ def test_submit_signs_the_offer_of_the_job_file(
     ((spec, text_path, name),) = backend.published
     assert (len(spec), name) == (offer.spec_bytes, "tiny")
     assert text_path == str(job_file.parent / "text.txt")
+    assert "privacy open" in err
     total = lock_of(offer, Parameters()).total + 10
     assert f"{total:,}" in err
 

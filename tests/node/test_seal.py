@@ -1,6 +1,7 @@
 """Sealed data: ciphertext at rest and on the way, keys for members, new ones after a change."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tdmld.node import seal as sealing
 from tdmld.node.control import Blob
 from tdmld.node.errors import ContentError, ContentMismatch, ContentUnavailable
 from tdmld.node.layout import Layout
-from tdmld.node.machine import Machine, SlotId, open_machine
+from tdmld.node.machine import CarrierUp, Machine, SlotId, open_machine
 from tdmld.node.seal import ContentKeys, key_box, seal, sealed_size, stored_names, unseal
 from tdmld.p2p import PeerInfo
 from tdmld.train.digest import digest
@@ -304,6 +305,14 @@ async def test_real_carriers_train_on_sealed_data_and_refuse_who_was_removed(
 
             await submitter.rekey(JOB, sessions - {removed.session}, SEALED_ID)
             await removed.drop_data({SEALED_ID})
+            with pytest.raises(ContentError, match="not a member"):
+                await removed.fetch_data(JOB, SEALED, [submitter.session])
+            # A restarted carrier knows who belongs to a sealed job, and holds its keys.
+            assert submitter.carrier_pid is not None
+            os.kill(submitter.carrier_pid, signal.SIGKILL)
+            async for event in submitter.events:
+                if isinstance(event, CarrierUp):
+                    break
             with pytest.raises(ContentError, match="not a member"):
                 await removed.fetch_data(JOB, SEALED, [submitter.session])
             await member.fetch_data(JOB, SEALED, [submitter.session])
