@@ -22,6 +22,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import trio
 from report import ROOT, Report, say
 
 from tdmld.chain.crypto import KeyPair
@@ -173,6 +174,11 @@ def wan(pairs: dict[str, Pair], samples: Samples, megabits: float) -> None:
         keep_trips(samples, f"wan {stack}", alone, loaded)
 
 
+async def _fill(ring: SlotRing, payload: memoryview) -> None:
+    for seq in range(FRAMES):
+        await ring.append("down", "sent", seq, bytes(64), payload)
+
+
 def apart(samples: Samples) -> None:
     """Ring, digest and signatures of frames, in CPU seconds a GB and microseconds a frame."""
     key, place = KeyPair(bytes([7]) * 32), Place(bytes(32), 0, 0, 0, "down")
@@ -181,8 +187,7 @@ def apart(samples: Samples) -> None:
     with tempfile.TemporaryDirectory(dir=ROOT, prefix=".bench-") as directory:
         ring = SlotRing(Path(directory), FRAMES, FRAME_BYTES, 4)
         began, wall = time.process_time(), time.perf_counter()
-        for seq in range(FRAMES):
-            ring.append("down", "sent", seq, bytes(64), payload)
+        trio.run(_fill, ring, payload)
         add(samples, "ring_cpu_s_per_gb", (time.process_time() - began) / gigabytes)
         add(samples, "ring_mb_per_s", 1000 * gigabytes / (time.perf_counter() - wall))
         ring.close()
