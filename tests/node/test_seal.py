@@ -1,6 +1,7 @@
 """Sealed data: ciphertext at rest and on the way, keys for members, new ones after a change."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -304,6 +305,14 @@ async def test_real_carriers_train_on_sealed_data_and_refuse_who_was_removed(
             assert await roots(removed) is not None
 
             await submitter.rekey(JOB, sessions - {removed.session}, SEALED_ID)
+            # Even with the new bytes in its own store.
+            ours, theirs = (Layout(tmp_path / name).sealed(SEALED_ID) for name in ("1", "0"))
+            shutil.copytree(theirs / "1", ours / "1")
+            with pytest.raises(ContentUnavailable, match="key of epoch 1 is not here"):
+                await roots(removed)
+            shutil.copy(ours / "key.0", ours / "key.1")
+            with pytest.raises(ContentMismatch, match="another spec or key epoch"):
+                await roots(removed)
             await removed.drop_data({SEALED_ID})
             with pytest.raises(ContentError, match="not a member"):
                 await removed.fetch_data(JOB, SEALED, [submitter.session])
