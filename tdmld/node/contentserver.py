@@ -202,7 +202,7 @@ class ContentServer:
         await self._send(stream, piece)
 
     async def _send(self, stream: Stream, data: bytes) -> None:
-        with trio.fail_after(wire.IDLE_SECONDS):
+        with trio.fail_after(wire.CHUNK_SECONDS):
             await stream.send(wire.BYTES, data)
 
     async def _answer(self, stream: Stream, reply: wire.Reply) -> None:

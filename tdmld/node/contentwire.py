@@ -34,7 +34,10 @@ CHUNK_MESSAGE_BYTES = CHUNK_BYTES + 1
 MAX_RESULT_FILES = 32
 BOX_LIMIT = 256
 IDLE_SECONDS = 30.0
-"""Without a request or an answer: a chunk that takes longer comes from somebody else."""
+"""For a request, and for an answer that is no chunk."""
+CHUNK_SECONDS = 120.0
+"""For one chunk: a megabit a second is shared by four downloads. Who is dead is noticed sooner by
+the connection, and whoever else has the chunk is asked after a second."""
 BYTES, MESSAGE = b"\x00", b"\x01"
 _DOMAIN = struct.Struct("!14sQ")
 

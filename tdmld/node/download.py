@@ -87,7 +87,7 @@ class Download:
                     with trio.move_on_after(STEAL_SECONDS):
                         await self._news.wait()
                     continue
-                with trio.fail_after(wire.IDLE_SECONDS):
+                with trio.fail_after(wire.CHUNK_SECONDS):
                     raw = await stream.receive(wire.CHUNK_MESSAGE_BYTES)
                 await self._keep(asked[0], wire.decode_bytes(raw))
                 self.brought[holder] += 1
