@@ -4,6 +4,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import trio
 
 from tdmld.chain.crypto import KeyPair
 from tdmld.p2p import Limits, Offence, PeerInfo, open_host
@@ -214,8 +215,12 @@ async def test_a_banned_peer_is_disconnected_refused_and_not_dialled_until_it_is
     async with connected_pair() as (a, b):
         b.ban(a.peer_id, reason="rude")
         await until(lambda: not b.connected())
+        changes, refused = b.changes(), b._connector.refused
         with pytest.raises(DialFailed):
             await a.open_stream(b.peer_id, ECHO)
+        await until(lambda: b._connector.refused > refused)
+        with pytest.raises(trio.WouldBlock):
+            changes.receive_nowait()
         b.add_peer(info(a))
         with pytest.raises(DialFailed, match="is banned: rude"):
             await b.open_stream(a.peer_id, ECHO)
@@ -260,7 +265,7 @@ async def test_an_address_ban_by_the_host_leaves_those_who_are_connected():
 
 async def test_a_kept_peer_has_more_patience_but_no_immunity():
     async with connected_pair() as (a, b):
-        times = int(BAN_SCORE / Offence.MALFORMED.weight)
+        times = int(BAN_SCORE / Offence.MALFORMED.weight) + 1
         for _ in range(times):  # a keeps b
             a.misbehaved(b.peer_id, Offence.MALFORMED, "test")
         assert a.bans.peer(b.peer_id) is None
@@ -302,3 +307,36 @@ async def test_another_hosts_bans_are_replaced_and_its_own_stay():
         assert {ban.subject for ban in a.bans.holding()} == {PEER, "192.0.2.1/32", "192.0.2.2/32"}
         a.set_bans([])
         assert {ban.subject for ban in a.bans.holding()} == {"192.0.2.1/32"}
+
+
+@pytest.mark.parametrize(
+    ("sent", "close", "offence"),
+    [
+        (b"", False, Offence.SILENCE),
+        (b"\x13/multistream/1.0.0\n", False, Offence.SILENCE),
+        (b"\x13" + b"garbage" * 10, False, Offence.GARBAGE),
+        (b"\x13/multistream/1.0.0\n", True, Offence.CROWDING),
+    ],
+)
+async def test_what_happens_before_an_identity_counts_against_the_address(
+    sent: bytes, close: bool, offence: Offence
+):
+    async with open_host(seed(1), gossip=False, limits=Limits(handshake_seconds=0.3)) as host:
+        port = int(host.addresses[0].rsplit("/", 1)[1])
+        scores = host._peers._address_scores._scores
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stranger:
+            if sent:
+                await stranger.send_all(sent)
+            if close:
+                await stranger.send_eof()
+            await until(lambda: bool(scores))
+        assert scores[network_of("127.0.0.1")].value == offence.weight
+
+
+async def test_from_a_banned_address_nothing_is_read():
+    async with hosts(1) as (a,):
+        a.bans.punish("127.0.0.1/32", "flood")
+        port = int(a.addresses[0].rsplit("/", 1)[1])
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stranger:
+            with trio.fail_after(5):  # the time for a handshake is 10 s
+                assert await stranger.receive_some() == b""
