@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import trio
-from libp2p.abc import INetConn, INetStream
+from libp2p.abc import IMuxedConn, INetConn, INetStream
 from libp2p.connection_types import ConnectionType
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
@@ -67,6 +67,8 @@ _RETRY_FIRST_SECONDS = 1.0
 _RETRY_LAST_SECONDS = 300.0
 """Back-off of one relay that refused us or could not be reached."""
 _ANNOUNCED_PER_RELAY = 2
+_RELAYS = 4096
+"""Relays that are dialled from the listening port; others may be in any address we dial."""
 _IDENTIFY_BYTES = 64 * 1024
 
 
@@ -116,15 +118,15 @@ class _Candidate:
     retry_at: float = 0.0
 
 
-@dataclass(slots=True)
-class _Held:
-    """A reservation that we have now."""
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """How a relay sees us, over one connection."""
 
-    addresses: tuple[RelayedAddress, ...]
+    conn: INetConn
     observed: TcpAddress | None
-    """Where the relay sees us."""
+    """Where we come from."""
     local: str | None
-    """Our own IP address towards the relay."""
+    """Our own IP address on the way to the relay."""
 
 
 class Circuits:
@@ -135,7 +137,9 @@ class Circuits:
         self._dialler = dialler
         self._connector = connector
         self._candidates: dict[ID, _Candidate] = {}
-        self._held: dict[ID, _Held] = {}
+        self._held: dict[ID, tuple[RelayedAddress, ...]] = {}
+        """Relays on which we have a reservation, and where we can be dialled through them."""
+        self._seen: dict[ID, Seen] = {}
         self._changed = trio.Event()
         """Set and replaced when there are other candidates."""
         self._subscribers: list[trio.MemorySendChannel[None]] = []
@@ -145,11 +149,25 @@ class Circuits:
     @property
     def addresses(self) -> tuple[str, ...]:
         """Where we can be dialled through relays now."""
-        return tuple(address.text for held in self._held.values() for address in held.addresses)
+        return tuple(address.text for held in self._held.values() for address in held)
 
-    def seen_as(self) -> tuple[tuple[TcpAddress | None, str | None], ...]:
-        """For each relay: the address it sees us at, and our own IP address towards it."""
-        return tuple((held.observed, held.local) for held in self._held.values())
+    def seen(self) -> list[Seen]:
+        """How the relays see us that we use, or have dialled through, and are connected to."""
+        self._seen = {relay: seen for relay, seen in self._seen.items() if not seen.conn.is_closed}
+        return list(self._seen.values())
+
+    async def look(self, relayed: IMuxedConn) -> None:
+        """Find out how the relay of this connection sees us, unless we know."""
+        through = parse_address(str(relayed.get_transport_addresses()[0]))
+        if isinstance(through, RelayedAddress):
+            conn = await self._dialler.connect_to(through.relay_id, (through.relay,))
+            await self._look_over(conn, (through.relay,))
+
+    async def _look_over(self, conn: INetConn, relay: Sequence[TcpAddress]) -> None:
+        relay_id = conn.muxed_conn.peer_id
+        known = self._seen.get(relay_id)
+        if known is None or known.conn is not conn:
+            self._seen[relay_id] = Seen(conn, await _observed(conn), _local_host(relay))
 
     def changes(self) -> trio.MemoryReceiveChannel[None]:
         """One item after each change of `addresses`; several at once count as one."""
@@ -192,7 +210,7 @@ class Circuits:
             candidate = known.get(peer_id) or _Candidate(peer_id, direct)
             candidate.addresses = direct
             self._candidates[peer_id] = candidate
-        self._connector.from_listener = frozenset(wanted)
+        self._connector.from_listener.update(wanted)
         self._changed.set()
         self._changed = trio.Event()
 
@@ -236,13 +254,10 @@ class Circuits:
             reservation = await self._reserve(conn)
             relay.failures = 0
             addresses = relay.addresses or tuple(direct_addresses(reservation.addrs))
-            fresh = _Held(
-                tuple(relayed_through(a, relay.id) for a in addresses[:_ANNOUNCED_PER_RELAY]),
-                await _observed(conn),
-                _local_host(addresses),
-            )
+            await self._look_over(conn, addresses)
+            fresh = tuple(relayed_through(a, relay.id) for a in addresses[:_ANNOUNCED_PER_RELAY])
             known, self._held[relay.id] = self._held.get(relay.id), fresh
-            if known is None or known.addresses != fresh.addresses:
+            if known != fresh:
                 self._tell()
             left = (reservation.expire - time.time()) * _RENEW_PART
             left = min(max(left, _RENEW_LEAST_SECONDS), _RENEW_MOST_SECONDS)
@@ -274,6 +289,8 @@ class Circuits:
         Connects to the relay if need be; that connection stays."""
         if peer == address.relay_id:
             raise DialFailed("a relay is not reached through itself")
+        if len(self._connector.from_listener) < _RELAYS:
+            self._connector.from_listener.add(address.relay_id)
         conn = await self._dialler.connect_to(address.relay_id, (address.relay,))
         if rawstream.is_relayed(conn.muxed_conn):
             raise DialFailed("a relay cannot be reached through another")
@@ -297,7 +314,7 @@ class Circuits:
         lives."""
         relay = stream.muxed_conn.peer_id
         held = self._held.get(relay)
-        if held is None or not held.addresses:
+        if not held:
             log.debug("%s relays to us without a reservation", relay)
             await rawstream.reset(stream)
             return
@@ -310,7 +327,7 @@ class Circuits:
             await rawstream.reset(stream)
             return
         circuit = CircuitStream(stream)
-        raw = _as_socket(circuit, held.addresses[0], initiator=False)
+        raw = _as_socket(circuit, held[0], initiator=False)
         await self._connector.accept_raw(raw, str(relay))
         await circuit.closed.wait()
 

@@ -129,11 +129,11 @@ class Connector:
         self._listening = listening
         self.through_relay: ThroughRelay | None = None
         """How to dial a relayed address; set once the relay's client runs."""
-        self.from_listener: frozenset[ID] = frozenset()
+        self.from_listener: set[ID] = set()
         """Relays: they are to see the port on which we listen, so we dial them from it."""
         self.punching: dict[tuple[str, int], ID] = {}
-        """Sockets from these addresses are answers to our own simultaneous dial: there we are the
-        client, whoever of the two dials came through (DCUtR, step 5)."""
+        """Sockets from these addresses (port 0: any) are answers to our own simultaneous dial:
+        there we are the client, whoever of the two dials came through (DCUtR, step 5)."""
         self._me = swarm.get_peer_id()
         self._admission: dict[ID, trio.Lock] = {}
         self._admitted_at: dict[INetConn, float] = {}
@@ -169,7 +169,8 @@ class Connector:
             await trio.aclose_forcefully(stream)
             return
         raw = raw_connection(stream, initiator=False)
-        await self.accept_raw(raw, remote[0], client_of=self.punching.get(remote))
+        expected = self.punching.get(remote) or self.punching.get((remote[0], 0))
+        await self.accept_raw(raw, remote[0], client_of=expected)
 
     async def accept_raw(self, raw: RawConnection, host: str, client_of: ID | None = None) -> None:
         """Upgrade one connection that `host` (an IP address, or a relay's PeerId) brought; as the

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import trio
-from libp2p.abc import INetConn, INetStream
+from libp2p.abc import IMuxedConn, INetConn, INetStream
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
@@ -97,7 +97,7 @@ def worth_dialling(theirs: Sequence[TcpAddress], ours: Sequence[TcpAddress]) -> 
     """What we dial of the addresses that a peer tells us, given our own: see the module's head."""
     loopback = any(ipaddress.ip_address(a.host).is_loopback for a in ours)
     here = {a.host for a in ours if not is_private(a.host)}
-    same_router = any(a.host in here for a in theirs) or not here
+    same_router = any(a.host in here for a in theirs) or (bool(ours) and not here)
     own = {(a.host, a.port) for a in ours}
     chosen: dict[tuple[str, int], TcpAddress] = {}
     public: set[str] = set()
@@ -228,8 +228,8 @@ class Puncher:
         """Speak DCUtR as the end that opens the stream; what to dial, and now is the time.
 
         StreamBroken, TooSlowError and errors of the library."""
-        peer_id, ours = conn.muxed_conn.peer_id, self._ours()
-        if not ours:
+        peer_id = conn.muxed_conn.peer_id
+        if not (ours := await self._ours(conn.muxed_conn)):
             return []
         self._arranging.add(peer_id)
         try:
@@ -261,9 +261,8 @@ class Puncher:
         if not rawstream.is_relayed(conn) or (peer_id in self._arranging and not theirs_begins):
             await rawstream.reset(stream)
             return
-        ours = self._ours()
-        theirs: list[TcpAddress] = []
         with self._working_on(peer_id), trio.fail_after(_MESSAGE_SECONDS):
+            ours = await self._ours(conn)
             ask = await rawstream.receive(stream, HolePunch)
             if ask.type != HolePunch.CONNECT:
                 raise StreamBroken("DCUtR begins with CONNECT")
@@ -293,8 +292,11 @@ class Puncher:
 
     @contextmanager
     def _expecting(self, peer_id: ID, theirs: Sequence[TcpAddress]) -> Iterator[None]:
-        """Meanwhile we are the client of what comes in from these addresses."""
+        """Meanwhile we are the client of what comes in from these addresses. From a peer that we
+        keep, at any port: its router may choose one. Of others that would be too much to ask."""
         names = [(address.host, address.port) for address in theirs]
+        if self._peers.is_kept(peer_id):
+            names += {(address.host, 0) for address in theirs}
         self._expected.update(names)
         self._connector.punching.update((name, peer_id) for name in names)
         try:
@@ -372,21 +374,25 @@ class Puncher:
 
     # What we say of ourselves
 
-    def _ours(self) -> list[TcpAddress]:
+    async def _ours(self, relayed: IMuxedConn) -> list[TcpAddress]:
         """Where a dial might reach a socket of ours: as relays see us, with the port that they see
         and with our own (many routers keep it), then as we are in our own network."""
+        if self._listening:
+            with suppress(DialFailed):
+                await self._circuits.look(relayed)
         found: dict[tuple[str, int], None] = {}
         for own in self._listening:
-            for observed, _ in self._circuits.seen_as():
+            for seen in self._circuits.seen():
+                observed = seen.observed
                 if observed is not None and family_of(observed.host) == family_of(own.host):
                     found[observed.host, observed.port] = None
                     found[observed.host, own.port] = None
             if not ipaddress.ip_address(own.host).is_unspecified:
                 found[own.host, own.port] = None
                 continue
-            for _, local in self._circuits.seen_as():
-                if local is not None and family_of(local) == family_of(own.host):
-                    found[local, own.port] = None
+            for seen in self._circuits.seen():
+                if seen.local is not None and family_of(seen.local) == family_of(own.host):
+                    found[seen.local, own.port] = None
         return [TcpAddress(h, p, format_address(h, p)) for h, p in list(found)[:_ADDRESSES]]
 
 

@@ -33,7 +33,7 @@ table ip filter {{
     chain pass {{
         type filter hook forward priority 0; policy drop;
         ct state established,related accept
-        iifname "lan" oifname "wan" accept
+        iifname "lan" accept
     }}
     chain enter {{
         type filter hook input priority 0; policy drop;

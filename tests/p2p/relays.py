@@ -16,6 +16,7 @@ async def relayed_hosts(
     count: int,
     *policies: RelayPolicy,
     listen: tuple[str, ...] = (),
+    relay_listen: str = "/ip4/127.0.0.1/tcp/0",
     limits: Limits | None = None,
 ) -> AsyncIterator[tuple[list[Host], list[Host]]]:
     """Relays with these policies, and hosts that without `listen` nobody can dial; not connected
@@ -23,7 +24,7 @@ async def relayed_hosts(
     async with AsyncExitStack() as stack:
         relays, hosts = [], []
         for number, policy in enumerate(policies):
-            opened = open_host(seed(101 + number), gossip=False, relay=policy)
+            opened = open_host(seed(101 + number), (relay_listen,), gossip=False, relay=policy)
             relays.append(await stack.enter_async_context(opened))
         for number in range(1, count + 1):
             opened = open_host(seed(number), listen, gossip=False, limits=limits)

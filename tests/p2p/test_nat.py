@@ -155,6 +155,33 @@ async def test_behind_a_router_with_unforeseeable_ports_the_relayed_path_stays()
         assert sent["arrived"] == 1 << 20
 
 
+async def test_two_hosts_behind_one_router_connect_inside_its_network():
+    with nodes() as world:
+        world.net.router("router-a", "203.0.113.2", "10.0.1")
+        world.net.behind("router-a", "a", "10.0.1.2")
+        world.net.behind("router-a", "b", "10.0.1.3")
+        relay, a, b = world.relay(), world.start("a", ANY), world.start("b", ANY)
+        for node in (relay, a, b):
+            await node.started()
+        addresses = await b.reserves(relay)
+        await a.reserves(relay)
+        await a.ask("keep", b.peer_id, addresses)
+        await a.path_to(b, "direct")
+        sent = await a.ask("send", b.peer_id, 4 * QUOTA[1], CANARY)
+        assert sent["arrived"] == 4 * QUOTA[1]
+
+
+async def test_who_can_be_dialled_is_dialled_by_a_host_behind_a_hard_router():
+    with nodes() as world:
+        homes(world.net, random_ports=True)
+        world.net.public("open", "203.0.113.20")
+        relay, hard, easy = world.relay(), world.start("b", ANY), world.start("open", ANY)
+        for node in (relay, hard, easy):
+            await node.started()
+        await easy.ask("keep", hard.peer_id, await hard.reserves(relay))
+        await easy.path_to(hard, "direct")
+
+
 async def test_a_circuit_ends_at_its_quota_and_is_no_faster_than_it():
     with nodes() as world:
         homes(world.net, random_ports=True)

@@ -68,7 +68,7 @@ def test_behind_our_own_router_private_addresses_are_dialled():
 def test_when_we_know_no_public_network_private_addresses_are_dialled():
     theirs = tcp("10.0.1.3:4001")
     assert worth_dialling(theirs, tcp("10.0.1.2:4001")) == theirs
-    assert worth_dialling(theirs, []) == theirs
+    assert worth_dialling(theirs, []) == []
 
 
 def test_a_peer_has_two_public_addresses_at_most():
@@ -92,8 +92,9 @@ async def relayed_pair(relay, a, b):
     await connect(a, relayed)
 
 
-async def test_a_relayed_connection_to_a_kept_peer_becomes_direct_by_itself():
-    async with relayed_hosts(2, OPEN, listen=LOOPBACK) as ([relay], [a, b]):
+@pytest.mark.parametrize("listen", ["/ip4/127.0.0.1/tcp/0", "/ip6/::1/tcp/0"])
+async def test_a_relayed_connection_to_a_kept_peer_becomes_direct_by_itself(listen):
+    async with relayed_hosts(2, OPEN, listen=(listen,), relay_listen=listen) as ([relay], [a, b]):
         await relayed_pair(relay, a, b)
         await until(lambda: path(a, b) == path(b, a) == "direct")
         assert await says_hello(a, b.peer_id)
@@ -252,9 +253,9 @@ async def test_addresses_are_expected_no_longer_than_the_attempt():
 async def test_dials_to_relays_come_from_the_listening_port_and_nobody_else_gets_it():
     async with relayed_hosts(1, OPEN, listen=LOOPBACK) as ([relay], [host]):
         await reserve(host, relay)
-        [(observed, local)] = host._circuits.seen_as()
-        assert observed.text == host.addresses[0]
-        assert local == "127.0.0.1"
+        [seen] = host._circuits.seen()
+        assert seen.observed.text == host.addresses[0]
+        assert seen.local == "127.0.0.1"
         with pytest.raises(ListenFailed, match="in use"):
             async with open_host(seed(9), host.addresses[:1], gossip=False):
                 pass
