@@ -8,14 +8,18 @@ Wire: frames of a 9-byte header (type u8, stream u32, value u32, big endian); DA
     CREDIT n   n more bytes may be sent       PING n / PONG n   liveness and round trip
 
 Flow control: a stream starts with `WINDOW_BYTES` of credit; what the application has taken is
-granted again, and a reader that awaits a large message may widen its window to `WINDOW_MAX_BYTES`
-(`expect`), so that a peer can never park more than it was granted. A peer that overruns breaks the
-connection.
+granted again. A reader that awaits a large message, or takes a window in a few round trips, widens
+it up to `WINDOW_MAX_BYTES`. So a peer can never park more than it was granted; one that overruns
+breaks the connection.
+
+Order: one frame at a time; control frames first, then small writes, then bulk in turns (`turns`),
+in frames that leave in a few milliseconds.
 
 Cancellation: a frame is written whole or not at all (the secure session shields its writes).
-Waiting for credit can be cancelled. Control frames never wait in a caller: they are queued, sent
-with the next data or by the flusher, and so a reset costs nothing and cannot block. Small messages
-of other streams pass between frames.
+Waiting for credit or for the turn can be cancelled. Control frames never wait in a caller: they are
+queued, sent with the next data or by the flusher, and so a reset costs nothing and cannot block.
+
+docs/spec/transport.md says it for others to implement.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -132,6 +136,8 @@ class FastMux(IMuxedConn):
         self._dead = False
         self._pings: dict[int, trio.Event] = {}
         self._next_ping = 0
+        self.round_trip = 0.0
+        """The shortest seen, in seconds; 0 before the first."""
         self.last_received = trio.current_time()
 
     @property
@@ -191,7 +197,9 @@ class FastMux(IMuxedConn):
             self._pings.pop(number, None)
         if self._dead:
             raise MuxedConnUnavailable("the connection is closed")
-        return trio.current_time() - started
+        took = trio.current_time() - started
+        self.round_trip = min(took, self.round_trip or took)
+        return took
 
     async def close(self) -> None:
         """Send what control frames wait, then close. Takes at most `_CLOSE_SECONDS`."""

@@ -22,6 +22,8 @@ SMALL_BYTES = 16 * 1024
 """A message up to here overtakes bulk: it costs those who wait less than they would notice."""
 WINDOW_BYTES = 1024 * 1024
 WINDOW_MAX_BYTES = 8 * 1024 * 1024
+"""1.3 Gbit/s at 50 ms, and what one stream may park here at most."""
+_FEW_TRIPS = 4
 
 HEADER = struct.Struct("!BII")
 DATA, OPEN, CREDIT, FIN, RST, PING, PONG = range(7)
@@ -84,6 +86,9 @@ class FastMuxStream(IMuxedStream):
         self._window = WINDOW_BYTES
         self._taken = 0
         """Taken by the application, not yet granted again."""
+        self._window_began = trio.current_time()
+        self._window_taken = 0
+        """Granted again since then."""
         self._credit = WINDOW_BYTES
         self._readable = trio.Event()
         self._writable = trio.Event()
@@ -160,7 +165,17 @@ class FastMuxStream(IMuxedStream):
             and (not self._chunks or not self._mux.memory.is_scarce)
         ):
             self._grant(self._taken)
+            self._window_taken += self._taken
             self._taken = 0
+            self._widen_if_too_small()
+
+    def _widen_if_too_small(self) -> None:
+        """A window that is used up in a few round trips limits the line: double it."""
+        if self._window_taken >= self._window:
+            now = trio.current_time()
+            if now - self._window_began < _FEW_TRIPS * self._mux.round_trip:
+                self.expect(2 * self._window)
+            self._window_began, self._window_taken = now, 0
 
     def _hold(self, size: int) -> None:
         if size:

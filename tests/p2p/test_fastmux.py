@@ -173,6 +173,40 @@ async def test_what_is_read_is_granted_again_and_a_large_message_widens_the_wind
         assert await peer.receive() == (CREDIT, 1, 4 * FRAME_BYTES, b"")
 
 
+async def test_a_window_that_is_used_up_in_a_few_round_trips_is_doubled():
+    async with muxer() as (mux, peer):
+        await peer.send(OPEN, 1)
+        stream = await mux.accept_stream()
+
+        async def take_a_window() -> int:
+            granted = 0
+            for _ in range(WINDOW_BYTES // FRAME_BYTES):
+                await peer.data(1, bytes(FRAME_BYTES))
+                assert len(await stream.take(FRAME_BYTES)) == FRAME_BYTES
+                granted += (await peer.receive())[2]
+            return granted
+
+        assert await take_a_window() == WINDOW_BYTES
+        mux.round_trip = 60.0  # a very long line
+        await take_a_window()
+        assert await peer.receive() == (CREDIT, 1, WINDOW_BYTES, b"")
+
+
+async def test_a_cancelled_take_loses_nothing():
+    async with muxer() as (mux, peer):
+        await peer.send(OPEN, 1)
+        await peer.data(1, b"abc")
+        stream = await mux.accept_stream()
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.move_on_after(0):
+            await stream.take(6)
+        assert stream.partial
+        await peer.data(1, b"defgh")
+        assert await stream.take(6) == b"abcdef"
+        assert not stream.partial
+        assert await stream.read(9) == b"gh"
+
+
 @pytest.mark.parametrize(
     "frame",
     [(99, 1, 0), (DATA, 1, FRAME_BYTES + 1), (OPEN, 2, 0), (OPEN, 1, 0)],
