@@ -55,19 +55,22 @@ class NetApi:
 
     async def run(self) -> None:
         """Until cancelled."""
+        saved: tuple[Ban, ...] = ()
         while True:
             changed = self._host.bans.changed
             try:
                 await self._machine.set_bans(tuple(self._for_carrier()))
             except MachineError as error:
                 log.info("the carrier will hear of the bans when it is back: %s", error)
+            bans = self._host.bans.all()
+            if bans != saved:
+                try:
+                    await trio.to_thread.run_sync(save_bans, self._path, bans)
+                    saved = bans
+                except OSError as error:
+                    log.warning("the bans could not be saved: %s", error)
             await changed.wait()
             await trio.sleep(SAVE_SECONDS)
-            bans = self._host.bans.all()
-            try:
-                await trio.to_thread.run_sync(save_bans, self._path, bans)
-            except OSError as error:
-                log.warning("the bans could not be saved: %s", error)
 
     def _for_carrier(self) -> Iterator[Ban]:
         sessions = {address(r.node): address(r.session) for r in self._peers.book.records()}
@@ -115,14 +118,15 @@ class NetApi:
             raise InvalidParams(
                 f"{text!r} names no peer: write /ip4/192.0.2.7/tcp/4001/p2p/12D3Koo..."
             )
+        if self._host.bans.peer(node) is not None:
+            raise Refused(f"{node} is banned; tdmld peers unban {node}")
         try:
-            public_key(node)
-            self._host.add_peer(Dialable(node, (where,)))
+            key = public_key(node)
+            known = [r.addresses for r in self._peers.book.records() if r.node == key]
+            self._host.add_peer(Dialable(node, (where, *(known[0] if known else ()))))
             peer = await self._host.connect(node)
         except DialFailed as error:
-            raise Refused(
-                f"{error}; the node goes on trying, `tdmld peers list` shows it"
-            ) from error
+            raise Refused(f"{error}; the node goes on trying, see tdmld peers list") from error
         except (AddressInvalid, DecodeError) as error:
             raise InvalidParams(str(error)) from error
         return Connected(
@@ -151,7 +155,7 @@ class NetApi:
         except AddressInvalid as error:
             raise InvalidParams(str(error)) from error
         if ban is None:
-            raise NotFound(f"{subject} is not banned; `tdmld peers bans` lists who is")
+            raise NotFound(f"{subject} is not banned; see tdmld peers bans")
         return _info(ban)
 
 

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from tdmld.chain.crypto import KeyPair, public_key
-from tdmld.node import netapi
+from tdmld.node import control, netapi
 from tdmld.node.errors import CarrierUnavailable
 from tdmld.node.netapi import NetApi
 from tdmld.p2p import Ban, Host, open_host
@@ -33,7 +33,7 @@ class FakeMachine:
 class Rig:
     def __init__(self, host: Host, data_dir: Path) -> None:
         record = SimpleNamespace(
-            node=public_key(OTHER), session=public_key(SESSION), addresses=("/ip4/192.0.2.1/tcp/1",)
+            node=public_key(OTHER), session=public_key(SESSION), addresses=("/ip4/127.0.0.1/tcp/1",)
         )
         self.machine = FakeMachine()
         self.api = NetApi(
@@ -86,6 +86,13 @@ async def test_a_carrier_that_is_away_and_a_full_disk_end_nothing(rig: Rig, tmp_
     await until(lambda: len(rig.machine.bans) == 2)
 
 
+def test_the_longest_list_fits_into_a_message() -> None:
+    subject = "2001:db8:1111:2222:3333:4444:5555:6666/128"
+    longest = control.Denied(subject, 1e10, "é" * control.MAX_REASON)
+    raw = control.encode_message(control.SetBans(1 << 40, (longest,) * control.MAX_BANS))
+    assert control.decode_to_carrier(raw)
+
+
 async def test_what_cannot_be_banned_is_refused_with_its_reason(rig: Rig) -> None:
     with pytest.raises(Refused, match="own id"):
         await rig.api.ban(rig.api._me)
@@ -112,7 +119,7 @@ async def test_connecting_keeps_the_peer_and_says_what_went_wrong(rig: Rig) -> N
         assert row.bytes_in > 0
         assert msgspec.json.encode(row)
     await rig.api.ban(OTHER, reason="rude")
-    with pytest.raises(Refused, match="is banned: rude"):
+    with pytest.raises(Refused, match="is banned; tdmld peers unban"):
         await rig.api.connect(f"{address}/p2p/{OTHER}")
 
 

@@ -266,6 +266,7 @@ async def test_a_peer_may_open_only_so_many_streams():
                 await a.open_stream(b.peer_id, ECHO)
         await until(lambda: not b._inbound_streams)
         assert await says_hello(a, b.peer_id)
+        assert b.peers()[0].score > 0
 
 
 async def test_our_own_address_is_not_dialled():
