@@ -299,9 +299,9 @@ def _trial(name: str, witness: str, trial: TrialInfo, failure: str) -> Check:
 
 def _relays(found: NetReachability) -> Iterator[Check]:
     if "closed" in (found.daemon.state, found.carrier.state):
-        held = (*found.carrier.relayed, *found.daemon.relayed)
+        held = {text.split("/p2p/")[1] for text in (*found.carrier.relayed, *found.daemon.relayed)}
         if held:
-            yield Check("reached through relays", "ok", ", ".join(held))
+            yield Check("reached through relays", "ok", ", ".join(sorted(map(_relay, held))))
         else:
             why = "none is held: no known node relays, or all their places are taken"
             yield Check("reached through relays", "warn", why, "tdmld peers list")
@@ -311,6 +311,11 @@ def _relays(found: NetReachability) -> Iterator[Check]:
             f"{use.reservations} places taken, {use.circuits} circuits, {size(use.carried)} carried"
         )
         yield Check("relays for others", "ok", why)
+
+
+def _relay(part: str) -> str:
+    """The relay in what follows /p2p/ in a relayed address."""
+    return short(part.partition("/")[0])
 
 
 def _paths(found: NetReachability) -> Check:

@@ -10,7 +10,8 @@ One request and one answer a stream; whoever opened it asks.
 or Refused with the reason. A receipt goes into the asker's ask (see `tdmld.chain.market`, ASK-6).
 
 Only IP addresses at which the witness sees the asker are dialled, as in AutoNAT (libp2p/specs
-autonat), so nobody is made to knock at the door of a third party. `session` is the one of the
+autonat), so nobody is made to knock at the door of a third party; for a pair also relays that are
+known as such, and what hole punching allows (`tdmld.p2p.punch`). `session` is the one of the
 asker's own signed peer record.
 """
 

@@ -7,7 +7,7 @@ Whom we dial is never a third party: see `reachwire`.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import trio
@@ -19,6 +19,7 @@ from tdmld.chain.transactions import DIAL_OPEN, DIAL_PAIR, sign_receipt
 from tdmld.node.errors import MachineError
 from tdmld.node.fairness import Allowance, Meter
 from tdmld.node.peers import PeerBook, PeerRecord
+from tdmld.node.reachbook import is_relayed
 from tdmld.node.reachwire import (
     MAX_REACH_BYTES,
     MAX_REASON,
@@ -124,7 +125,7 @@ class Witness:
                 case DialBack(session, addresses):
                     return await self._dial_back(peer_id, ip, session, addresses)
                 case Pair(session):
-                    return await self._pair(peer_id, session)
+                    return await self._pair(peer_id, ip, session)
         except (MachineError, P2PError) as error:
             return _refused(str(error), tried=True)
         finally:
@@ -155,14 +156,13 @@ class Witness:
         found = await self._carrier.dial_back(address(session), addresses)
         return self._receipt(peer_id, session, DIAL_OPEN, found)
 
-    async def _pair(self, peer_id: str, session: bytes) -> Answer:
+    async def _pair(self, peer_id: str, ip: str, session: bytes) -> Answer:
         record = self._record(peer_id, session)
         if record is None:
             return _not_theirs(session)
-        direct = await self._carrier.connect_direct(
-            address(session), record.session_addresses, PAIR_SECONDS
-        )
-        if not direct:
+        known = {r.session: r for r in self._book.records() if r.relays}
+        at = [text for text in record.session_addresses if _may_dial(text, ip, known)]
+        if not await self._carrier.connect_direct(address(session), at, PAIR_SECONDS):
             return _refused("our carriers have no direct connection", tried=True)
         return self._receipt(peer_id, session, DIAL_PAIR, "")
 
@@ -175,6 +175,19 @@ class Witness:
         node = public_key(peer_id)
         receipt = sign_receipt(self._key, self._chain_id, node, session, kind, self._height())
         return Receipt(receipt, at)
+
+
+def _may_dial(text: str, ip: str, relays: Mapping[bytes, PeerRecord]) -> bool:
+    """Whether an address in somebody's record leads to where we see it, or through a relay that
+    says of itself that it is one, and there."""
+    if not is_relayed(text):
+        return bool(ip) and ip_of(text) == ip
+    direct, _, rest = text.partition("/p2p/")
+    try:
+        relay = relays.get(public_key(rest.partition("/")[0]))
+    except DecodeError:
+        return False
+    return relay is not None and direct in relay.session_addresses
 
 
 def _is_node(peer_id: str) -> bool:

@@ -271,6 +271,27 @@ async def test_a_direct_path_between_carriers_is_witnessed() -> None:
         assert isinstance(await a.ask(b, Pair(a.session.public)), Refused)
 
 
+async def test_a_pair_is_sought_where_the_asker_is_seen_and_through_known_relays() -> None:
+    async with nodes(3) as (a, b, relay):
+        tell_all([relay], relays=True)
+        for signed in relay.book.signed():
+            b.book.add(signed)
+        through = f"{relay.carrier.addresses[0]}/p2p/{relay.session.address}/p2p-circuit"
+        elsewhere = f"/ip4/8.8.8.8/tcp/53/p2p/{relay.session.address}/p2p-circuit"
+        claimed = (a.carrier.addresses[0], "/ip4/8.8.8.8/tcp/53", RELAYED, through, elsewhere)
+        record = PeerRecord(a.key.public, time.time_ns(), (), a.session.public, claimed, False)
+        b.book.add(a.book.sign(a.key, record))
+        dialled: list[str] = []
+
+        async def note(session: str, addresses: Sequence[str], seconds: float) -> bool:
+            dialled.extend(addresses)
+            return False
+
+        b.carrier.connect_direct = note  # type: ignore[method-assign]
+        assert isinstance(await a.ask(b, Pair(a.session.public)), Refused)
+        assert dialled == [a.carrier.addresses[0], through]
+
+
 # the service -------------------------------------------------------------------------------------
 
 
