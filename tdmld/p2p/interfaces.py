@@ -5,31 +5,27 @@ from collections.abc import Sequence
 
 import ifaddr
 
-from tdmld.p2p.addresses import TcpAddress, format_address, parse_address, parse_direct
+from tdmld.p2p.addresses import TcpAddress, format_address, parse_address
 
 
 def interface_addresses(*, loopback: bool = False) -> tuple[str, ...]:
-    """The IP addresses of this machine's interfaces; no link-local ones.
+    """The IP addresses of this machine's interfaces; no link-local ones. Empty when the system does
+    not tell.
 
     A few system calls; safe to call in the loop.
     """
     found: list[str] = []
-    for adapter in ifaddr.get_adapters():
+    try:
+        adapters = list(ifaddr.get_adapters())
+    except OSError:
+        return ()
+    for adapter in adapters:
         for entry in adapter.ips:
             text = entry.ip if isinstance(entry.ip, str) else entry.ip[0]
             address = ipaddress.ip_address(text)
             if not address.is_link_local and (loopback or not address.is_loopback):
                 found.append(text)
     return tuple(dict.fromkeys(found))
-
-
-def is_loopback(address: str) -> bool:
-    """Whether a direct address is for this machine alone. AddressInvalid."""
-    host = parse_direct(address).host
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def is_global(host: str) -> bool:
