@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import trio
@@ -24,12 +25,13 @@ import trio
 from tdmld import devnet
 from tdmld.rpc.access import read_access
 from tdmld.rpc.client import Client
-from tdmld.rpc.types import FINAL_JOB_STATES, JobDetail
+from tdmld.rpc.types import FINAL_JOB_STATES, JobDetail, NodeStatus
 from tests.e2e.canary import Capture, Needles, forms
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = ROOT / "tests" / "jobs"
 NODES, SUBMITTER, BYSTANDER = 6, 0, 5
+ASKS = range(1, BYSTANDER)
 STORES = 3
 """Members that have fetched the text before the search begins: the submitter and two more."""
 WINDOWS = {"interval_ms": 200, "segment_window": 400, "activate_window": 600, "audit_window": 300}
@@ -38,6 +40,7 @@ PATIENCE_SECONDS = 200.0
 pytestmark = pytest.mark.e2e
 
 
+T = TypeVar("T")
 Where = tuple[str, str]
 """("daemon", "carrier" or "worker", name of the node)"""
 
@@ -80,7 +83,7 @@ class Hunt:
             directory / "network",
             nodes=NODES,
             validators=1,
-            asks=range(1, BYSTANDER),
+            asks=ASKS,
             settings={"ask.standby_slots": 4},
             parameters=WINDOWS,
         )
@@ -116,21 +119,35 @@ class Hunt:
         assert done.returncode == 0, done.stderr
         return str(json.loads(done.stdout)["job"])
 
+    def ask(self, index: int, method: str, parameters: dict[str, str], kind: type[T]) -> T:
+        """What a node answers; a question takes its time, so asking again is no busy loop."""
+        assert time.monotonic() < self.deadline, "it takes too long"
+
+        async def call() -> T:
+            async with Client(read_access(self.network.data_dir(index))) as client:
+                return await client.call(method, parameters, kind)
+
+        return trio.run(call)
+
     def look(self, job: str) -> JobDetail:
-        """The job now; a question takes its time, so asking again is no busy loop."""
-        assert time.monotonic() < self.deadline, "the job does not end"
+        """The job now."""
+        return self.ask(SUBMITTER, "job_status", {"id": job}, JobDetail)
 
-        async def ask() -> JobDetail:
-            async with Client(read_access(self.network.data_dir(SUBMITTER))) as client:
-                return await client.call("job_status", {"id": job}, JobDetail)
-
-        return trio.run(ask)
+    def wait_for_asks(self) -> None:
+        """Until everybody who looks for work can be matched, neighbours to neighbours."""
+        needed = self.network.genesis().parameters.dial_receipts
+        for index in ASKS:
+            while True:
+                offered = self.ask(index, "node_status", {}, NodeStatus).ask
+                if offered is not None and offered.open >= needed:
+                    break
 
     def run(self) -> Seen:
         with self.network:
             for index in range(NODES):
                 self.network.start(index, environment={"TMPDIR": str(self.temporary)})
             self.network.wait_ready(timeout_seconds=120)
+            self.wait_for_asks()
             ports = {port for n in self.network.nodes for port in (n.port, n.carrier_port)}
             capture: Capture | None = None
             refused = ""
@@ -171,7 +188,7 @@ class Hunt:
                 finally:
                     os.kill(worker, signal.SIGCONT)
             detail = self.look(job)
-        assert detail.result is not None, detail.summary
+        assert detail.result is not None, (detail.summary.state, detail.summary.reason)
         seen.detail = detail
         self.search_memory(seen)
         members = {slot.worker for slot in detail.slots}
