@@ -16,6 +16,7 @@ import math
 import random
 import socket
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -66,6 +67,9 @@ _RENEW_MOST_SECONDS = 1800.0
 _RETRY_FIRST_SECONDS = 1.0
 _RETRY_LAST_SECONDS = 300.0
 """Back-off of one relay that refused us or could not be reached."""
+_HANDSHAKES_PER_SOURCE = 2
+"""At a time: `Limits.pending_per_address` holds for all that one relay brings, and a single peer
+shall not take all of that."""
 _ANNOUNCED_PER_RELAY = 2
 _RELAYS = 4096
 """Relays that are dialled from the listening port; others may be in any address we dial."""
@@ -140,6 +144,8 @@ class Circuits:
         self._held: dict[ID, tuple[RelayedAddress, ...]] = {}
         """Relays on which we have a reservation, and where we can be dialled through them."""
         self._seen: dict[ID, Seen] = {}
+        self._handshakes: Counter[tuple[ID, bytes]] = Counter()
+        """Circuits that have not proved an identity: by relay, and whom it says they are from."""
         self._changed = trio.Event()
         """Set and replaced when there are other candidates."""
         self._subscribers: list[trio.MemorySendChannel[None]] = []
@@ -320,15 +326,24 @@ class Circuits:
             return
         with trio.fail_after(_ANSWER_SECONDS):
             request = await rawstream.receive(stream, StopMessage)
-            wanted = request.type == StopMessage.CONNECT
-            status = Status.OK if wanted else Status.UNEXPECTED_MESSAGE
+            brought = (relay, request.peer.id)
+            status = Status.OK
+            if request.type != StopMessage.CONNECT:
+                status = Status.UNEXPECTED_MESSAGE
+            elif self._handshakes[brought] >= _HANDSHAKES_PER_SOURCE:
+                status = Status.RESOURCE_LIMIT_EXCEEDED
             await rawstream.send(stream, StopMessage(type=StopMessage.STATUS, status=status))
-        if not wanted:
+        if status != Status.OK:
             await rawstream.reset(stream)
             return
         circuit = CircuitStream(stream)
         raw = _as_socket(circuit, held[0], initiator=False)
-        await self._connector.accept_raw(raw, str(relay))
+        self._handshakes[brought] += 1
+        try:
+            await self._connector.accept_raw(raw, str(relay))
+        finally:
+            self._handshakes[brought] -= 1
+            self._handshakes += Counter()  # drops the zeros
         await circuit.closed.wait()
 
 

@@ -55,6 +55,8 @@ _PIECE_BYTES = 64 * 1024
 _URGENT_BYTES = 1024
 """Smaller pieces overtake bulk on their connection: handshakes, pings, credit. The others, however
 they come, do not overtake our own."""
+_CIRCUITS_PER_PAIR = 2
+"""One, and one that replaces it: a single peer cannot take all the places of another."""
 _BURST_SECONDS = 0.1
 """What an idle pace lets through at once."""
 _VOUCHER_DOMAIN = "libp2p-relay-rsvp"
@@ -177,6 +179,8 @@ class Relay:
         self._places: dict[ID, _Place] = {}
         self._circuits: Counter[ID] = Counter()
         """Open circuits by each of their ends."""
+        self._pairs: Counter[tuple[ID, ID]] = Counter()
+        """The same by who dialled whom."""
         self._pace = Pace(policy.bytes_per_second)
         self._carried = 0
         self._refusals = 0
@@ -281,7 +285,10 @@ class Relay:
             raise _Refused(Status.RESOURCE_LIMIT_EXCEEDED, "every circuit is in use")
         if self._circuits[source] >= most or self._circuits[target] >= most:
             raise _Refused(Status.RESOURCE_LIMIT_EXCEEDED, "too many circuits of one peer")
+        if self._pairs[source, target] >= _CIRCUITS_PER_PAIR:
+            raise _Refused(Status.RESOURCE_LIMIT_EXCEEDED, f"too many circuits to {target}")
         self._circuits.update((source, target))
+        self._pairs[source, target] += 1
         try:
             far = await self._stop(source, target, quota)
             try:
@@ -294,7 +301,9 @@ class Relay:
                 await rawstream.reset(near)
         finally:
             self._circuits.subtract((source, target))
+            self._pairs[source, target] -= 1
             self._circuits += Counter()  # drops the zeros
+            self._pairs += Counter()
 
     async def _stop(self, source: ID, target: ID, quota: CircuitQuota) -> INetStream:
         """A stream to the target, which has accepted the circuit; _Refused."""

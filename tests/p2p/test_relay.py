@@ -1,7 +1,7 @@
 """What a relay grants, and what it does not."""
 
 import time
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
 import pytest
@@ -12,6 +12,7 @@ from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Status, Voucher
 
 from tdmld.p2p import CircuitQuota, RelayPolicy, rawstream
+from tdmld.p2p import relay as relaying
 from tdmld.p2p.circuit import HOP
 from tdmld.p2p.errors import StreamBroken, StreamError
 from tdmld.p2p.relay import Pace
@@ -203,6 +204,41 @@ async def test_circuits_of_one_peer_and_in_all_are_limited():
         a.remove_peer(b.peer_id)
         await until(lambda: relay.relay_use.circuits == 1)
         assert (await ask(e, relay, connect_to(f.peer_id))).status == Status.OK
+
+
+async def test_one_peer_cannot_take_all_circuits_of_another():
+    async with relayed_hosts(3, OPEN) as ([relay], [flooder, b, c]):
+        relayed = await reserve(b, relay)
+        flooder.add_peer(info(relay))
+        await until(lambda: relay.peer_id in flooder.connected())
+        async with AsyncExitStack() as stack:
+            answers = []
+            for _ in range(4):
+                stream = await rawstream.negotiate(connection(flooder, relay), HOP)
+                stack.push_async_callback(rawstream.reset, stream)
+                await rawstream.send(stream, connect_to(b.peer_id))
+                answers.append((await rawstream.receive(stream, HopMessage)).status)
+            assert answers == [Status.OK] * 2 + [Status.RESOURCE_LIMIT_EXCEEDED] * 2
+            await connect(c, relayed)
+            assert await says_hello(c, b.peer_id)
+
+
+async def test_who_is_relayed_to_waits_for_few_handshakes_of_one_peer(monkeypatch):
+    monkeypatch.setattr(relaying, "_CIRCUITS_PER_PAIR", 100)
+    async with relayed_hosts(3, OPEN) as ([relay], [flooder, b, c]):
+        relayed = await reserve(b, relay)
+        flooder.add_peer(info(relay))
+        await until(lambda: relay.peer_id in flooder.connected())
+        async with AsyncExitStack() as stack:
+            answers = []
+            for _ in range(4):
+                stream = await rawstream.negotiate(connection(flooder, relay), HOP)
+                stack.push_async_callback(rawstream.reset, stream)
+                await rawstream.send(stream, connect_to(b.peer_id))
+                answers.append((await rawstream.receive(stream, HopMessage)).status)
+            assert answers == [Status.OK] * 2 + [Status.CONNECTION_FAILED] * 2
+            await connect(c, relayed)
+        await until(lambda: not [k for k in b._circuits._handshakes if k[1]])
 
 
 @asynccontextmanager
