@@ -9,8 +9,8 @@ from tdmld.p2p.addresses import TcpAddress, format_address, parse_address
 
 
 def interface_addresses(*, loopback: bool = False) -> tuple[str, ...]:
-    """The IP addresses of this machine's interfaces; no link-local ones. Empty when the system does
-    not tell.
+    """The IP addresses of this machine's interfaces; no link-local ones, and those of the machine
+    itself only with `loopback`: then no others. Empty when the system does not tell.
 
     A few system calls; safe to call in the loop.
     """
@@ -23,7 +23,7 @@ def interface_addresses(*, loopback: bool = False) -> tuple[str, ...]:
         for entry in adapter.ips:
             text = entry.ip if isinstance(entry.ip, str) else entry.ip[0]
             address = ipaddress.ip_address(text)
-            if not address.is_link_local and (loopback or not address.is_loopback):
+            if not address.is_link_local and address.is_loopback == loopback:
                 found.append(text)
     return tuple(dict.fromkeys(found))
 

@@ -170,8 +170,8 @@ class LanDiscovery:
     """Announces one host on the local networks and finds others of `network`.
 
     `listening()` gives the host's listening addresses, asked whenever somebody asks us. `found` is
-    called with each valid answer, also a repeated one, and must not block. `loopback` adds the
-    interface of the machine itself, for tests.
+    called with each valid answer, also a repeated one, and must not block. `loopback` looks on
+    the interface of the machine itself and no other, for tests.
     """
 
     def __init__(
