@@ -11,7 +11,7 @@ import trio
 from tdmld.chain.codec import decode, encode
 from tdmld.chain.crypto import KeyPair, verify
 from tdmld.chain.transactions import DIAL_OPEN, DIAL_PAIR, receipt_bytes, sign_receipt
-from tdmld.node import reach, reachwitness
+from tdmld.node import reach, reachask, reachwitness
 from tdmld.node.errors import MachineError
 from tdmld.node.peers import PeerBook, PeerRecord
 from tdmld.node.reach import Reachability, ReachPolicy
@@ -32,9 +32,11 @@ from tdmld.node.reachwire import (
     ip_of,
     protocol,
 )
+from tdmld.node.reachwitness import Witness
 from tdmld.p2p import Host, Limits, PeerInfo, Stream, open_host
 from tdmld.p2p.dialback import Prober
 from tdmld.p2p.errors import P2PError, StreamError
+from tdmld.p2p.upnp import Mapping, PortMapper
 from tests.p2p.support import free_port, info, until
 
 CHAIN = b"c" * 32
@@ -233,6 +235,19 @@ async def test_a_flood_of_requests_is_refused_and_others_are_served(
         assert isinstance(await c.ask(b, DialDaemon(c.host.listening)), Reached)
 
 
+async def test_many_identities_share_what_their_address_may() -> None:
+    async with nodes(1) as (a,):
+        witness = Witness(a.host, a.key, CHAIN, a.book, a.carrier, lambda: 1)
+        peers = [f"identity {number}" for number in range(400)]
+        granted = sum(witness._allowed(peer, "203.0.113.7", 100, dials=True) for peer in peers)
+        assert 60 <= granted <= 70
+        others = sum(
+            witness._allowed(peer, f"203.0.113.{number % 200}", 100, dials=True)
+            for number, peer in enumerate(peers)
+        )
+        assert granted + others <= 125
+
+
 async def test_dials_at_a_time_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reachwitness, "DIALS_AT_ONCE", 2)
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
@@ -421,6 +436,34 @@ async def test_a_witness_that_is_tired_takes_nothing_back() -> None:
         assert a.reach.carrier_state == "open"
         assert len(a.reach.receipts()) == 1
         nursery.cancel_scope.cancel()
+
+
+async def test_a_witness_that_is_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reachask, "OBSERVE_SECONDS", 0.2)
+    async with nodes(2) as (a, b), trio.open_nursery() as nursery:
+
+        async def silent(stream: Stream) -> None:
+            await trio.sleep_forever()
+
+        b.host.set_handler(protocol(CHAIN), silent)
+        nursery.start_soon(a.reach.run)
+        await until(lambda: bool(a.reach.findings))
+        assert "no answer" in a.reach.findings[b.key.address].failure
+        assert a.reach.carrier_state == "unknown"
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_forwarded_port_is_announced_and_dialled() -> None:
+    async with nodes(1) as (a,):
+        port = int(a.carrier.addresses[0].rpartition("/")[2])
+        before = a.reach.carrier_addresses
+        a.reach.mapper = PortMapper((port,))
+        a.reach.mapper.state.mappings = {port: Mapping("", "198.41.0.4", 9000, "")}
+        assert a.reach.carrier_addresses == ("/ip4/198.41.0.4/tcp/9000", *before)
+        assert a.reach.daemon_addresses == a.host.listening
+        assert a.reach._carrier_at("198.41.0.4") == ("/ip4/198.41.0.4/tcp/9000",)
+        a.reach.mapper.state.mappings = {port: Mapping("", "100.64.0.9", 9000, "")}
+        assert a.reach.carrier_addresses == before
 
 
 async def test_without_anybody_to_ask_it_settles_all_the_same(
