@@ -38,8 +38,8 @@ COUNTS = {"64kib": (64 << 10, 400), "1mib": (1 << 20, 100), "64mib": (64 << 20, 
 LOAD = 64 << 20
 TRIPS, WAN_TRIPS = 200, 20
 WARM_SECONDS = 0.3
-WAN_MESSAGE = 64 << 20
-WAN_WARM_SECONDS = 2.0
+WAN_MESSAGE = 32 << 20
+WAN_WARM_SECONDS = 1.0
 """Until a congestion window has opened on a line of 50 ms."""
 FRAME_BYTES, FRAMES = 8 << 20, 16
 """What is logged, hashed and signed apart."""
