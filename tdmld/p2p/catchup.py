@@ -23,7 +23,7 @@ the peer that was asked), delivered to the subscriber, and not forwarded by goss
 it ask. Nothing is believed but signatures. An `age` that is a lie keeps a message alive that its
 liar could have gossiped again anyway.
 
-A peer without the protocol is never asked again on its connection.
+A peer that refuses the protocol three times is not asked again on its connection.
 """
 
 import logging
@@ -55,6 +55,8 @@ SPACING_SECONDS = 1.0
 """Between two exchanges with one peer."""
 EXCHANGE_SECONDS = 20.0
 """Longer takes no honest peer."""
+TRIES = 3
+"""A peer that is overloaded refuses streams, too."""
 MAX_ROWS = 1024
 MAX_WANTED_BYTES = 1 << 20
 """Asked for in one exchange; the rest is asked for in the next one."""
@@ -209,6 +211,7 @@ class CatchUp:
         """Read a peer's log, each time that somebody wakes us, while it is connected."""
         with followed.scope:
             await trio.sleep(FIRST_SECONDS * random.random())
+            tries = TRIES
             while True:
                 more = False
                 if self._gossip.topics:
@@ -218,7 +221,10 @@ class CatchUp:
                             with trio.move_on_after(EXCHANGE_SECONDS):
                                 more = await self._exchange(peer_id, followed)
                     except ProtocolRefused:
-                        return
+                        tries -= 1
+                        if not tries:
+                            return
+                        more = True
                     except (P2PError, msgspec.MsgspecError) as error:
                         log.debug("asking %s for recent gossip: %s", peer_id, error)
                 await trio.sleep(SPACING_SECONDS)
@@ -305,6 +311,7 @@ class CatchUp:
                 await stream.reset()
         except msgspec.MsgspecError as error:
             log.debug("%s asked for recent gossip: %s", peer_id, error)
+            stream.blame(str(error))
             await stream.reset()
         finally:
             self._asked[peer_id] -= 1

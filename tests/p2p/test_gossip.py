@@ -13,6 +13,7 @@ from libp2p.pubsub.pb import rpc_pb2
 from libp2p.utils.varint import encode_varint_prefixed
 
 from tdmld.p2p import GossipMessage, Host, Limits, open_host
+from tdmld.p2p.catchup import CatchUp
 from tdmld.p2p.errors import GossipRefused
 from tdmld.p2p.rawstream import negotiate
 from tests.p2p.support import connected_pair, hosts, info, says_hello, seed, until
@@ -105,8 +106,14 @@ async def test_small_messages_travel_without_records_and_idontwant():
         await until(lambda: any(rpc.control.idontwant for rpc in seen))
 
 
-async def test_a_burst_arrives_completely():
-    """The library delivers 16 of 100 (its queues hold 32), and 10 a second with spam protection."""
+async def _asks_nobody(_: CatchUp) -> None:
+    await trio.sleep_forever()
+
+
+async def test_a_burst_arrives_completely(monkeypatch: pytest.MonkeyPatch):
+    """The library delivers 16 of 100 (its queues hold 32), and 10 a second with spam protection.
+    Without asking again for what was lost."""
+    monkeypatch.setattr(CatchUp, "run", _asks_nobody)
     async with connected_pair(gossip=True, limits=FAST) as (a, b):
         _, yours = await join(a, b)
         sent = [b"message %d" % number for number in range(100)]
@@ -233,6 +240,24 @@ async def test_a_restarted_author_is_heard_at_once():
                 for message in sent:
                     await author.publish(TOPIC, message)
                 assert sorted(await collect(yours, 30)) == sorted(sent)
+
+
+async def test_a_restarted_author_repeats_no_sequence_number():
+    """The library's begin at the second of its start: peers that know messages by them, as the
+    specification's ids do, drop those of a node that restarts."""
+    used: list[list[int]] = []
+    for _ in range(2):
+        async with connected_pair(gossip=True, limits=FAST) as (a, b):
+            await join(a, b)
+            seen: list[rpc_pb2.RPC] = []
+            pubsub = a._gossip._pubsub
+            pubsub.write_msg = noting(pubsub.write_msg, seen)
+            for number in range(30):
+                await a.publish(TOPIC, b"message %d" % number)
+            await until(lambda: sum(len(rpc.publish) for rpc in seen) >= 30)  # noqa: B023
+            numbers = [int.from_bytes(m.seqno, "big") for rpc in seen for m in rpc.publish]
+            used.append(numbers)
+    assert min(used[1]) > max(used[0])
 
 
 async def test_gossip_goes_on_after_a_connection_was_lost_or_replaced():

@@ -58,8 +58,8 @@ def test_from_half_of_the_bound_only_those_below_their_share_open_streams():
     assert not memory.refuses_stream(small)
 
 
-async def test_windows_are_not_widened_while_memory_is_scarce_and_nothing_stalls():
-    limits = Limits(buffer_bytes=WINDOW_BYTES // 2)
+async def test_while_memory_is_scarce_those_who_read_are_served_all_the_same():
+    limits = Limits(buffer_bytes=WINDOW_BYTES)
     async with connected_pair(limits=limits) as (a, b):
         done = trio.Event()
 
@@ -67,11 +67,19 @@ async def test_windows_are_not_widened_while_memory_is_scarce_and_nothing_stalls
             assert len(await stream.receive(MOST)) == 20_000_000
             done.set()
 
+        async def read_nothing(stream: Stream) -> None:
+            await done.wait()
+
         b.set_handler(SINK, read)
-        async with await a.open_stream(b.peer_id, SINK) as stream:
-            await stream.send(bytes(20_000_000))
+        b.set_handler("/test/parked/1", read_nothing)
+        reading = await a.open_stream(b.peer_id, SINK)
+        async with await a.open_stream(b.peer_id, "/test/parked/1") as parked:
+            await parked.send(bytes(6 * WINDOW_BYTES // 10))
+            await until(lambda: b._peers.memory.is_scarce)
+            await reading.send(bytes(20_000_000))
             with trio.fail_after(10):
                 await done.wait()
+            await reading.close()
         await until(lambda: b._peers.memory.used == 0)
 
 
