@@ -18,6 +18,7 @@ async def relayed_hosts(
     listen: tuple[str, ...] = (),
     relay_listen: str = "/ip4/127.0.0.1/tcp/0",
     limits: Limits | None = None,
+    gossip: bool = False,
 ) -> AsyncIterator[tuple[list[Host], list[Host]]]:
     """Relays with these policies, and hosts that without `listen` nobody can dial; not connected
     yet."""
@@ -27,7 +28,7 @@ async def relayed_hosts(
             opened = open_host(seed(101 + number), (relay_listen,), gossip=False, relay=policy)
             relays.append(await stack.enter_async_context(opened))
         for number in range(1, count + 1):
-            opened = open_host(seed(number), listen, gossip=False, limits=limits)
+            opened = open_host(seed(number), listen, gossip=gossip, limits=limits)
             host = await stack.enter_async_context(opened)
             host.set_handler(ECHO, echo)
             hosts.append(host)

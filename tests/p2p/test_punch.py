@@ -185,6 +185,26 @@ async def test_upgrades_leave_no_tasks_behind():
         assert counts[2] <= counts[0] + 2
 
 
+async def test_gossip_passes_a_relay_and_goes_on_when_the_connection_becomes_direct():
+    async with relayed_hosts(2, OPEN, listen=LOOPBACK, gossip=True) as ([relay], [a, b]):
+        heard = await b.subscribe("topic", limit=100, validate=lambda peer, data: True)
+        await a.subscribe("topic", limit=100, validate=lambda peer, data: True)
+
+        async def heard_of(data):
+            with trio.fail_after(10):
+                while True:
+                    await a.publish("topic", data)
+                    with trio.move_on_after(0.5):
+                        if (await heard.receive()).data == data:
+                            return
+
+        await relayed_pair(relay, a, b)
+        await heard_of(b"through the relay")
+        assert await a.connect_direct(b.peer_id, 10.0)
+        await until(lambda: path(a, b) == path(b, a) == "direct")
+        await heard_of(b"directly")
+
+
 # The protocol
 
 
