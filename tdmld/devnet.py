@@ -281,6 +281,7 @@ def make_network(
                 asks=index in asking,
             )
         )
+    rules: dict[str, object] = {"dial_receipts": min(1, nodes - 1), **parameters}
     genesis = genesis_from_document(
         {
             "chain": chain,
@@ -290,7 +291,7 @@ def make_network(
             "work_stakes": [[row.owner, work_stake] for row in rows] if work_stake else [],
             "nodes": [[row.owner, row.node] for row in rows if not row.validator],
             "mature_classes": ["*"],
-            "parameters": {"dial_receipts": min(1, nodes - 1), **parameters},
+            "parameters": rules,
         }
     )
     for index, row in enumerate(rows):
