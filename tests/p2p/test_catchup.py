@@ -11,7 +11,7 @@ import trio.testing
 
 from tdmld.p2p import GossipMessage, Host, Stream, catchup, gossip, open_host, recent
 from tdmld.p2p.catchup import PROTOCOL, Ask, Have, Want
-from tdmld.p2p.errors import StreamError
+from tdmld.p2p.errors import ProtocolRefused, StreamError
 from tests.p2p.support import connected_pair, hosts, info, seed, until
 from tests.p2p.test_gossip import FAST, TOPIC, accept, collect, join, known
 
@@ -59,6 +59,10 @@ async def test_who_was_away_gets_what_was_said_meanwhile():
             assert sorted(message.data for message in received) == sorted(sent)
             assert {message.source for message in received} == {a.peer_id}
             await nothing_more(channel)
+            for held in late._gossip.recent._log.values():
+                original = a._gossip.recent.get(held.key, held.born)
+                assert original is not None
+                assert abs(original.born - held.born) < 0.1  # its age came with it
             # The next message comes by gossip, and once.
             await a.publish(TOPIC, b"now")
             assert await collect(channel, 1) == [b"now"]
@@ -167,6 +171,20 @@ def receiving(real: type, alias: Callable[..., object]) -> Callable[..., object]
         )
 
     return receive
+
+
+async def test_a_peer_without_the_protocol_is_soon_left_alone(monkeypatch: pytest.MonkeyPatch):
+    opened: list[str] = []
+
+    async def refusing(peer_id: str, protocol: str) -> Stream:
+        opened.append(protocol)
+        raise ProtocolRefused("as a foreign peer does")
+
+    async with connected_pair(gossip=True) as (a, b):
+        monkeypatch.setattr(a, "open_stream", refusing)
+        await join(a, b)
+        await trio.sleep(1.5)
+        assert opened == [PROTOCOL] * catchup.TRIES
 
 
 # ---- hostile peers -------------------------------------------------------------------------------
