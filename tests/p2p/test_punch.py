@@ -138,6 +138,28 @@ async def test_a_direct_connection_can_be_asked_for(both):
         assert await says_hello(a, b.peer_id)
 
 
+@pytest.mark.parametrize("who_dials", ["client", "server"])
+async def test_it_does_not_matter_whose_dial_comes_through(who_dials, monkeypatch):
+    async with relayed_hosts(2, OPEN, listen=LOOPBACK) as ([relay], [a, b]):
+        relayed = await reserve(b, relay)
+        await reserve(a, relay)
+        silent = b if who_dials == "server" else a  # `a` asks: it is the server of what comes out
+
+        async def nothing(*_, **__):
+            await trio.sleep_forever()
+
+        monkeypatch.setattr(silent._puncher, "_knock", nothing)
+        monkeypatch.setattr(b._puncher, "on_connected", lambda conn: None)
+        await connect(a, relayed)
+        began = time.monotonic()
+        assert await a.connect_direct(b.peer_id, 10.0)
+        assert time.monotonic() - began < punch._PUNCH_SECONDS
+        await until(lambda: path(a, b) == path(b, a) == "direct")
+        [seen] = [peer for peer in b.peers() if peer.peer_id == a.peer_id]
+        assert seen.direction == "outbound"
+        assert await says_hello(a, b.peer_id)
+
+
 async def test_it_is_there_at_once_when_the_connection_is_direct():
     async with connected_pair() as (a, b):
         began = time.monotonic()
