@@ -93,8 +93,11 @@ async def test_an_author_that_is_killed_loses_nothing_that_one_peer_has():
             await nothing_more(mine)
 
 
-async def test_what_one_peer_caught_up_with_reaches_those_behind_it():
+async def test_what_one_peer_caught_up_with_reaches_those_behind_it(
+    monkeypatch: pytest.MonkeyPatch,
+):
     """a - b - c: gossip does not forward what b asked for; c learns that there is news."""
+    monkeypatch.setattr(catchup, "PACE_SECONDS", 1000.0)
     async with hosts(3, gossip=True) as (a, b, c):
         await a.subscribe(TOPIC, limit=1000, validate=accept)
         await a.publish(TOPIC, b"to nobody")
@@ -225,13 +228,14 @@ async def test_nobody_gets_more_than_its_share(monkeypatch: pytest.MonkeyPatch):
         await settle(b)
         a.add_peer(info(b))
         await until(lambda: bool(a.connected()))
-        got = 0
+        got = answers = 0
         with trio.fail_after(20):
             for _ in range(10):
                 try:
                     async with await a.open_stream(b.peer_id, PROTOCOL) as stream:
                         await stream.send(ask())
                         have = msgspec.msgpack.decode(await stream.receive(10_000), type=Have)
+                        answers += 1
                         keys = tuple(key for key, _ in have.rows)
                         await stream.send(encode(Want(10 * keys)))
                         while True:
@@ -239,6 +243,7 @@ async def test_nobody_gets_more_than_its_share(monkeypatch: pytest.MonkeyPatch):
                 except StreamError:
                     pass
         assert 200_000 < got < 300_000
+        assert answers <= 2
 
 
 @pytest.mark.parametrize("lie", ["other message", "garbage", "short", "silence"])
@@ -254,6 +259,8 @@ async def test_a_peer_that_lies_gains_nothing(lie: str):
             case "other message":
                 (raw,) = [held.raw for held in a._gossip.recent._log.values()]
                 await stream.send(bytes(4), raw)
+                with pytest.raises(StreamError):  # it hears no more of us
+                    await stream.receive(1000)
             case "garbage":
                 await stream.send(bytes(4), b"\xff" * 100)
             case "short":
