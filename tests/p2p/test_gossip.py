@@ -125,6 +125,26 @@ async def test_a_burst_arrives_completely(monkeypatch: pytest.MonkeyPatch):
         assert b.gossip_dropped == 0
 
 
+async def test_a_peer_that_takes_less_than_is_published_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The library queues 32 messages for a peer and drops further ones without a word."""
+    monkeypatch.setattr(CatchUp, "run", _asks_nobody)
+    async with connected_pair(gossip=True, limits=FAST) as (a, b):
+        _, yours = await join(a, b)
+        pubsub = a._gossip._pubsub
+        write = pubsub.write_msg
+
+        async def slowly(stream: object, rpc: rpc_pb2.RPC) -> bool:
+            await trio.sleep(0.01)
+            return await write(stream, rpc)
+
+        pubsub.write_msg = slowly
+        for number in range(100):
+            await a.publish(TOPIC, b"message %d" % number)
+        assert len(await collect(yours, 100)) == 100
+
+
 async def test_a_subscriber_that_does_not_read_loses_the_newest_and_it_is_counted():
     limits = Limits(gossip_queue=5, gossip_per_second=400)
     async with connected_pair(gossip=True, limits=limits) as (a, b):
