@@ -32,7 +32,7 @@ from tdmld.p2p.addresses import (
     RelayedAddress,
     TcpAddress,
 )
-from tdmld.p2p.errors import DialFailed
+from tdmld.p2p.errors import DialFailed, P2PError
 from tdmld.p2p.limits import Limits
 from tdmld.p2p.rawstream import is_relayed
 from tdmld.p2p.shield import shielded
@@ -89,7 +89,7 @@ def decide(
 
 
 ThroughRelay = Callable[[ID, RelayedAddress], Awaitable[RawConnection]]
-"""Opens a circuit to a peer; OSError, DialFailed or an error of the library when it cannot."""
+"""Opens a circuit to a peer; DialFailed, StreamBroken or an error of the library when it cannot."""
 
 
 class Registry(Protocol):
@@ -262,7 +262,7 @@ class Connector:
             try:
                 raw = await self._open(peer, address)
                 await self.finish_outbound(raw, peer)
-            except (OSError, BaseLibp2pError, DialFailed) as error:
+            except (OSError, BaseLibp2pError, P2PError) as error:
                 failures.append(f"{address.text}: {_describe(error)}")
                 failed.set()
             except Exception as error:

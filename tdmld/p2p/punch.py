@@ -52,7 +52,9 @@ twice (after 1 and 3 s)."""
 _AGAIN_SECONDS = 0.2
 """Pause after a dial that was turned away; the other end may not have begun."""
 _MESSAGE_SECONDS = 5.0
+"""For the arrangement: three messages over the relay."""
 _REFUSED_SECONDS = 0.5
+"""In which the other end's own arrangement is heard of, when both began."""
 _UNILATERAL_SECONDS = 2.0
 """For an address that can simply be dialled."""
 _PATIENCE_SECONDS = 2.0
@@ -178,7 +180,7 @@ class Puncher:
             retry = min(retry * 2, _RETRY_LAST_SECONDS)
 
     async def upgrade(self, peer_id: ID) -> bool:
-        """Whether the connection with a peer is direct after all was tried; at most about 20 s.
+        """Whether the connection with a peer is direct after all was tried; half a minute at most.
 
         Cancelled, it leaves the relayed connection as it was. Simultaneous calls try once."""
         lock = self._upgrading.setdefault(peer_id, trio.Lock())
@@ -365,8 +367,6 @@ class Puncher:
                     await self._connector.finish_outbound(raw, peer_id)
                 else:
                     await self._connector.finish_inbound(raw, address.host)
-            except (OSError, BaseLibp2pError) as error:
-                log.debug("punching to %s at %s: %r", peer_id, address.text, error)
             except Exception as error:
                 # Boundary: hostile bytes in the handshake of whoever is there, many error types.
                 log.debug("punching to %s at %s: %r", peer_id, address.text, error)
