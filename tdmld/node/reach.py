@@ -64,7 +64,8 @@ MEMBERS_SECONDS = 60.0
 """Whom we relay for is a look at every record and its node on the chain."""
 PAIRS = 4
 """Nodes with which direct paths are sought at a time."""
-PAIR_AGAIN_SECONDS = 300.0
+PAIR_FIRST_SECONDS, PAIR_LAST_SECONDS = 5.0, 600.0
+"""Back-off: at first the other may not be connected yet, later there is hardly a way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,8 @@ class Reachability:
         self._offers = Offers(book, key.public, owner_of)
         self._asker = Asker(host, chain_id, key.public, session)
         self._receipts: dict[tuple[int, bytes], DialReceipt] = {}
-        self._pairs_tried: dict[bytes, float] = {}
+        self._pair_due: dict[bytes, tuple[float, float]] = {}
+        """Node -> when to seek a path to it again, and how long to wait then."""
         self._pairing = 0
         self._patient = True
         self._asking: set[str] = set()
@@ -428,23 +430,22 @@ class Reachability:
             return
         now = trio.current_time()
         for node in islice(self._offers.closed(), RECEIPTS):
-            tried = self._pairs_tried.get(node, now - PAIR_AGAIN_SECONDS)
-            if (
-                self._pairing < PAIRS
-                and now - tried >= PAIR_AGAIN_SECONDS
-                and not self._has_pair(node)
-            ):
-                self._pairs_tried[node] = now
+            due, pause = self._pair_due.get(node, (now, PAIR_FIRST_SECONDS))
+            if self._pairing < PAIRS and now >= due and not self._has_pair(node):
+                self._pair_due[node] = (math.inf, pause)
                 self._pairing += 1
-                nursery.start_soon(self._pair, node)
-        if len(self._pairs_tried) > 256:
-            self._pairs_tried.clear()
+                nursery.start_soon(self._pair, node, pause)
+        if len(self._pair_due) > 256:
+            self._pair_due.clear()
 
-    async def _pair(self, node: bytes) -> None:
+    async def _pair(self, node: bytes, pause: float) -> None:
         try:
-            await self.pair_receipt(node)
+            if await self.pair_receipt(node) is not None:
+                pause = PAIR_FIRST_SECONDS
         finally:
             self._pairing -= 1
+        due = trio.current_time() + pause
+        self._pair_due[node] = (due, min(2 * pause, PAIR_LAST_SECONDS))
         self._wake.set()
 
     def _has_pair(self, node: bytes) -> bool:

@@ -1,5 +1,6 @@
 """Who can be reached, who says so, and what hostile askers get."""
 
+import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -154,6 +155,7 @@ def tell_all(made: list[Node], *, relays: bool = False) -> None:
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reach, "EARLIEST_SECONDS", 0.02)
     monkeypatch.setattr(reach, "CHECK_SECONDS", 0.2)
+    monkeypatch.setattr(reach, "PAIR_FIRST_SECONDS", 0.1)
 
 
 # the witness -------------------------------------------------------------------------------------
@@ -363,8 +365,11 @@ async def test_two_that_nobody_can_dial_seek_a_direct_path() -> None:
             for signed in a.book.signed():
                 other.book.add(signed)
         a.carrier.direct[b.session.address] = True
-        b.carrier.direct[a.session.address] = True
+        b.carrier.direct[a.session.address] = False  # the first attempt fails
         nursery.start_soon(a.reach.run)
+        await until(lambda: any(due < math.inf for due, _ in a.reach._pair_due.values()))
+        assert not a.reach.settled
+        b.carrier.direct[a.session.address] = True
         await until(lambda: a.reach.settled)
         assert [receipt.kind for receipt in a.reach.receipts()] == [DIAL_PAIR]
         nursery.cancel_scope.cancel()
