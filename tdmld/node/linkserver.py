@@ -80,7 +80,9 @@ class LinkServer:
         self._receiving = trio.Lock()
         """One arriving frame at a time, also when a newer stream replaces the one it came on."""
         self._stopped = False
-        self._acks: list[Ack] = []
+        self._given: list[Ack] = []
+        """Our acknowledgements of segments that are not settled, said on every new stream: one that
+        was on its way when a stream broke is lost."""
         self.acks: dict[int, Ack] = {}
         """The peer's acknowledgements of what we sent, by segment."""
 
@@ -118,6 +120,7 @@ class LinkServer:
         """Frames and acknowledgements of segments <= `segment` are of no use any more."""
         self.state.discard(segment)
         self.acks = {number: ack for number, ack in self.acks.items() if number > segment}
+        self._given = [ack for ack in self._given if ack.segment > segment]
 
     async def dial(self, host: Host, protocol: str) -> None:
         """Keep a stream until the goodbye; for the end at the smaller stage. Cancel to stop."""
@@ -180,12 +183,12 @@ class LinkServer:
                     self._scope = None
 
     async def _write(self, stream: Stream, cursor: int, heard: trio.Event) -> None:
-        said = False
+        said, acknowledged = False, -1
         while not (said and heard.is_set()):
             changed = self._changed
-            while self._acks:
-                await stream.send(encode_small(self._acks[0]))
-                del self._acks[0]
+            for ack in [ack for ack in self._given if ack.segment > acknowledged]:
+                await stream.send(encode_small(ack))
+                acknowledged = ack.segment
             if cursor < self._kept:
                 signature, payload = self._ring.read_sent(self.place.link, cursor)
                 await stream.send(frame_header(cursor, signature), payload)
@@ -231,18 +234,21 @@ class LinkServer:
             segment = seq // self.state.segment_frames
             root = self.state.roots(segment)[1]
             signed = self._signer.sign_ack(self.place.other, segment, root)
-            self._acks.append(Ack(segment, root, signed))
+            self._given.append(Ack(segment, root, signed))
         self._wake()
         self._deliver(self.place.link, seq, payload)
 
     def _acknowledged(self, ack: Ack) -> None:
-        if (ack.segment + 1) * self.state.segment_frames > self.state.produced:
+        end = (ack.segment + 1) * self.state.segment_frames
+        if self.state.produced < end <= self.state.peer_wanted:
+            return  # what our predecessor sent: it is compared by digest before we send it (LINK-5)
+        if end > self.state.produced:
             raise LinkRefused(f"segment {ack.segment} was acknowledged before it was sent")
         if not self._signer.check_ack(self._peer_key, self.place, ack):
             raise LinkRefused("an acknowledgement that the neighbour did not sign")
         if not self.state.keeps(ack.segment):
             return  # late: settled and forgotten, there is nothing left to compare it with
-        if ack.root != self.state.roots(ack.segment)[0] and ack.segment not in self.acks:
+        if ack.root != self.state.roots(ack.segment)[0]:
             raise LinkMismatch(f"segment {ack.segment}: the peer received other bytes than we sent")
         self.acks[ack.segment] = ack
 

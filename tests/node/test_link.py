@@ -1,10 +1,8 @@
 """The numbered log of a link (LINK-1 to LINK-7), pure and on streams that break."""
 
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
@@ -29,9 +27,9 @@ from tdmld.node.link import (
     frame_header,
 )
 from tdmld.node.linkserver import LinkServer
-from tdmld.node.ring import INLINE_BYTES, SlotRing
+from tdmld.node.ring import SlotRing
 from tdmld.train.digest import link_root
-from tdmld.train.framelog import FrameLogWriter, read_frames
+from tdmld.train.framelog import read_frames
 from tests.node.fake_stream import FakeHost, FakeStream, stream_pair
 
 JOB, CHAIN = b"j" * 32, b"c" * 32
@@ -433,57 +431,3 @@ async def test_a_frame_that_changes_when_sent_again_stops_the_slot(make_rig: Mak
     error = await attack(rig, signed(rig, 0, b"one"), signed(rig, 0, b"two"))
     assert isinstance(error, LinkMismatch)
     assert len(rig.lower.broken) == 1
-
-
-async def test_a_large_frame_is_logged_beside_the_loop_and_sent_when_it_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    size = INLINE_BYTES + 1
-    ring = SlotRing(tmp_path, 6, size, 2)
-    server = LinkServer(
-        LinkLog(UPPER, 0, Dimensions(2, 2, 2, 3, size)),
-        ring,
-        LinkSigner(KeyPair(b"1" * 32), CHAIN),
-        KeyPair(b"2" * 32).address,
-        size,
-        None,  # type: ignore[arg-type]
-        None,  # type: ignore[arg-type]
-        None,  # type: ignore[arg-type]
-    )
-    written = threading.Event()
-    append = FrameLogWriter.append
-
-    def slow(writer: FrameLogWriter, *frame: Any) -> None:
-        assert written.wait(10)
-        append(writer, *frame)
-
-    monkeypatch.setattr(FrameLogWriter, "append", slow)
-    mine, theirs = stream_pair("lower", "upper")
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(server._write, mine, 0, trio.Event())
-        nursery.start_soon(server.produce, 0, memoryview(bytes(size)))
-        with trio.move_on_after(0.05) as waited:
-            await theirs.receive(1 << 20)  # the loop runs, and nothing leaves that is not kept
-        assert waited.cancelled_caught
-        written.set()
-        with trio.fail_after(10):
-            assert len(await theirs.receive(1 << 20)) > size
-        nursery.cancel_scope.cancel()
-    ring.close()
-    assert [frame.seq for frame in read_frames(tmp_path / "0.down.sent", size)] == [0]
-
-
-async def test_a_slot_that_was_closed_takes_no_frame_more(
-    make_rig: Make, nursery: trio.Nursery
-) -> None:
-    rig = make_rig()
-    evil, theirs = stream_pair(rig.upper.key.address, rig.lower.key.address)
-    await evil.send(encode_small(rig.upper.server.state.hello()))
-    nursery.start_soon(rig.accept, theirs)
-    await trio.testing.wait_all_tasks_blocked()
-    assert rig.lower.server.connected
-    await rig.lower.server.stop()
-    await trio.testing.wait_all_tasks_blocked()
-    assert not rig.lower.server.connected
-    assert "closed" in str(await attack(rig, signed(rig, 0, b"data")))
-    assert rig.lower.got == []
