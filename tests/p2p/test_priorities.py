@@ -10,6 +10,7 @@ import trio
 import trio.testing
 
 from tdmld.p2p import PeerInfo, Stream
+from tdmld.p2p.tcp import TcpConnection
 from tdmld.p2p.turns import FRAME_LEAST_BYTES, FRAME_MOST_BYTES, FrameSize, Turns
 from tests.p2p.support import ECHO, MOST, SINK, hosts, until
 from tests.p2p.test_fastmux import DATA, OPEN, muxer
@@ -83,6 +84,20 @@ async def test_a_small_write_passes_between_the_frames_of_a_large_one():
             received = 0
             while received < 500_000:
                 received += (await peer.receive())[2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says the round trip of a socket")
+async def test_the_kernel_holds_little_between_near_peers():
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    dialled = await trio.open_tcp_stream("127.0.0.1", listener.socket.getsockname()[1])
+    async with listener, dialled, await listener.accept() as accepted:
+        writer, _ = TcpConnection(dialled, None), TcpConnection(accepted, None)
+        held = 0
+        with trio.move_on_after(0.3):
+            while held < 1 << 25:
+                await writer.write(bytes(1 << 14))
+                held += 1 << 14
+    assert held < 1 << 20
 
 
 async def test_on_a_slow_line_bulk_fills_it_and_small_messages_do_not_wait_behind():
