@@ -266,6 +266,14 @@ class Carrier:
             self._slots.pop(server.slot, None)
 
     async def _accept_link(self, stream: Stream) -> None:
+        """Whoever wants to open a link here; what is wrong with it is no defect of ours."""
+        try:
+            await self._answer_link(stream)
+        except (LinkRefused, trio.TooSlowError) as error:
+            log.debug("a link of %s is refused: %s", stream.peer_id, error or "no Hello in time")
+            await stream.reset()
+
+    async def _answer_link(self, stream: Stream) -> None:
         with trio.fail_after(HELLO_SECONDS):
             hello = decode_message(await stream.receive(MAX_HELLO_BYTES))
         if not isinstance(hello, Hello):
