@@ -322,6 +322,8 @@ def _paths(found: NetReachability) -> Check:
     relayed = found.daemons_relayed + found.carriers_relayed
     total = found.daemons + found.carriers
     why = f"{total - relayed} of {total} connections are direct"
+    if found.punched:
+        why += f", {found.punched} holes were punched"
     if found.carriers_relayed:
         return Check("direct paths", "warn", f"{why}; holes to the others are not punched yet")
     return Check("direct paths", "ok", why)

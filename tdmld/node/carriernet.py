@@ -77,6 +77,7 @@ class CarrierNet:
             number,
             connected=len(peers),
             relayed=sum(peer.path == "relayed" for peer in peers),
+            punched=self._host.holes_punched,
             reservations=use.reservations if use else 0,
             circuits=use.circuits if use else 0,
             carried=use.bytes if use else 0,

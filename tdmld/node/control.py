@@ -388,6 +388,8 @@ class Network(Message, frozen=True):
     connected: int
     relayed: int
     """Of them through a relay."""
+    punched: int
+    """Holes punched since it started."""
     reservations: int
     """Others that can be reached through us now."""
     circuits: int

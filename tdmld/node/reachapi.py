@@ -71,6 +71,7 @@ class ReachApi:
             daemons_relayed=sum(peer.path == "relayed" for peer in peers),
             carriers=network.connected,
             carriers_relayed=network.relayed,
+            punched=self._host.holes_punched + network.punched,
             open_receipts=opened,
             pair_receipts=len(receipts) - opened,
             wanted_receipts=reach.policy.receipts,
@@ -80,7 +81,7 @@ class ReachApi:
         try:
             return await self._carrier.network()
         except MachineError:  # it is being restarted
-            return control.Network(0, 0, 0, 0, 0, 0)
+            return control.Network(0, 0, 0, 0, 0, 0, 0)
 
     def _witness(self, finding: Finding) -> WitnessInfo:
         owner = self._owner_of(public_key(finding.witness))

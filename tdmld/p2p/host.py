@@ -317,6 +317,11 @@ class Host:
         """What our relay service carries; None when it is off."""
         return None if self._relay is None else self._relay.use
 
+    @property
+    def holes_punched(self) -> int:
+        """Relayed connections that became direct by a hole in a router, since the host started."""
+        return self._puncher.punched
+
     # Gossip
 
     async def subscribe(

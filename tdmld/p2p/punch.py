@@ -148,6 +148,8 @@ class Puncher:
         self._window_ends = -math.inf
         self._served: Counter[ID] = Counter()
         self._dials_for_strangers = 0
+        self.punched = 0
+        """Direct connections that came while we punched for them, since the start."""
 
     def start(self, nursery: trio.Nursery) -> None:
         """Upgrade from now on, in tasks of `nursery`."""
@@ -155,7 +157,9 @@ class Puncher:
 
     def on_connected(self, conn: INetConn) -> None:
         """The swarm registered a connection."""
-        if self._nursery is not None and rawstream.is_relayed(conn.muxed_conn):
+        if not rawstream.is_relayed(conn.muxed_conn):
+            self.punched += self._busy[conn.muxed_conn.peer_id] > 0
+        elif self._nursery is not None:
             self._nursery.start_soon(self._watch, conn)
 
     def _connection(self, peer_id: ID) -> INetConn | None:

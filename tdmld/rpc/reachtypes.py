@@ -90,6 +90,8 @@ class NetReachability(Wire, frozen=True):
     """Of them through a relay."""
     carriers: int
     carriers_relayed: int
+    punched: int
+    """Holes punched since daemon and carrier started."""
     open_receipts: int
     """Of other owners, and fresh: for the next ask."""
     pair_receipts: int

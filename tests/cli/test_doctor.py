@@ -190,10 +190,12 @@ def test_a_node_behind_a_router_is_told_which_ports_to_open(
 
 def test_a_node_behind_relays_and_holes(running: Patient, backend: Reachable) -> None:
     relayed = msgspec.structs.replace(CLOSED, relayed=("/ip4/1.2.3.4/tcp/1/p2p/x/p2p-circuit",))
-    change(backend, carrier=relayed, open_receipts=0, pair_receipts=1, carriers_relayed=1)
+    change(
+        backend, carrier=relayed, open_receipts=0, pair_receipts=1, carriers_relayed=1, punched=2
+    )
     found = running.checks()
     assert found["reached through relays"]["state"] == "ok"
-    assert "4 of 5 connections are direct" in found["direct paths"]["why"]
+    assert "4 of 5 connections are direct, 2 holes were punched" in found["direct paths"]["why"]
     assert "only beside nodes with a proved path" in found["receipts for work"]["why"]
 
 

@@ -100,6 +100,7 @@ async def test_a_relayed_connection_to_a_kept_peer_becomes_direct_by_itself(list
         assert await says_hello(a, b.peer_id)
         assert await says_hello(b, a.peer_id)
         await until(lambda: relay.relay_use.circuits == 0)
+        assert (a.holes_punched, b.holes_punched, relay.holes_punched) == (1, 1, 0)
 
 
 async def test_the_end_that_was_dialled_begins_when_it_keeps_the_peer():

@@ -95,6 +95,7 @@ REACHABILITY = NetReachability(
     daemons_relayed=0,
     carriers=2,
     carriers_relayed=0,
+    punched=0,
     open_receipts=2,
     pair_receipts=0,
     wanted_receipts=2,
