@@ -257,24 +257,35 @@ async def test_validators_are_kept_however_many_others_came_first(tmp_path: Path
 
 
 async def test_who_is_away_gives_its_place_to_others_and_is_tried_again(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    nursery: trio.Nursery,
+    mock_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    async def review(times: int) -> None:
+        for _ in range(times):
+            mock_clock.jump(peers.REVIEW_SECONDS)
+            await trio.testing.wait_all_tasks_blocked()
+
     monkeypatch.setattr(peers, "MAX_KEPT_PEERS", 10)
+    rig = Rig(tmp_path / "peers.json")
+    nursery.start_soon(rig.service.run)
+    await trio.testing.wait_all_tasks_blocked()
     nodes = [stranger(number) for number in range(1, 40)]
-    await rig.say(*[signed(node) for node in nodes])
+    rig.service._learn("", Records(tuple(signed(node) for node in nodes)))
     first = set(rig.host.kept)
     assert len(first) == 10
     rig.host.near = {node.address for node in nodes} - first
-    await trio.sleep(peers.AWAY_SECONDS + 2 * peers.REVIEW_SECONDS)
+    await review(4)
     assert len(set(rig.host.kept) & rig.host.near) == 10 - neighbours.PROBES
     assert len(rig.host.kept) == 10
     tried: set[str] = set()
     for _ in range(20):
-        await trio.sleep(peers.REVIEW_SECONDS)
+        await review(1)
         tried |= first & set(rig.host.kept)
     assert tried == first
     rig.host.near = {node.address for node in nodes}
-    await trio.sleep(2 * peers.REVIEW_SECONDS)
+    await review(2)
     assert set(rig.host.kept) == first
 
 
