@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import StopMessage
 
@@ -73,6 +74,16 @@ def test_a_relayed_connection_replaces_a_direct_one_only_when_the_peer_has_lost_
     assert accepted == ("replace" if age > SIMULTANEOUS_SECONDS else "refuse")
     for smaller in (True, False):
         assert decide("inbound", age, "outbound", we_are_smaller=smaller, **paths) == "refuse"
+
+
+async def test_nobody_dials_while_a_connection_is_being_replaced():
+    async with hosts(2) as (a, b):
+        peer_id, where = ID.from_base58(b.peer_id), [parse_address(b.addresses[0])]
+        async with trio.open_nursery() as nursery, a._connector._admission_of(peer_id):
+            nursery.start_soon(a._peers.connect_to, peer_id, where)
+            await trio.testing.wait_all_tasks_blocked(0.2)
+            assert not b._connector._pending
+        assert b.peer_id in a.connected()
 
 
 # Circuits
