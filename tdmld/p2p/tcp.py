@@ -23,7 +23,7 @@ congestion control."""
 _NEAR_SECONDS = 0.001
 """A round trip as on a LAN. There a fixed receive buffer suffices for any speed of ours; farther
 away the kernel finds out what the line needs."""
-_NEAR_BUFFER_BYTES = 128 * 1024
+_NEAR_BUFFER_BYTES = 96 * 1024
 """The kernel doubles it."""
 _MIN_RTT = struct.Struct("148xI")
 """tcpi_min_rtt of Linux' struct tcp_info, microseconds."""
