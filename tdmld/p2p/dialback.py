@@ -14,8 +14,6 @@ from collections.abc import Sequence
 import trio
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.exceptions import BaseLibp2pError
-from libp2p.io.trio import TrioTCPStream
-from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from libp2p.security.tls.transport import PROTOCOL_ID as TLS
 from libp2p.transport.upgrader import TransportUpgrader
@@ -23,6 +21,7 @@ from libp2p.transport.upgrader import TransportUpgrader
 from tdmld.p2p.addresses import TcpAddress, parse_direct, parse_peer_id
 from tdmld.p2p.errors import DialFailed
 from tdmld.p2p.shield import shielded
+from tdmld.p2p.sockets import raw_connection
 from tdmld.p2p.tls import FastTls
 
 ATTEMPT_SECONDS = 5.0
@@ -63,9 +62,7 @@ class Prober:
     async def _one(self, peer: ID, address: TcpAddress) -> None:
         stream = await trio.open_tcp_stream(address.host, address.port)
         try:
-            await self._upgrader.upgrade_security(
-                RawConnection(TrioTCPStream(stream), True), True, peer
-            )
+            await self._upgrader.upgrade_security(raw_connection(stream, True), True, peer)
         finally:
             with shielded(_CLOSE_SECONDS):
                 await trio.aclose_forcefully(stream)

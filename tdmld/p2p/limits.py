@@ -10,8 +10,8 @@ class Limits:
     connections: int = 256
     """Established connections, both directions. Peers that we keep are let in above it."""
     connections_per_address: int = 64
-    """Of these with one IP address; peers that we keep are let in above it. Identities cost nothing,
-    addresses do: nobody takes all places with one."""
+    """Of these with one IP address; peers that we keep are let in above it. Identities cost
+    nothing, addresses do: nobody takes all places with one."""
     pending_handshakes: int = 64
     """Accepted sockets that have not proved an identity yet: half-open floods stop here."""
     pending_per_address: int = 16

@@ -2,9 +2,9 @@
 
 Each stream may hold its window; windows of many streams together may be more than the machine has.
 So: above half of the bound nobody is granted anything on a stream that has bytes waiting, and who
-holds more than an equal share opens no streams. What was granted before may still come; at the bound, the peer that has
-most waiting loses the stream on which most of it waits, strangers before peers that we keep. It is
-no offence: they only used what we had granted.
+holds more than an equal share opens no streams. What was granted before may still come; at the
+bound, the peer that has most waiting loses the stream on which most of it waits, strangers before
+peers that we keep. It is no offence: they only used what we had granted.
 """
 
 from collections.abc import Callable, Iterable
