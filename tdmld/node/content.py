@@ -22,7 +22,7 @@ from tdmld.node.control import Blob, Item
 from tdmld.node.download import Download
 from tdmld.node.errors import ContentMismatch, ContentUnavailable, MachineError
 from tdmld.node.layout import Layout
-from tdmld.node.seal import ContentKeys, sealed_size, unseal
+from tdmld.node.seal import ContentKeys, KeyName, sealed_size, unseal
 from tdmld.p2p import Host, Stream
 from tdmld.p2p.errors import DialFailed, P2PError, StreamError
 from tdmld.train.limits import SHARD_BYTES
@@ -120,7 +120,7 @@ class ContentClient:
         def place(located: wire.Located) -> Path:
             if sealed is None:
                 return self._layout.blob(content)
-            return self._layout.sealed_blob(sealed, located.epoch, content)
+            return self._layout.sealed_blob(sealed, *_key_of(located), content)
 
         async with self._alone((sealed, content)):
             if not await trio.to_thread.run_sync(self._store.has, sealed, content, size):
@@ -147,11 +147,12 @@ class ContentClient:
     async def _check_opens(
         self, job: bytes, spec: bytes, content: bytes, download: Download, holders: Sequence[str]
     ) -> None:
-        """A sealed shard must open to its content, with our key or with one that a holder gives.
+        """A sealed shard must open to its content, with the key that it names: ours, or a holder's.
         The key that opened it is kept. ContentMismatch, ContentUnavailable."""
-        epoch = download.located.epoch
+        name = _key_of(download.located)
+        epoch = name.epoch
         sealed = await trio.to_thread.run_sync(_read_sealed, download.part)
-        key = await trio.to_thread.run_sync(self._keys.get, spec, epoch)
+        key = await trio.to_thread.run_sync(self._keys.get, spec, name)
         if key is not None:
             await trio.to_thread.run_sync(unseal, key, spec, epoch, content, sealed)
             return
@@ -160,10 +161,10 @@ class ContentClient:
             if holder == self._host.peer_id:
                 continue
             try:
-                reply = await self._ask_once(holder, wire.AskKey(job, epoch))
+                reply = await self._ask_once(holder, wire.AskKey(job, *name))
                 if not isinstance(reply, wire.KeyBox):
                     raise ContentUnavailable("an answer to something else")
-                key = self._keys.open(spec, epoch, reply.box)
+                key = self._keys.open(spec, name, reply.box)
                 await trio.to_thread.run_sync(unseal, key, spec, epoch, content, sealed)
             except _FAILURES as error:
                 answers.append(f"{holder}: {str(error) or 'too slow'}")
@@ -422,9 +423,9 @@ class _Sources:
 
     def groups(self) -> list[tuple[wire.Located, list[str]]]:
         """Those who agree, the largest group first; among equals the newest key epoch."""
-        found: dict[tuple[bytes, int, int], list[str]] = {}
+        found: dict[tuple[bytes, int, int, bytes], list[str]] = {}
         for holder, at in self.located.items():
-            found.setdefault((at.content, at.size, at.epoch), []).append(holder)
+            found.setdefault((at.content, at.size, at.epoch, at.key), []).append(holder)
         ordered = sorted(found.items(), key=lambda entry: (-len(entry[1]), -entry[0][2]))
         return [(self.located[group[0]], group) for _, group in ordered]
 
@@ -448,6 +449,13 @@ def _blaming(stream: Stream) -> Iterator[None]:
 
 async def _accept(download: Download, group: Sequence[str]) -> None:
     """Whoever asked checks the root."""
+
+
+def _key_of(located: wire.Located) -> KeyName:
+    """The key that sealed data names; ContentMismatch."""
+    if len(located.key) != wire.KEY_ID_BYTES:
+        raise ContentMismatch("sealed data that names no key")
+    return KeyName(located.epoch, located.key)
 
 
 def _read_sealed(path: Path) -> bytes:

@@ -17,7 +17,7 @@ from tdmld.node import contentwire as wire
 from tdmld.node.contentstore import ChunkList, ContentStore
 from tdmld.node.control import FramesFile, Item, StateFile
 from tdmld.node.errors import ContentError, ContentRefused, ContentUnavailable
-from tdmld.node.seal import ContentKeys, key_box
+from tdmld.node.seal import ContentKeys, KeyName, key_box
 from tdmld.p2p import Stream
 from tdmld.p2p.errors import StreamClosed
 
@@ -153,20 +153,20 @@ class ContentServer:
             case wire.ListFiles(job):
                 self._content(peer, job)
                 return wire.Files(await trio.to_thread.run_sync(self._store.result_files, job))
-            case wire.AskKey(job, epoch):
+            case wire.AskKey(job, epoch, key):
                 spec = self._content(peer, job).sealed
                 if spec is None:
                     raise ContentUnavailable("the data of this job is not sealed")
-                box = await trio.to_thread.run_sync(self._box, peer, spec, epoch)
+                box = await trio.to_thread.run_sync(self._box, peer, spec, KeyName(epoch, key))
                 return wire.KeyBox(box)
             case wire.Locate(item):
                 return await self._locate(peer, item, opened)
 
-    def _box(self, peer: str, spec: bytes, epoch: int) -> bytes:
-        key = self._keys.get(spec, epoch)
+    def _box(self, peer: str, spec: bytes, name: KeyName) -> bytes:
+        key = self._keys.get(spec, name)
         if key is None:
             raise ContentUnavailable("that key is not here")
-        return key_box(public_key(peer), spec, epoch, key)
+        return key_box(public_key(peer), spec, name.epoch, key)
 
     async def _locate(self, peer: str, item: Item, opened: _Opened) -> wire.Located:
         sealed = self._content(peer, job_of(item)).sealed
@@ -175,14 +175,15 @@ class ContentServer:
         opened.chunks = _NOTHING
         if self._is_open(item):
             raise ContentUnavailable("not finished yet")
-        path, epoch = await trio.to_thread.run_sync(self._store.path, item, sealed)
+        path, name = await trio.to_thread.run_sync(self._store.path, item, sealed)
         opened.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         found = await trio.to_thread.run_sync(
             self._store.identify, opened.fd, path, limiter=self._hashing
         )
         opened.chunks = found
         first = found.digests[: wire.LIST_CHUNKS * wire.DIGEST_BYTES]
-        return wire.Located(found.content, found.size, epoch, first)
+        epoch, key = name or (0, b"")
+        return wire.Located(found.content, found.size, epoch, key, first)
 
     async def _send_chunk(self, stream: Stream, opened: _Opened, chunk: int) -> None:
         peer, size = stream.peer_id, opened.chunks.size

@@ -23,7 +23,7 @@ from tdmld.node.control import Blob, FramesFile, Item, ResultFile, StateFile
 from tdmld.node.errors import ContentError, ContentMismatch, ContentRefused, ContentUnavailable
 from tdmld.node.jobfiles import remove_tree
 from tdmld.node.layout import Layout, free_bytes, is_file_name
-from tdmld.node.seal import ContentKeys, seal, sealed_size, unseal
+from tdmld.node.seal import ContentKeys, KeyName, seal, sealed_size, unseal
 from tdmld.train.data import cut_shards
 from tdmld.train.digest import digest
 from tdmld.train.framelog import frame_log_name
@@ -45,7 +45,7 @@ class ChunkList:
 
 
 class ContentStore:
-    """Files below a data directory. Sealed data is named by spec id, key epoch and content id."""
+    """Files below a data directory. Sealed data is named by spec id, key and content id."""
 
     def __init__(self, layout: Layout, quota: int, keys: ContentKeys) -> None:
         self._layout = layout
@@ -58,15 +58,16 @@ class ContentStore:
 
     # what is here ----------------------------------------------------------------------------
 
-    def path(self, item: Item, sealed: bytes | None = None) -> tuple[Path, int]:
-        """Where an item lies, and the key epoch that it is sealed under (else 0).
+    def path(self, item: Item, sealed: bytes | None = None) -> tuple[Path, KeyName | None]:
+        """Where an item lies, and the name of the key that it is sealed under.
 
         `sealed`: the spec id of the item's job when its data is sealed. ContentUnavailable.
         """
         candidates: tuple[Path, ...]
         match item:
             case Blob(_, content):
-                return self._shard(sealed, content)
+                path, name, _ = self._shard(sealed, content)
+                return path, name
             case ResultFile(job, name):
                 if not is_file_name(name):
                     raise ContentUnavailable(f"{name!r} is no file of a result")
@@ -81,28 +82,21 @@ class ContentStore:
                 )
         for path in candidates:
             if path.is_file():
-                return path, 0
+                return path, None
         raise ContentUnavailable("not here")
 
-    def _shard(self, sealed: bytes | None, content: bytes) -> tuple[Path, int]:
-        """A shard's file, the newest of a sealed one, and its key epoch. ContentUnavailable."""
+    def _shard(self, sealed: bytes | None, content: bytes) -> tuple[Path, KeyName | None, bytes]:
+        """A shard's file, the newest of a sealed one whose key is here, and name and key of that.
+        ContentUnavailable."""
         if sealed is None:
-            places = [(self._layout.blob(content), 0)]
+            if (path := self._layout.blob(content)).is_file():
+                return path, None, b""
         else:
-            epochs = self._epochs(sealed)
-            places = [(self._layout.sealed_blob(sealed, at, content), at) for at in epochs]
-        for path, epoch in places:
-            if path.is_file():
-                return path, epoch
+            for name in self._keys.names(sealed):
+                path = self._layout.sealed_blob(sealed, *name, content)
+                if path.is_file() and (key := self._keys.get(sealed, name)) is not None:
+                    return path, name, key
         raise ContentUnavailable("not here")
-
-    def _epochs(self, spec: bytes) -> list[int]:
-        """Key epochs under which something of a spec is here, newest first."""
-        directory = self._layout.sealed(spec)
-        if not directory.is_dir():
-            return []
-        names = (path.name for path in directory.iterdir())
-        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
     def identify(self, fd: int, path: Path) -> ChunkList:
         """The chunks of an open file; remembered as long as it does not change."""
@@ -141,12 +135,9 @@ class ContentStore:
     def has(self, sealed: bytes | None, content: bytes, size: int) -> bool:
         """Whether a shard is here, sealed or not. Its bytes were checked when it was stored."""
         try:
-            path, epoch = self._shard(sealed, content)
-            if sealed is None:
-                return path.stat().st_size == size
-            known = self._keys.get(sealed, epoch) is not None
-            return known and path.stat().st_size == sealed_size(size)
-        except ContentError:
+            path, _, _ = self._shard(sealed, content)
+            return path.stat().st_size == (size if sealed is None else sealed_size(size))
+        except (ContentError, FileNotFoundError):
             return False
 
     # room ------------------------------------------------------------------------------------
@@ -179,7 +170,8 @@ class ContentStore:
     def import_text(self, path: Path, sealed: bytes | None = None) -> list[tuple[bytes, int]]:
         """Cut a text file into shards and keep each, sealed under the newest key of the spec
         `sealed` (the first one is made here) when one is given. ContentRefused, OSError."""
-        epoch, key = self._publishing_key(sealed) if sealed is not None else (0, b"")
+        if sealed is not None:
+            name, key = self._keys.newest(sealed) or self._keys.make(sealed, 0)
         # Without waiting for the writer of a pipe that somebody named by mistake.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with os.fdopen(fd, "rb") as file:
@@ -202,17 +194,9 @@ class ContentStore:
                     if sealed is None:
                         _keep(self._layout.blob(content), shard)
                     else:
-                        target = self._layout.sealed_blob(sealed, epoch, content)
-                        _keep(target, seal(key, sealed, epoch, content, shard))
+                        target = self._layout.sealed_blob(sealed, *name, content)
+                        _keep(target, seal(key, sealed, name.epoch, content, shard))
             return shards
-
-    def _publishing_key(self, spec: bytes) -> tuple[int, bytes]:
-        epoch = self._keys.newest(spec)
-        if epoch is None:
-            return 0, self._keys.make(spec, 0)
-        key = self._keys.get(spec, epoch)
-        assert key is not None, "the newest key is here"
-        return epoch, key
 
     def rekey(self, spec: bytes) -> int:
         """Begin the next key epoch of a spec that was published here, and seal its data anew, so
@@ -220,32 +204,28 @@ class ContentStore:
         last = self._keys.newest(spec)
         if last is None:
             raise ContentUnavailable("this node holds no content key of that spec")
-        epoch = last + 1
-        key = self._keys.make(spec, epoch)
-        older = self._epochs(spec)
-        for name in sorted({p.name for e in older for p in self._shards(spec, e)}):
-            content = bytes.fromhex(name)
+        older = self._keys.names(spec)
+        name, key = self._keys.make(spec, last[0].epoch + 1)
+        for content in sorted({content for was in older for content in self._shards(spec, was)}):
             data = self.read(spec, content)
             self.make_room(sealed_size(len(data)), blob=True)
-            target = self._layout.sealed_blob(spec, epoch, content)
-            _keep(target, seal(key, spec, epoch, content, memoryview(data)))
+            target = self._layout.sealed_blob(spec, *name, content)
+            _keep(target, seal(key, spec, name.epoch, content, memoryview(data)))
         for gone in older:
-            remove_tree(self._layout.sealed(spec) / str(gone))
-        return epoch
+            remove_tree(self._layout.sealed_under(spec, *gone))
+        return name.epoch
 
-    def _shards(self, spec: bytes, epoch: int) -> Iterator[Path]:
-        directory = self._layout.sealed(spec) / str(epoch)
-        return (path for path in directory.iterdir() if len(path.name) == 2 * DIGEST_BYTES)
+    def _shards(self, spec: bytes, name: KeyName) -> Iterator[bytes]:
+        for path in self._layout.sealed_under(spec, *name).iterdir():
+            if len(path.name) == 2 * DIGEST_BYTES:
+                yield bytes.fromhex(path.name)
 
     def read(self, sealed: bytes | None, content: bytes) -> bytes:
         """A shard's plaintext, in memory alone. ContentUnavailable, ContentMismatch."""
-        path, epoch = self._shard(sealed, content)
+        path, name, key = self._shard(sealed, content)
         data = path.read_bytes()
-        if sealed is not None:
-            key = self._keys.get(sealed, epoch)
-            if key is None:
-                raise ContentUnavailable(f"the content key of epoch {epoch} is not here")
-            return unseal(key, sealed, epoch, content, data)
+        if sealed is not None and name is not None:
+            return unseal(key, sealed, name.epoch, content, data)
         if digest(data) != content:
             raise ContentMismatch("it is not what its name says")
         return data

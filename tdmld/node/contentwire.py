@@ -2,11 +2,11 @@
 
 One stream `/tdmld/<n>/content/1` serves one item at a time; requests may be sent ahead:
 
-    Locate(item)             Located(content, size, epoch, digests of the first chunks)
+    Locate(item)             Located(content, size, epoch, key, digests of the first chunks)
     MoreDigests(first)       those from chunk `first` on
     Want(chunk)              the chunk's bytes
     ListFiles(job)           Files([(name, size)])
-    AskKey(job, epoch)       KeyBox(the content key, boxed to the asking session)
+    AskKey(job, epoch, key)  KeyBox(the content key, boxed to the asking session)
 
 An item is cut into chunks of CHUNK_BYTES, the last one shorter. `content` is the BLAKE3 of the
 chunks' BLAKE3 digests behind domain and size: who has the list checks every chunk by itself, and
@@ -32,6 +32,7 @@ REQUEST_BYTES = 4096
 REPLY_BYTES = LIST_CHUNKS * DIGEST_BYTES + 1024
 CHUNK_MESSAGE_BYTES = CHUNK_BYTES + 1
 MAX_RESULT_FILES = 32
+KEY_ID_BYTES = 16
 BOX_LIMIT = 256
 IDLE_SECONDS = 30.0
 """For a request, and for an answer that is no chunk."""
@@ -40,6 +41,7 @@ CHUNK_SECONDS = 120.0
 the connection, and whoever else has the chunk is asked after a second."""
 BYTES, MESSAGE = b"\x00", b"\x01"
 _DOMAIN = struct.Struct("!14sQ")
+KeyId = Annotated[bytes, msgspec.Meta(max_length=KEY_ID_BYTES)]
 
 
 class _Request(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -71,10 +73,11 @@ class ListFiles(_Request, frozen=True):
 
 
 class AskKey(_Request, frozen=True):
-    """The content key of a sealed job."""
+    """The content key of a sealed job that `Located` named."""
 
     job: Id32
     epoch: Count
+    key: KeyId
 
 
 class _Reply(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -82,11 +85,12 @@ class _Reply(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
 
 
 class Located(_Reply, frozen=True):
-    """The item is here. `epoch`: key epoch of sealed data, else 0."""
+    """The item is here. `epoch`, `key`: key epoch and key id of sealed data, else 0 and nothing."""
 
     content: Id32
     size: Size
     epoch: Count
+    key: KeyId
     digests: Annotated[bytes, msgspec.Meta(max_length=LIST_CHUNKS * DIGEST_BYTES)]
 
 

@@ -19,7 +19,7 @@ class Layout:
     jobs/<job>/spec.json   slot-<lane>.<stage>/{ring,list,state/<boundary>}
                standby-<lane>.<stage>/state/<boundary>   audit/<lane>.<stage>.<segment>   result/
     content/ab/<hex of 32 bytes>
-            sealed/<spec id>/{key.<key epoch>,<key epoch>/<hex of 32 bytes>}
+            sealed/<spec id>/<key epoch>.<key id>/{key,<hex of 32 bytes>}
     keys/session.key   logs/
     """
 
@@ -39,13 +39,17 @@ class Layout:
         """What is sealed of one spec's content, with the keys that are here."""
         return self.content / "sealed" / spec.hex()
 
-    def content_key(self, spec: bytes, epoch: int) -> Path:
-        """A content key, boxed to this node's session."""
-        return self.sealed(spec) / f"key.{epoch}"
+    def sealed_under(self, spec: bytes, epoch: int, key: bytes) -> Path:
+        """What is sealed under one content key, and that key."""
+        return self.sealed(spec) / f"{epoch}.{key.hex()}"
 
-    def sealed_blob(self, spec: bytes, epoch: int, content: bytes) -> Path:
+    def content_key(self, spec: bytes, epoch: int, key: bytes) -> Path:
+        """The content key with the id `key`, boxed to this node's session."""
+        return self.sealed_under(spec, epoch, key) / "key"
+
+    def sealed_blob(self, spec: bytes, epoch: int, key: bytes, content: bytes) -> Path:
         """Ciphertext of the content with this id."""
-        return self.sealed(spec) / str(epoch) / content.hex()
+        return self.sealed_under(spec, epoch, key) / content.hex()
 
     def job(self, job: bytes) -> Path:
         """A job's directory."""

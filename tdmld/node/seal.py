@@ -1,7 +1,9 @@
 """Sealing of a job's data: what lies in content stores and travels is ciphertext.
 
 A published spec has a content key for each key epoch: 32 random bytes, made by the submitter's
-carrier. Data is sealed in chunks with XChaCha20-Poly1305 (draft-irtf-cfrg-xchacha-03; libsodium):
+carrier. Its name is epoch and id (a hash of the key): a spec that was published twice, or a member
+that makes up a key, gives the same epoch another key, and neither stands in the other's way. Data
+is sealed in chunks with XChaCha20-Poly1305 (draft-irtf-cfrg-xchacha-03; libsodium):
 
     chunk       CHUNK_BYTES - 16 bytes of plaintext, the last one shorter, each followed by its tag
     data bound  "tdmld sealed 1" ‖ spec id ‖ key epoch u32 ‖ content id ‖ chunk u32 ‖ chunks u32
@@ -19,6 +21,8 @@ Nothing here logs, and no error text holds a byte of data or key.
 
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
+from typing import NamedTuple
 
 from blake3 import blake3
 from nacl.bindings import (
@@ -37,8 +41,8 @@ from nacl.exceptions import CryptoError
 from nacl.utils import random
 
 from tdmld.chain.crypto import KeyPair
-from tdmld.files import read_file, write_file
-from tdmld.node.contentwire import CHUNK_BYTES
+from tdmld.files import FileTooLarge, read_file, write_file
+from tdmld.node.contentwire import CHUNK_BYTES, KEY_ID_BYTES
 from tdmld.node.errors import ContentMismatch
 from tdmld.node.layout import Layout
 from tdmld.train.digest import digest
@@ -50,9 +54,22 @@ PLAIN_BYTES = CHUNK_BYTES - TAG_BYTES
 """Of a chunk: with its tag it is what travels as one chunk."""
 _DOMAIN = b"tdmld sealed 1"
 _NONCE_CONTEXT = "tdmld 1 nonces of sealed chunks"
+_KEY_ID_CONTEXT = "tdmld 1 id of a content key"
 _BOUND = struct.Struct("!14s32sI32sII")
 _BOXED = struct.Struct("!14s32sI32s")
 BOX_BYTES = _BOXED.size + crypto_box_SEALBYTES
+
+
+class KeyName(NamedTuple):
+    """Which content key of a spec; the newest is the greatest."""
+
+    epoch: int
+    id: bytes
+
+
+def key_name(epoch: int, key: bytes) -> KeyName:
+    """The name of a key. Its id tells nothing about the key, and no other key has it."""
+    return KeyName(epoch, blake3(key, derive_key_context=_KEY_ID_CONTEXT).digest(KEY_ID_BYTES))
 
 
 def sealing(raw: bytes) -> bytes | None:
@@ -124,41 +141,53 @@ class ContentKeys:
         self._public = crypto_sign_ed25519_pk_to_curve25519(session.public)
         self._secret = crypto_sign_ed25519_sk_to_curve25519(session.seed + session.public)
 
-    def newest(self, spec: bytes) -> int | None:
-        """The last key epoch of a spec whose key is here."""
-        paths = self._layout.sealed(spec).glob("key.*")
-        epochs = [int(text) for path in paths if (text := path.name[4:]).isdecimal()]
-        return max(epochs, default=None)
+    def names(self, spec: bytes) -> list[KeyName]:
+        """The keys under which something of a spec is here, newest first."""
+        found = []
+        for path in self._layout.sealed(spec).glob("*.*"):
+            epoch, _, name = path.name.partition(".")
+            with suppress(ValueError):
+                found.append(KeyName(int(epoch), bytes.fromhex(name)))
+        return sorted(found, reverse=True)
 
-    def get(self, spec: bytes, epoch: int) -> bytes | None:
-        """A key that is here. ContentMismatch when its file is damaged or another session's."""
+    def newest(self, spec: bytes) -> tuple[KeyName, bytes] | None:
+        """The newest key of a spec that is here."""
+        for name in self.names(spec):
+            if (key := self.get(spec, name)) is not None:
+                return name, key
+        return None
+
+    def get(self, spec: bytes, name: KeyName) -> bytes | None:
+        """A key; None when it is not here, or its file is damaged or an earlier session's: then it
+        has to be asked for again."""
         try:
-            box = read_file(self._layout.content_key(spec, epoch), BOX_BYTES)
-        except FileNotFoundError:
+            box = read_file(self._layout.content_key(spec, *name), BOX_BYTES)
+            return self.open(spec, name, box)
+        except (FileNotFoundError, FileTooLarge, ContentMismatch):
             return None
-        return self.open(spec, epoch, box)
 
-    def make(self, spec: bytes, epoch: int) -> bytes:
+    def make(self, spec: bytes, epoch: int) -> tuple[KeyName, bytes]:
         """A new key, kept. Whoever calls it publishes the spec."""
         key: bytes = random(KEY_BYTES)
-        self.keep(spec, epoch, key)
-        return key
+        return self.keep(spec, epoch, key), key
 
-    def keep(self, spec: bytes, epoch: int, key: bytes) -> None:
+    def keep(self, spec: bytes, epoch: int, key: bytes) -> KeyName:
         """Keep a key that opened what it should."""
-        path = self._layout.content_key(spec, epoch)
+        name = key_name(epoch, key)
+        path = self._layout.content_key(spec, *name)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, _box(self._public, spec, epoch, key), mode=0o600)
+        return name
 
-    def open(self, spec: bytes, epoch: int, box: bytes) -> bytes:
+    def open(self, spec: bytes, name: KeyName, box: bytes) -> bytes:
         """The key in a box that was made for this session; ContentMismatch."""
         try:
             inner = crypto_box_seal_open(box, self._public, self._secret)
             domain, for_spec, for_epoch, key = _BOXED.unpack(inner)
         except (CryptoError, struct.error, TypeError) as error:
             raise ContentMismatch("the box is not for this session") from error
-        if (domain, for_spec, for_epoch) != (_DOMAIN, spec, epoch):
-            raise ContentMismatch("the box holds the key of another spec or key epoch")
+        if (domain, for_spec, key_name(for_epoch, key)) != (_DOMAIN, spec, name):
+            raise ContentMismatch("the box holds another key, of another spec or key epoch perhaps")
         return bytes(key)
 
 

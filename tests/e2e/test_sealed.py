@@ -224,7 +224,7 @@ class Hunt:
 
     def has_sealed(self, index: int) -> bool:
         """Whether a node has sealed content on its disk."""
-        return any((self.network.data_dir(index) / "content" / "sealed").glob("*/0/*"))
+        return any((self.network.data_dir(index) / "content" / "sealed").glob("*/0.*/*"))
 
     def search_memory(self, seen: Seen) -> None:
         """Of all daemons, carriers and workers."""

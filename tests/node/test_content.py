@@ -140,7 +140,7 @@ def lie(located: wire.Located, *answers: bytes) -> object:
 
 
 def located(size: int, digests: bytes) -> wire.Located:
-    return wire.Located(wire.content_of(size, digests), size, 0, digests)
+    return wire.Located(wire.content_of(size, digests), size, 0, b"", digests)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def located(size: int, digests: bytes) -> wire.Located:
         (located(5, digest(b"right")), [b"\x00righter"], "7 bytes"),
         (located(5, digest(b"right")), [b"right"], "bytes where an answer was due"),
         (located(5, digest(b"right")), [], "closed"),
-        (wire.Located(bytes(32), 5, 0, digest(b"right")), [], "list of chunks"),
+        (wire.Located(bytes(32), 5, 0, b"", digest(b"right")), [], "list of chunks"),
         (located(5, b""), [], "list of chunks"),
         (located((wire.LIST_CHUNKS + 1) << 20, b""), [b"\x00"], "too short"),
         (located((wire.LIST_CHUNKS + 1) << 20, bytes(1 << 16)), [b"\x00" + bytes(32)], "hash"),

@@ -17,7 +17,16 @@ from tdmld.node.control import Blob
 from tdmld.node.errors import ContentError, ContentMismatch, ContentUnavailable
 from tdmld.node.layout import Layout
 from tdmld.node.machine import CarrierUp, Machine, SlotId, open_machine
-from tdmld.node.seal import ContentKeys, key_box, seal, sealed_size, stored_names, unseal
+from tdmld.node.seal import (
+    ContentKeys,
+    KeyName,
+    key_box,
+    key_name,
+    seal,
+    sealed_size,
+    stored_names,
+    unseal,
+)
 from tdmld.p2p import PeerInfo
 from tdmld.train.digest import digest
 from tdmld.train.spec import decode_spec, spec_id
@@ -98,21 +107,25 @@ def test_a_key_rests_in_a_box_that_its_session_alone_opens(tmp_path: Path) -> No
     mine, theirs = KeyPair(b"1" * 32), KeyPair(b"2" * 32)
     keys = ContentKeys(Layout(tmp_path), mine)
     assert keys.newest(SPEC_ID) is None
-    assert keys.get(SPEC_ID, 0) is None
-    key = keys.make(SPEC_ID, 0)
-    assert (keys.newest(SPEC_ID), keys.get(SPEC_ID, 0)) == (0, key)
-    path = Layout(tmp_path).content_key(SPEC_ID, 0)
+    name, key = keys.make(SPEC_ID, 0)
+    assert name == key_name(0, key) != key_name(1, key) != key_name(0, KEY)
+    assert (keys.newest(SPEC_ID), keys.get(SPEC_ID, name)) == ((name, key), key)
+    assert keys.get(SPEC_ID, key_name(0, KEY)) is None
+    path = Layout(tmp_path).content_key(SPEC_ID, *name)
     assert key not in path.read_bytes()
     assert path.stat().st_mode & 0o077 == 0
+    stolen = path.read_bytes()
     with pytest.raises(ContentMismatch, match="not for this session"):
-        ContentKeys(Layout(tmp_path), theirs).get(SPEC_ID, 0)
+        ContentKeys(Layout(tmp_path), theirs).open(SPEC_ID, name, stolen)
+    assert ContentKeys(Layout(tmp_path), theirs).newest(SPEC_ID) is None
     box = key_box(theirs.public, SPEC_ID, 0, key)
-    assert ContentKeys(Layout(tmp_path), theirs).open(SPEC_ID, 0, box) == key
+    assert ContentKeys(Layout(tmp_path), theirs).open(SPEC_ID, name, box) == key
     for wrong in (box[:-1], box[:-1] + bytes([box[-1] ^ 1]), b"", os.urandom(len(box))):
         with pytest.raises(ContentMismatch):
-            ContentKeys(Layout(tmp_path), theirs).open(SPEC_ID, 0, wrong)
-    with pytest.raises(ContentMismatch, match="another spec or key epoch"):
-        ContentKeys(Layout(tmp_path), theirs).open(SPEC_ID, 1, box)
+            ContentKeys(Layout(tmp_path), theirs).open(SPEC_ID, name, wrong)
+    for other in (KeyName(1, name.id), key_name(0, KEY)):
+        with pytest.raises(ContentMismatch, match="another key"):
+            ContentKeys(Layout(tmp_path), theirs).open(SPEC_ID, other, box)
     with pytest.raises(ContentMismatch, match="no key"):
         key_box(bytes(32), SPEC_ID, 0, key)
 
@@ -146,6 +159,13 @@ class World:
         await node.client.fetch_data(JOB, SPEC_ID, self.shards, [h.session for h in holders])
         return b"".join(node.store.read(SPEC_ID, content) for content, _ in self.shards)
 
+    @property
+    def key(self) -> tuple[KeyName, bytes]:
+        """The submitter's newest."""
+        found = self.submitter.keys.newest(SPEC_ID)
+        assert found is not None
+        return found
+
 
 @pytest.fixture
 def world(tmp_path: Path, nursery: trio.Nursery) -> World:
@@ -173,8 +193,9 @@ async def test_an_auditor_gets_everything_from_a_worker_when_the_submitter_is_aw
 async def test_who_is_no_member_gets_neither_bytes_nor_key(world: World) -> None:
     with pytest.raises(ContentUnavailable, match="not a member"):
         await world.bring(world.stranger, world.submitter)
+    ask = wire.AskKey(JOB, *world.key[0])
     with pytest.raises(ContentUnavailable, match="not a member"):
-        await world.stranger.client._ask_once(world.submitter.session, wire.AskKey(JOB, 0))
+        await world.stranger.client._ask_once(world.submitter.session, ask)
 
 
 async def test_a_member_of_another_job_cannot_have_the_key_of_this_one(world: World) -> None:
@@ -184,21 +205,61 @@ async def test_a_member_of_another_job_cannot_have_the_key_of_this_one(world: Wo
     for item in (Blob(other, content) for content, _ in world.shards):
         with pytest.raises(ContentUnavailable, match="not here"):
             await world.stranger.client._open(world.submitter.session, item)
+    ask = wire.AskKey(other, *world.key[0])
     with pytest.raises(ContentUnavailable, match="not here"):
-        await world.stranger.client._ask_once(world.submitter.session, wire.AskKey(other, 0))
+        await world.stranger.client._ask_once(world.submitter.session, ask)
 
 
 async def test_a_holder_that_gives_a_wrong_key_or_bytes_is_passed_over(world: World) -> None:
     await world.bring(world.worker, world.submitter)
-    liar = world.worker
-    liar.keys.keep(SPEC_ID, 0, OTHER_KEY)
+    liar, (name, key) = world.worker, world.key
+    path = liar.layout.content_key(SPEC_ID, *name)
+    liar.keys.get = lambda spec, name: OTHER_KEY  # type: ignore[method-assign]
     assert await world.bring(world.auditor, liar, world.submitter) == LONG
-    assert world.auditor.keys.get(SPEC_ID, 0) == world.submitter.keys.get(SPEC_ID, 0)
+    assert world.auditor.keys.newest(SPEC_ID) == (name, key)
+    assert path.is_file()
+
+
+async def test_a_made_up_key_that_opens_its_own_shards_does_not_close_those_of_others(
+    world: World,
+) -> None:
+    liar, auditor = world.worker, world.auditor
+    await world.bring(liar, world.submitter)
+    content, size = world.shards[0]
+    name = liar.keys.keep(SPEC_ID, 0, OTHER_KEY)
+    for path in liar.layout.content.rglob(content.hex()):
+        path.unlink()
+    own = liar.layout.sealed_blob(SPEC_ID, *name, content)
+    own.write_bytes(b"".join(seal(OTHER_KEY, SPEC_ID, 0, content, memoryview(LONG)[:size])))
+    await auditor.client.fetch_data(JOB, SPEC_ID, world.shards[:1], [liar.session])
+    assert auditor.keys.newest(SPEC_ID) == (name, OTHER_KEY)
+    assert await world.bring(auditor, world.submitter) == LONG
+    # And whoever asks the one who has both gets for each shard the key that opens it.
+    auditor.serve(world.stranger, sealed=SPEC_ID)
+    assert await world.bring(world.stranger, auditor) == LONG
+
+
+async def test_a_key_that_an_earlier_session_kept_is_asked_for_again(world: World) -> None:
+    await world.bring(world.worker, world.submitter)
+    name, key = world.key
+    world.worker.layout.content_key(SPEC_ID, *name).write_bytes(os.urandom(sealing.BOX_BYTES))
+    with pytest.raises(ContentUnavailable, match="not here"):
+        world.worker.store.read(SPEC_ID, world.shards[0][0])
+    assert await world.bring(world.worker, world.submitter) == LONG
+    assert world.worker.keys.get(SPEC_ID, name) == key
+
+
+async def test_a_submitter_with_a_new_session_publishes_under_a_new_key(world: World) -> None:
+    (name, _), text = world.key, world.submitter.layout.data_dir.parent / "text"
+    world.submitter.layout.content_key(SPEC_ID, *name).write_bytes(b"")
+    assert world.submitter.store.import_text(text, SPEC_ID) == world.shards
+    assert world.key[0] != name
+    assert world.submitter.store.read(SPEC_ID, world.shards[1][0]) == LONG[1 << 20 :]
 
 
 async def test_what_does_not_open_is_not_kept(world: World) -> None:
     for content, _ in world.shards:
-        path = world.submitter.layout.sealed_blob(SPEC_ID, 0, content)
+        path = world.submitter.layout.sealed_blob(SPEC_ID, *world.key[0], content)
         raw = bytearray(path.read_bytes())
         raw[100] ^= 1
         path.write_bytes(raw)
@@ -210,17 +271,19 @@ async def test_what_does_not_open_is_not_kept(world: World) -> None:
 
 async def test_after_a_rekey_who_was_removed_opens_nothing_new(world: World) -> None:
     await world.bring(world.worker, world.submitter)
-    before = world.worker.keys.get(SPEC_ID, 0)
+    _, before = world.key
     world.submitter.serve(world.auditor, sealed=SPEC_ID)
     assert world.submitter.store.rekey(SPEC_ID) == 1
     with pytest.raises(ContentUnavailable, match="not a member"):
-        await world.worker.client._ask_once(world.submitter.session, wire.AskKey(JOB, 1))
+        await world.worker.client._ask_once(
+            world.submitter.session, wire.AskKey(JOB, *world.key[0])
+        )
     assert await world.bring(world.auditor, world.submitter) == LONG
-    assert world.auditor.keys.newest(SPEC_ID) == 1
+    assert world.auditor.keys.newest(SPEC_ID) == world.key
+    assert world.key[0].epoch == 1
     # Even with the bytes in hand.
     content, _ = world.shards[0]
-    new = world.submitter.layout.sealed_blob(SPEC_ID, 1, content).read_bytes()
-    assert before is not None
+    new = world.submitter.layout.sealed_blob(SPEC_ID, *world.key[0], content).read_bytes()
     for epoch in (0, 1):
         with pytest.raises(ContentMismatch):
             unseal(before, SPEC_ID, epoch, content, new)
@@ -228,7 +291,8 @@ async def test_after_a_rekey_who_was_removed_opens_nothing_new(world: World) -> 
     more = world.submitter.layout.data_dir / "more"
     more.write_bytes(b"a later text")
     world.submitter.store.import_text(more, SPEC_ID)
-    assert world.submitter.layout.sealed_blob(SPEC_ID, 1, digest(b"a later text")).is_file()
+    later = digest(b"a later text")
+    assert world.submitter.layout.sealed_blob(SPEC_ID, *world.key[0], later).is_file()
     with pytest.raises(ContentUnavailable, match="no content key"):
         world.stranger.store.rekey(SPEC_ID)
 
@@ -256,11 +320,10 @@ async def test_what_travels_is_the_sealed_text(world: World) -> None:
 
     world.worker.host.routes[world.submitter.session] = handle  # type: ignore[assignment]
     assert await world.bring(world.worker, world.submitter) == LONG
-    key = world.submitter.keys.get(SPEC_ID, 0)
+    _, key = world.key
     everything = b"".join(seen)
     assert len(everything) > len(LONG)
     assert LONG[:38] not in everything
-    assert key is not None
     assert key not in everything
 
 
@@ -307,11 +370,17 @@ async def test_real_carriers_train_on_sealed_data_and_refuse_who_was_removed(
             await submitter.rekey(JOB, sessions - {removed.session}, SEALED_ID)
             # Even with the new bytes in its own store.
             ours, theirs = (Layout(tmp_path / name).sealed(SEALED_ID) for name in ("1", "0"))
-            shutil.copytree(theirs / "1", ours / "1")
-            with pytest.raises(ContentUnavailable, match="key of epoch 1 is not here"):
+            (old,), (new,) = ours.iterdir(), theirs.iterdir()
+            assert (old.name[:2], new.name[:2]) == ("0.", "1.")
+            held = {path.name: path.read_bytes() for path in old.iterdir()}
+            for path in old.iterdir():
+                path.write_bytes((new / path.name).read_bytes())
+            shutil.copytree(new, ours / new.name)
+            with pytest.raises(ContentUnavailable, match="not here"):
                 await roots(removed)
-            shutil.copy(ours / "key.0", ours / "key.1")
-            with pytest.raises(ContentMismatch, match="another spec or key epoch"):
+            for place in (old, ours / new.name):
+                (place / "key").write_bytes(held["key"])
+            with pytest.raises(ContentMismatch, match="cannot be opened"):
                 await roots(removed)
             await removed.drop_data({SEALED_ID})
             with pytest.raises(ContentError, match="not a member"):
@@ -326,6 +395,7 @@ async def test_real_carriers_train_on_sealed_data_and_refuse_who_was_removed(
                 await removed.fetch_data(JOB, SEALED, [submitter.session])
             await member.fetch_data(JOB, SEALED, [submitter.session])
             assert await roots(member) is not None
-            assert Layout(tmp_path / "2").content_key(SEALED_ID, 1).is_file()
-            assert not Layout(tmp_path / "2").content_key(SEALED_ID, 0).exists()
+            (only,) = Layout(tmp_path / "2").sealed(SEALED_ID).iterdir()
+            assert only.name == new.name
+            assert (only / "key").is_file()
     nowhere_in_files(tmp_path, but=text)
