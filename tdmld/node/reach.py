@@ -40,6 +40,7 @@ from tdmld.node.reachverdict import (
     verdict,
 )
 from tdmld.node.reachwitness import PAIR_SECONDS, Witness
+from tdmld.node.receipts import Receipts
 from tdmld.p2p import Host, PeerInfo
 from tdmld.p2p.errors import AddressInvalid
 from tdmld.p2p.interfaces import expand, interface_addresses, is_global
@@ -118,7 +119,7 @@ class Reachability:
         self._owner_of = owner_of
         self._offers = Offers(book, key.public, owner_of)
         self._asker = Asker(host, chain_id, key.public, session)
-        self._receipts: dict[tuple[int, bytes], DialReceipt] = {}
+        self._receipts = Receipts(height, self._counts, policy.receipt_blocks)
         self._pair_due: dict[bytes, tuple[float, float]] = {}
         """Node -> when to seek a path to it again, and how long to wait then."""
         self._pairing = 0
@@ -202,19 +203,13 @@ class Reachability:
         return [m.address for port, m in mappings if port in ports and m.public]
 
     def receipts(self) -> tuple[DialReceipt, ...]:
-        """As an ask takes them: of the chain's present, sorted by kind and witness; those of kind 1
-        first, and not more than an ask holds."""
-        fresh = sorted(
-            (pair for pair in self._receipts.items() if self._takes(pair[1])), key=lambda p: p[0]
-        )
-        return tuple(receipt for _, receipt in islice(fresh, RECEIPTS))
+        """As an ask takes them (`Receipts.fresh`)."""
+        tried = (f for f in self.findings.values() if f.carrier.reached is not None)
+        return self._receipts.fresh(outside=any(is_global(f.seen_at) for f in tried))
 
-    def _takes(self, receipt: DialReceipt, part: float = 0.9) -> bool:
-        """Whether the chain takes a receipt for some time to come, and its witness counts."""
-        age = self._height() - receipt.height
-        if not 0 <= age <= part * self.policy.receipt_blocks:
-            return False
-        owner = self._owner_of(receipt.witness)
+    def _counts(self, witness: bytes) -> bool:
+        """Whether the chain takes the word of a node for us."""
+        owner = self._owner_of(witness)
         return owner is not None and owner != self._owner_of(self._key.public)
 
     # Running
@@ -266,7 +261,7 @@ class Reachability:
         """Say once that nothing more is expected, when that is so."""
         state, asked = self.carrier_state, self._all_answered()
         # Who cannot be dialled may still find a direct path: the others' relayed addresses come.
-        paired = any(kind == DIAL_PAIR for kind, _ in self._receipts)
+        paired = self._receipts.of_kind(DIAL_PAIR)
         done = asked and (state == "open" or paired)
         if not self.settled and not self._pairing and (done or not self._patient):
             self.settled = True
@@ -358,12 +353,16 @@ class Reachability:
     def _is_due(self, witness: str) -> bool:
         finding, asked = self.findings.get(witness), self._asked.get(witness, -math.inf)
         age = trio.current_time() - asked
-        useful = finding is not None and finding.useful and asked - finding.at < FAILURE_SECONDS
-        if asked < self._due_since or age > (FINDING_SECONDS if useful else FAILURE_SECONDS):
+        useful = (
+            finding is not None
+            and finding.useful
+            and not finding.partial
+            and asked - finding.at < FAILURE_SECONDS
+        )
+        pause = FINDING_SECONDS if useful else FAILURE_SECONDS
+        if asked < self._due_since or age > pause:
             return True
-        receipt = self._receipts.get((DIAL_OPEN, _key_of(witness)))
-        fading = receipt is not None and not self._takes(receipt, 0.5)
-        return fading and age > CHECK_SECONDS
+        return self._receipts.fades(DIAL_OPEN, _key_of(witness)) and age > CHECK_SECONDS
 
     async def _examine(self, witness: str) -> None:
         try:
@@ -372,13 +371,15 @@ class Reachability:
             self._asking.discard(witness)
         self._asked[witness] = trio.current_time()
         known = self.findings.get(witness)
-        if finding.useful or known is None or finding.at - known.at > FINDING_SECONDS:
+        if known is None or finding.at - known.at > FINDING_SECONDS:
             self.findings[witness] = finding
+        elif finding.useful:
+            self.findings[witness] = finding.completed(known)
         if finding.failure:
             log.info("%s does not say whether we can be reached: %s", witness, finding.failure)
         if finding.carrier.reached is False:
-            self._receipts.pop((DIAL_OPEN, _key_of(witness)), None)
-        self._keep(finding.receipt)
+            self._receipts.drop(DIAL_OPEN, _key_of(witness))
+        self._keep(finding.receipt, near=not is_global(finding.seen_at))
         self._answered.set()
         self._answered = trio.Event()
         self._wake.set()
@@ -392,12 +393,9 @@ class Reachability:
         configured = self.policy.carrier_announce
         return candidates(seen_at, listening, (*configured, *self._mapped(listening)))
 
-    def _keep(self, receipt: DialReceipt | None) -> None:
-        if receipt is not None:
-            news = (receipt.kind, receipt.witness) not in self._receipts
-            self._receipts[receipt.kind, receipt.witness] = receipt
-            if news:
-                self.on_news()
+    def _keep(self, receipt: DialReceipt | None, *, near: bool = False) -> None:
+        if receipt is not None and self._receipts.keep(receipt, near=near):
+            self.on_news()
 
     # Pairs
 
@@ -428,10 +426,13 @@ class Reachability:
         """Who cannot be dialled needs direct paths to those that cannot either."""
         if self.carrier_state != "closed":
             return
-        now = trio.current_time()
-        for node in islice(self._offers.closed(), RECEIPTS):
+        now, here = trio.current_time(), self._host.connected()
+        # Of others there would be no answer; records of nodes that are gone stay for long.
+        closed = (node for node in self._offers.closed() if address(node) in here)
+        for node in islice(closed, RECEIPTS):
             due, pause = self._pair_due.get(node, (now, PAIR_FIRST_SECONDS))
-            if self._pairing < PAIRS and now >= due and not self._has_pair(node):
+            known = self._receipts.has(DIAL_PAIR, node, 0.5)
+            if self._pairing < PAIRS and now >= due and not known:
                 self._pair_due[node] = (math.inf, pause)
                 self._pairing += 1
                 nursery.start_soon(self._pair, node, pause)
@@ -447,10 +448,6 @@ class Reachability:
         due = trio.current_time() + pause
         self._pair_due[node] = (due, min(2 * pause, PAIR_LAST_SECONDS))
         self._wake.set()
-
-    def _has_pair(self, node: bytes) -> bool:
-        receipt = self._receipts.get((DIAL_PAIR, node))
-        return receipt is not None and self._takes(receipt, 0.5)
 
     # Relays
 

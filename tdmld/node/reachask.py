@@ -1,8 +1,9 @@
 """Asking one witness how this node can be reached."""
 
+import ipaddress
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -75,11 +76,21 @@ class Finding:
     receipt: DialReceipt | None = None
     failure: str = ""
     """Why there is no finding at all."""
+    partial: bool = False
+    """It refused to dial where it might have: it was busy, or lacks our newest record."""
 
     @property
     def useful(self) -> bool:
         """It was tried whether we can be reached."""
         return self.daemon.reached is not None or self.carrier.reached is not None
+
+    def completed(self, known: "Finding") -> "Finding":
+        """With what was found before of what was not tried this time; once, then it is too old."""
+        if not self.partial or known.partial:
+            return self
+        daemon = known.daemon if self.daemon.reached is None else self.daemon
+        carrier = known.carrier if self.carrier.reached is None else self.carrier
+        return replace(self, daemon=daemon, carrier=carrier)
 
 
 class Asker:
@@ -99,6 +110,8 @@ class Asker:
         seen = await self._ask(witness, Observe(), OBSERVE_SECONDS)
         if not isinstance(seen, Observed):
             return Finding(witness, begun, failure=_why(seen).why)
+        if not _is_ip(seen.ip):
+            return Finding(witness, begun, failure="where it sees us is no IP address")
         took = 1000 * (trio.current_time() - begun)
         found: dict[str, Answer] = {}
 
@@ -120,6 +133,7 @@ class Asker:
             daemon=_trial(found.get("daemon")),
             carrier=_trial(answer),
             receipt=receipt.receipt if receipt is not None else None,
+            partial=any(_trial(answer).reached is None for answer in found.values()),
         )
 
     async def pair(self, witness: str) -> DialReceipt | str:
@@ -139,6 +153,9 @@ class Asker:
             return Refused(f"{error}"[:400], False)
         if isinstance(answer, Receipt) and not self._signed(witness, request, answer.receipt):
             return Refused("its receipt is not for what we asked, or not signed by it", False)
+        if isinstance(answer, Reached | Receipt) and answer.address not in _where(request):
+            # What it says goes into our record, and others dial it.
+            return Refused("it says that it dialled what we did not ask for", False)
         return answer
 
     async def _exchange(self, witness: str, request: bytes) -> bytes:
@@ -162,6 +179,19 @@ class Asker:
             and receipt.kind == kind
             and verify(receipt.witness, DIAL_DOMAIN, self._chain_id, message, receipt.signature)
         )
+
+
+def _where(request: Request) -> tuple[str, ...]:
+    """What the answer may name."""
+    return request.addresses if isinstance(request, DialDaemon | DialBack) else ("",)
+
+
+def _is_ip(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _trial(answer: Answer | None) -> Trial:
