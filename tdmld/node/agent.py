@@ -66,6 +66,11 @@ class Witnessed(Protocol):
         """Everybody who could be asked has answered: what is missing now may never come."""
         ...
 
+    @property
+    def closed(self) -> bool:
+        """Others tried to dial our carrier, in vain."""
+        ...
+
     def receipts(self) -> tuple[DialReceipt, ...]:
         """As an ask takes them: fresh, sorted by kind and witness."""
         ...
@@ -218,17 +223,19 @@ class Agent:
         ask, parameters = state.ask(self.key.public), self.chain.genesis.parameters
         receipts = self.witnessed.receipts()
         opened = sum(receipt.kind == DIAL_OPEN for receipt in receipts)
+        # Another one is allowed only a part of an epoch later: wait for what is on its way.
+        ready = opened >= parameters.dial_receipts or self.witnessed.settled
         if ask is None:
-            # Another one is allowed only a part of an epoch later: wait for what is on its way.
-            return opened >= parameters.dial_receipts or self.witnessed.settled
+            return ready
         paths = {receipt.witness for receipt in receipts if receipt.kind == DIAL_PAIR}
-        stale = (
+        due = (
             ask.until_height < height + self.ask_blocks // 2
             or ask.session != self._session
             or ask.open < parameters.dial_receipts <= opened
             or bool(parameters.dial_receipts and paths.difference(ask.paths))
+            or (opened < parameters.dial_receipts <= ask.open and self.witnessed.closed)
         )
-        return stale and height + 1 >= ask.height + ask_pause(parameters)
+        return ready and due and height + 1 >= ask.height + ask_pause(parameters)
 
     async def _publish_ask(self) -> None:
         assert self.ask is not None

@@ -22,14 +22,13 @@ from itertools import islice
 import trio
 
 from tdmld.chain.codec import Hash
-from tdmld.chain.crypto import KeyPair, address, public_key
-from tdmld.chain.errors import DecodeError
+from tdmld.chain.crypto import KeyPair, address
 from tdmld.chain.limits import RECEIPTS
 from tdmld.chain.transactions import DIAL_OPEN, DIAL_PAIR, DialReceipt
 from tdmld.node.errors import MachineError
 from tdmld.node.peers import PeerBook
 from tdmld.node.reachask import Asker, Finding, Trial
-from tdmld.node.reachbook import Offers, is_relayed, order_of
+from tdmld.node.reachbook import Offers, is_relayed, key_of
 from tdmld.node.reachcarrier import ReachCarrier
 from tdmld.node.reachlan import LanPeers
 from tdmld.node.reachverdict import (
@@ -41,7 +40,7 @@ from tdmld.node.reachverdict import (
 )
 from tdmld.node.reachwitness import PAIR_SECONDS, Witness
 from tdmld.node.receipts import Receipts
-from tdmld.p2p import Host, PeerInfo
+from tdmld.p2p import Host, PeerConnected, PeerInfo
 from tdmld.p2p.errors import AddressInvalid
 from tdmld.p2p.interfaces import expand, interface_addresses, is_global
 from tdmld.p2p.upnp import PortMapper
@@ -127,6 +126,8 @@ class Reachability:
         self._asking: set[str] = set()
         self._asked: dict[str, float] = {}
         """Witness -> when it answered last, or failed to."""
+        self._anew: set[str] = set()
+        """Witnesses that have connected since they were asked."""
         self._due_since = -math.inf
         self._answered = trio.Event()
         self._wake = trio.Event()
@@ -151,6 +152,11 @@ class Reachability:
     @property
     def carrier_state(self) -> State:
         return self._verdict(lambda finding: finding.carrier)
+
+    @property
+    def closed(self) -> bool:
+        """Others tried to dial our carrier, in vain."""
+        return self.carrier_state == "closed"
 
     def _verdict(self, trial: Callable[[Finding], Trial]) -> State:
         return verdict([(trial(f), is_global(f.seen_at)) for f in self.findings.values()])
@@ -235,7 +241,10 @@ class Reachability:
 
     async def _follow_peers(self) -> None:
         with self._host.changes() as changes:
-            async for _ in changes:
+            async for change in changes:
+                if isinstance(change, PeerConnected) and change.peer_id in self.findings:
+                    # It may see us elsewhere now, or be elsewhere itself.
+                    self._anew.add(change.peer_id)
                 self._wake.set()
 
     async def _follow_host(self) -> None:
@@ -288,7 +297,9 @@ class Reachability:
     async def _rounds(self) -> None:
         async with trio.open_nursery() as nursery:
             while True:
-                self._own = interface_addresses()
+                if (own := interface_addresses()) != self._own:
+                    self._own = own
+                    self._ask_again()
                 self._round(nursery)
                 await self._follow_verdict()
                 self._seek_pairs(nursery)
@@ -315,27 +326,10 @@ class Reachability:
     # Witnesses
 
     def witnesses(self) -> list[str]:
-        """Whom to ask: connected daemons, one an owner; of other owners first, those that were
-        asked before preferred."""
-        mine = self._owner_of(self._key.public)
-        connected = [
-            peer.peer_id for peer in self._host.peers() if peer.connected and peer.path == "direct"
-        ]
-        ranked: list[tuple[bool, bool, bytes, str, bytes | None]] = []
-        for peer_id in connected:
-            record = self._book.node(_key_of(peer_id))
-            if record is not None:
-                owner = self._owner_of(record.node)
-                strange = owner is None or owner == mine
-                order = order_of(self._key.public, record.node)
-                ranked.append((strange, peer_id not in self.findings, order, peer_id, owner))
-        chosen: list[str] = []
-        owners: set[bytes | None] = set()
-        for _, _, _, peer_id, owner in sorted(ranked):
-            if owner not in owners or owner is None:
-                owners.add(owner)
-                chosen.append(peer_id)
-        return chosen[: min(RECEIPTS, max(WITNESSES, self.policy.receipts + 1))]
+        """Whom to ask: some of the connected daemons, those that were asked before preferred."""
+        here = [p.peer_id for p in self._host.peers() if p.connected and p.path == "direct"]
+        most = min(RECEIPTS, max(WITNESSES, self.policy.receipts + 1))
+        return self._offers.witnesses(here, self.findings, most)
 
     def _round(self, nursery: trio.Nursery) -> None:
         """Ask those whose finding is missing or old. A slow witness keeps up nothing."""
@@ -344,6 +338,7 @@ class Reachability:
             if trio.current_time() - self.findings[gone].at > FINDING_SECONDS:
                 del self.findings[gone]
                 self._asked.pop(gone, None)
+                self._anew.discard(gone)
         for witness in chosen:
             if self._is_due(witness) and witness not in self._asking:
                 self._asking.add(witness)
@@ -362,9 +357,11 @@ class Reachability:
         pause = FINDING_SECONDS if useful else FAILURE_SECONDS
         if asked < self._due_since or age > pause:
             return True
-        return self._receipts.fades(DIAL_OPEN, _key_of(witness)) and age > CHECK_SECONDS
+        anew = witness in self._anew or self._receipts.fades(DIAL_OPEN, key_of(witness))
+        return anew and age > CHECK_SECONDS
 
     async def _examine(self, witness: str) -> None:
+        self._anew.discard(witness)
         try:
             finding = await self._asker.examine(witness, self._daemon_at, self._carrier_at)
         finally:
@@ -378,7 +375,7 @@ class Reachability:
         if finding.failure:
             log.info("%s does not say whether we can be reached: %s", witness, finding.failure)
         if finding.carrier.reached is False:
-            self._receipts.drop(DIAL_OPEN, _key_of(witness))
+            self._receipts.drop(DIAL_OPEN, key_of(witness))
         self._keep(finding.receipt, near=not is_global(finding.seen_at))
         self._answered.set()
         self._answered = trio.Event()
@@ -486,11 +483,3 @@ class Reachability:
             self._daemon_relays = wanted
         except AddressInvalid as error:
             log.warning("the addresses of a relay cannot be used: %s", error)
-
-
-def _key_of(peer_id: str) -> bytes:
-    """The node key of a daemon; empty for a libp2p peer of another kind."""
-    try:
-        return public_key(peer_id)
-    except DecodeError:
-        return b""

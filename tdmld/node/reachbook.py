@@ -4,11 +4,12 @@ Only nodes that the chain knows count: anybody may sign a record.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from itertools import islice
 
-from tdmld.chain.crypto import address
+from tdmld.chain.crypto import address, public_key
+from tdmld.chain.errors import DecodeError
 from tdmld.node.control import MAX_RELAYED
 from tdmld.node.peers import PeerBook, PeerRecord
 from tdmld.p2p import PeerInfo
@@ -24,6 +25,14 @@ def order_of(mine: bytes, other: bytes) -> bytes:
 def is_relayed(address: str) -> bool:
     """Whether an address leads through a relay."""
     return address.endswith("/p2p-circuit")
+
+
+def key_of(peer_id: str) -> bytes:
+    """The node key of a daemon; empty for a libp2p peer of another kind."""
+    try:
+        return public_key(peer_id)
+    except DecodeError:
+        return b""
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,26 @@ class Offers:
         return tuple(
             key for record in known[: MAX_RELAYED // 2] for key in (record.node, record.session)
         )
+
+    def witnesses(self, connected: Iterable[str], asked: Container[str], most: int) -> list[str]:
+        """Whom to ask how we can be reached: one an owner; of other owners first, then those that
+        were asked before."""
+        mine = self.owner_of(self.me)
+        ranked: list[tuple[bool, bool, bytes, str, bytes | None]] = []
+        for peer_id in connected:
+            record = self.book.node(key_of(peer_id))
+            if record is not None:
+                owner = self.owner_of(record.node)
+                strange = owner is None or owner == mine
+                order = order_of(self.me, record.node)
+                ranked.append((strange, peer_id not in asked, order, peer_id, owner))
+        chosen: list[str] = []
+        owners: set[bytes | None] = set()
+        for _, _, _, peer_id, owner in sorted(ranked):
+            if owner not in owners or owner is None:
+                owners.add(owner)
+                chosen.append(peer_id)
+        return chosen[:most]
 
     def closed(self) -> list[bytes]:
         """Nodes of other owners that can be reached through relays only, as they say themselves;

@@ -47,7 +47,7 @@ class FakeWitnesses:
     """What others said of this node, and whether more is to come."""
 
     def __init__(self, *receipts: DialReceipt, settled: bool = True) -> None:
-        self.known, self.settled = receipts, settled
+        self.known, self.settled, self.closed = receipts, settled, False
 
     def receipts(self) -> tuple[DialReceipt, ...]:
         return self.known

@@ -102,3 +102,32 @@ async def test_not_because_one_more_owner_dialled_it(asker: Asker) -> None:
     asker.wait()
     asker.witnessed.known = in_order(asker.told(2))
     assert await asker.look() == []
+
+
+async def test_a_renewal_after_a_restart_waits_for_receipts(asker: Asker) -> None:
+    """One without them would stand for a part of an epoch, and undo what was proved."""
+    asker.witnessed.known = in_order(asker.told(2), asker.told(3))
+    await asker.look()
+    asker.wait()
+    asker.agent.ask_blocks = 10_000  # it is past its half
+    asker.witnessed.known = ()
+    assert await asker.look() == []
+    asker.agent.ask_blocks = 900
+    ask = asker.world.state.ask(node_key(1).public)
+    assert ask is not None
+    assert ask.open == 2
+
+
+async def test_who_can_be_dialled_no_more_says_so(asker: Asker) -> None:
+    """Or it would be matched as somebody's neighbour whom it cannot reach."""
+    asker.witnessed.known = in_order(asker.told(2), asker.told(3))
+    asker.witnessed.settled = True
+    await asker.look()
+    asker.wait()
+    asker.witnessed.known = ()  # a lull, as after a restart of the others
+    assert await asker.look() == []
+    asker.witnessed.closed = True
+    (ask,) = await asker.look()
+    assert ask.receipts == ()
+    asker.wait()
+    assert await asker.look() == []

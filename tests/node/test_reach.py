@@ -17,6 +17,7 @@ from tdmld.node.errors import MachineError
 from tdmld.node.peers import PeerBook, PeerRecord
 from tdmld.node.reach import Reachability, ReachPolicy
 from tdmld.node.reachask import Trial
+from tdmld.node.reachbook import Offers
 from tdmld.node.reachverdict import announced, candidates, verdict
 from tdmld.node.reachwire import (
     MAX_REACH_BYTES,
@@ -390,8 +391,10 @@ async def test_one_owner_has_one_voice() -> None:
     async with nodes(3) as made:
         a = made[0]
         assert len(a.reach.witnesses()) == 2
-        a.reach._owner_of = lambda node: b"me" if node == a.key.public else b"the other"
-        assert len(a.reach.witnesses()) == 1
+        offers = Offers(
+            a.book, a.key.public, lambda node: b"me" if node == a.key.public else b"the other"
+        )
+        assert len(offers.witnesses(a.host.connected(), (), 8)) == 1
 
 
 async def test_a_pair_receipt_is_collected_on_request() -> None:

@@ -136,3 +136,21 @@ async def test_records_of_nodes_that_are_gone_keep_nobody_from_a_direct_path(
         nursery.start_soon(a.reach.run)
         await until(lambda: [r.kind for r in a.reach.receipts()] == [DIAL_PAIR])
         nursery.cancel_scope.cancel()
+
+
+async def test_who_moves_to_another_network_is_dialled_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or what was found of the old one would be announced, and believed, for ten minutes."""
+    monkeypatch.setattr(reach, "EARLIEST_SECONDS", 0.01)
+    monkeypatch.setattr(reach, "CHECK_SECONDS", 0.05)
+    async with nodes(2) as (a, b), trio.open_nursery() as nursery:
+        nursery.start_soon(a.reach.run)
+        await until(lambda: a.reach.settled)
+        assert b.carrier.dials == 1
+        monkeypatch.setattr(reach, "interface_addresses", lambda: ("192.168.7.7",))
+        await until(lambda: b.carrier.dials == 2, 5)
+        # That the router has another address shows only in connections that are made anew.
+        await b.host.disconnect(a.key.address)
+        await until(lambda: b.carrier.dials == 3, 5)
+        nursery.cancel_scope.cancel()
