@@ -7,6 +7,7 @@ environment. Whatever nobody knows is an error that names itself, wherever it st
 """
 
 import difflib
+import ipaddress
 import json
 import os
 import re
@@ -73,12 +74,24 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Multiaddrs of the daemon."""
     carrier_listen: _Text = "/ip4/127.0.0.1/tcp/0"
     """Multiaddr of the carrier: tensors and contents."""
+    announce: tuple[_Text, ...] = ()
+    """Multiaddrs at which others reach the daemon, such as those of a forwarded port."""
+    carrier_announce: tuple[_Text, ...] = ()
+    """The same for the carrier."""
+    mdns: bool = True
+    """Find other nodes on the local network, and be found; nothing on loopback addresses."""
+    upnp: bool = True
+    """Ask the router to forward the ports; nothing on loopback addresses."""
+    relay: bool = True
+    """Carry the connections of nodes that cannot be reached, when this one can."""
     rpc_listen: _Text = "127.0.0.1:7717"
     """host:port of the JSON-RPC server; port 0: any free one, written to run/rpc.url."""
     rpc_insecure: bool = False
     """Allow rpc_listen on an address that other machines reach, without TLS."""
     peers: tuple[_Text, ...] = ()
     """Daemons to dial first: multiaddr/p2p/<address>."""
+    deny: tuple[_Text, ...] = ()
+    """Peer ids and IP networks that may not connect, and are not dialled."""
     launcher: tuple[_Text, ...] = ()
     """Words put before the command line of every worker, such as ["nice", "-n", "5"]."""
     sync: Literal["blocks", "snapshot"] = "blocks"
@@ -181,6 +194,8 @@ def _keys() -> dict[str, Any]:
 _KEYS = _keys()
 _VARIABLES = {_PREFIX + key.replace(".", "_").upper(): key for key in _KEYS}
 
+_LISTS = ("listen", "announce", "carrier_announce", "peers", "deny")
+
 _Pairs = dict[str, tuple[str, object]]
 """key -> (how the source spells it, value)"""
 
@@ -258,7 +273,7 @@ def _convert(key: str, value: object, origin: str) -> Any:
             value = shlex.split(value)
         except ValueError as error:
             raise ConfigError(f"{origin} cannot be split into words", why=str(error)) from error
-    elif isinstance(value, str) and key in ("listen", "peers"):
+    elif isinstance(value, str) and key in _LISTS:
         value = [part.strip() for part in value.split(",") if part.strip()]
     try:
         # From TOML types must be right; the environment and the command line have only text.
@@ -269,12 +284,22 @@ def _convert(key: str, value: object, origin: str) -> Any:
 
 def _check(config: Config, origin: Mapping[str, str]) -> None:
     """What a type cannot say."""
-    for key, texts in (("listen", config.listen), ("carrier_listen", (config.carrier_listen,))):
+    for key, texts, purpose, example in (
+        ("listen", config.listen, "to listen on", "/ip4/0.0.0.0/tcp/4001"),
+        ("carrier_listen", (config.carrier_listen,), "to listen on", "/ip4/0.0.0.0/tcp/4002"),
+        ("announce", config.announce, "for others to dial", "/ip4/1.2.3.4/tcp/4001"),
+        (
+            "carrier_announce",
+            config.carrier_announce,
+            "for others to dial",
+            "/ip4/1.2.3.4/tcp/4002",
+        ),
+    ):
         for text in texts:
             if not _LISTEN.fullmatch(text) or int(text.rpartition("/")[2]) > 65535:
                 raise ConfigError(
-                    f"{origin[key]}: {text!r} is not an address to listen on",
-                    next="write it like /ip4/0.0.0.0/tcp/4001",
+                    f"{origin[key]}: {text!r} is not an address {purpose}",
+                    next=f"write it like {example}",
                 )
     for text in config.peers:
         match = _PEER.fullmatch(text)
@@ -286,6 +311,12 @@ def _check(config: Config, origin: Mapping[str, str]) -> None:
             raise ConfigError(
                 f"{origin['peers']}: {text!r} is not a peer", why=str(error)
             ) from error
+    for text in config.deny:
+        if not _is_network(text) and not _is_peer_id(text):
+            raise ConfigError(
+                f"{origin['deny']}: {text!r} is neither a peer id nor an IP network",
+                next="write it like 192.0.2.0/24, 2001:db8::/32 or 12D3Koo...",
+            )
     try:
         _ = config.trusted
     except DecodeError as error:
@@ -306,3 +337,19 @@ def _check(config: Config, origin: Mapping[str, str]) -> None:
             why="the token would travel unencrypted",
             next="listen on 127.0.0.1 and use a tunnel, or accept the risk with --rpc-insecure",
         )
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_peer_id(text: str) -> bool:
+    try:
+        public_key(text)
+    except DecodeError:
+        return False
+    return True

@@ -249,7 +249,8 @@ def make_network(
 
     Nodes 0 .. validators-1 validate. `asks`: which nodes ask for work (default: all); the others
     can submit, and audit nothing. Amounts are for each owner. `parameters` replace genesis
-    defaults; `settings` and `node_settings[index]` are put into tdmld.toml (keys as for
+    defaults and `dial_receipts`, which is 1: nodes of a devnet dial each other, too. `settings` and
+    `node_settings[index]` are put into tdmld.toml (keys as for
     `load_config`). UserError when `directory` is not empty or the numbers make no network.
     """
     if not 1 <= validators <= nodes <= NODES_MAX:
@@ -280,6 +281,7 @@ def make_network(
                 asks=index in asking,
             )
         )
+    rules: dict[str, object] = {"dial_receipts": min(1, nodes - 1), **parameters}
     genesis = genesis_from_document(
         {
             "chain": chain,
@@ -289,7 +291,7 @@ def make_network(
             "work_stakes": [[row.owner, work_stake] for row in rows] if work_stake else [],
             "nodes": [[row.owner, row.node] for row in rows if not row.validator],
             "mature_classes": ["*"],
-            "parameters": dict(parameters),
+            "parameters": rules,
         }
     )
     for index, row in enumerate(rows):

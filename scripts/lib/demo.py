@@ -112,6 +112,7 @@ class Demo:
             network.start_all()
             network.wait_ready(timeout_seconds=120)
             before = trio.run(self._balances)
+            trio.run(self._asked)
             job = self._submit()
             detail = trio.run(self._watch, job)
             found: dict[str, Any] = {"job": job}
@@ -143,6 +144,19 @@ class Demo:
                 account = await client.call("chain_account", {"address": node.owner}, AccountInfo)
                 found[node.owner] = int(account.balance)
             return found
+
+    async def _asked(self) -> None:
+        """Wait until everybody who wants work has said so: a matching looks at the asks that stand,
+        once. Each has others dial it first, so that its neighbours are sure to reach it."""
+        with trio.fail_after(120):
+            for index in ASKS:
+                async with await self._client(index) as client:
+                    while True:
+                        status = await client.call("node_status", {}, NodeStatus)
+                        if status.ask is not None and status.ask.open:
+                            break
+                        await trio.sleep(POLL_SECONDS)
+        say(f"{len(ASKS)} nodes ask for work, and others can dial them")
 
     async def _watch(self, job: str) -> JobDetail:
         """Show the job until its result is known or it is over."""

@@ -45,6 +45,7 @@ from tdmld.chain.transactions import (
     AuditFail,
     Body,
     Commit,
+    DialReceipt,
     LinkRoots,
     Register,
     Transfer,
@@ -68,7 +69,16 @@ def encoding() -> dict[str, Any]:
     )  # fmt: skip
     bodies = [
         Transfer(mark("to"), 2**63 - 1),
-        Ask(mark("session"), "Köln", 2**32, 2**16, 127, 128, 255),
+        Ask(
+            mark("session"),
+            "Köln",
+            2**32,
+            2**16,
+            127,
+            128,
+            255,
+            (DialReceipt(mark("witness"), 1, 256, bytes(64)),),
+        ),
         Register(mark("node"), 256, bytes(64)),
         commit,
         msgspec.structs.replace(commit, loss=65_536, links=()),

@@ -10,9 +10,12 @@ from tdmld.chain.blocks import Kind, first_header, sign_block, sign_vote
 from tdmld.chain.crypto import KeyPair
 from tdmld.chain.slashing import from_votes
 from tdmld.chain.transactions import (
+    DIAL_OPEN,
+    DIAL_PAIR,
     Accept,
     Ask,
     Bond,
+    DialReceipt,
     Fetched,
     Nominate,
     Offer,
@@ -25,6 +28,7 @@ from tdmld.chain.transactions import (
     Unbond,
     VoteEvidence,
     Withdraw,
+    sign_receipt,
     sign_registration,
 )
 from tests.chain.world import BALANCE, FEE, GIB, World, make_genesis, mark, node_key, owner_key
@@ -311,7 +315,55 @@ def _asked() -> list[Scene]:
     poor.submit()
     small = Scene(poor, "a job with a small deposit is offered")
     small.case("the part is rounded up", "MATCH-2", height=5)
-    return [scene, offered, small]
+    return [scene, offered, small, *_dialled()]
+
+
+def _dialled() -> list[Scene]:
+    """What an ask may say of how its node was reached, and what a matching makes of it."""
+    world = _behind_routers()
+    scene = Scene(world, "nodes that dial each other")
+    chain = world.chain_id
+
+    def told(witness: int, kind: int = DIAL_OPEN, height: int = 3, session: int = 1) -> DialReceipt:
+        node, carrier = node_key(1).public, mark("session", session)
+        return sign_receipt(node_key(witness), chain, node, carrier, kind, height)
+
+    open_ = sorted((told(2), told(3)), key=lambda receipt: receipt.witness)
+    pair = told(4, DIAL_PAIR)
+    for name, rules, receipts in (
+        ("dialled by two", "ASK-6 ASK-7", open_),
+        ("dialled by two, connected with one", "ASK-6 ASK-7", [*open_, pair]),
+        ("another order", "ASK-6", [pair, *open_]),
+        ("one receipt twice", "ASK-6", [told(2), told(2)]),
+        ("one witness, both kinds", "ASK-6 ASK-7", [told(2), told(2, DIAL_PAIR)]),
+        ("a receipt of its own", "ASK-6", [told(1)]),
+        ("a receipt of nobody", "ASK-6", [told(9)]),
+        ("a receipt of a height to come", "ASK-6", [told(2, height=5)]),
+        ("a receipt of this height", "ASK-6", [told(2, height=4)]),
+        ("a receipt for another session", "ASK-6", [told(2, session=2)]),
+        ("a forged receipt", "ASK-6", [replace(told(2), signature=told(3).signature)]),
+    ):
+        scene.case(name, rules, world.ask(1, receipts=tuple(receipts)), height=4)
+    aged = world.ask(1, receipts=(told(2),), until_height=1000)
+    last = 3 + world.parameters.epoch_blocks
+    scene.case("a receipt of an epoch ago", "ASK-6", aged, height=last)
+    scene.case("an older one", "ASK-6", aged, height=last + 1)
+    made = [scene]
+    for name, known in (("nobody is open", []), ("one is open", open_), ("a pair", [pair])):
+        world = _behind_routers()
+        asks = (world.ask(n) for n in range(2, 6))
+        world.block(world.ask(1, price=1, receipts=tuple(known)), *asks)
+        world.submit()
+        scene = Scene(world, f"a job is offered, {name}")
+        scene.case("the slots are cast", "MATCH-3", height=world.height + 4)
+        made.append(scene)
+    return made
+
+
+def _behind_routers() -> World:
+    world = World(make_genesis(nodes=6, validators=1, dial_receipts=2))
+    world.wait(3)
+    return world
 
 
 _BAD_OFFERS: dict[str, tuple[str, dict[str, object]]] = {
@@ -327,7 +379,7 @@ _BAD_OFFERS: dict[str, tuple[str, dict[str, object]]] = {
     "a stage without parameters": ("OFFER-1", {"stages": (Stage(0, 1),)}),
     "a stage without memory": ("OFFER-1", {"stages": (Stage(1, 0),)}),
     "no class": ("OFFER-1", {"class_id": ""}),
-    "a privacy mode of another version": ("OFFER-1", {"privacy": "sealed"}),
+    "a privacy mode of another version": ("OFFER-1", {"privacy": "split"}),
     "too high a price": ("OFFER-1", {"slot_price_max": limits.PRICE + 1}),
     "too high a rate": ("OFFER-1", {"audit_rate": limits.RATE_ONE + 1}),
     "audits for nothing": ("OFFER-2", {"audit_price": 0}),
@@ -349,6 +401,7 @@ def _offers(world: World) -> Scene:
     scene.case("an offer", "OFFER-4 OFFER-5 STATE-3 STATE-4 DUE-1 DUE-4", offer())
     scene.case("an offer without audits", "OFFER-2 OFFER-4", offer(audit_rate=0, audit_budget=0))
     free = offer(audit_rate=0, audit_budget=0, audit_price=0, slot_price_max=0, standby_price=0)
+    scene.case("a sealed job", "OFFER-1 OFFER-5", offer(privacy="sealed"))
     scene.case("an offer that pays nothing", "OFFER-1 OFFER-2", free)
     scene.case("the smallest audit budget", "OFFER-2", offer(audit_budget=4 * 7_000))
     scene.case("two lanes, the last copy short", "OFFER-4", offer(lanes=2, rounds=5))

@@ -21,6 +21,7 @@ import msgspec
 from tdmld.chain.codec import Record
 from tdmld.chain.crypto import address, public_key, sha256
 from tdmld.chain.errors import DecodeError, GenesisError
+from tdmld.chain.limits import RECEIPTS
 
 GENESIS_BYTES_MAX = 4 << 20
 VALIDATORS_MAX = 1000
@@ -74,6 +75,10 @@ class Parameters(Record, frozen=True):
     result_window: _Count = 2000
     audit_redraws: Annotated[int, msgspec.Meta(ge=0, le=100)] = 3
     offer_deposit: _Money = 10000
+    dial_receipts: Annotated[int, msgspec.Meta(ge=0, le=RECEIPTS)] = 0
+    """Owners who must have dialled a node before it counts as open to everybody; 0: all nodes do.
+    A network behind home routers sets 2 or more: of two neighbours in a pipeline one must be open,
+    or both connected directly already."""
 
 
 class Validator(Record, frozen=True):

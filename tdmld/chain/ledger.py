@@ -253,7 +253,7 @@ def _effect(run: Execution, transaction: Transaction) -> None:
         case Return():
             jail.return_(run, signer, payload)
         case Ask():
-            market.ask(run, signer, payload)
+            market.ask(run, signer, payload, transaction.chain_id)
         case Accept():
             market.accept(run, signer, payload)
         case Decline():

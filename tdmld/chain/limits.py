@@ -52,6 +52,9 @@ ASKS = 8
 """Asks of one node in an epoch: they are free. More than the one that it needs, so that a machine
 whose carrier was started again is soon reached by auditors."""
 
+RECEIPTS = 8
+"""Dial receipts in an ask: each costs a signature check, and asks are free."""
+
 STANDBY_SLOT = 0xFFFF_FFFF
 """The `slot` of an Accept or Decline by the job's standby."""
 

@@ -5,6 +5,8 @@ Matching is a reverse auction that the chain holds by itself, `match_delay` afte
 1. An ask is *eligible* for a slot when it is in force, of the job's class, its node has the stage's
    memory left, its owner is neither the submitter nor the source's, it did not decline this job,
    and its price is within the ceiling: `ceil(ask price x parameters x tokens / 10^9)`.
+   Between neighbours of a lane there is a *path*: one of them was dialled by `dial_receipts` other
+   owners, or one has a receipt of the other that they are connected directly.
 2. Slots choose in (lane, stage) order: lowest `price x (2,000,000 - reputation)`, then lowest
    SHA-256(beacon ‖ job ‖ slot ‖ node). A node serves one slot of a job; owners differ in a lane.
 3. Then one standby for all slots, in the same order by the ask's price, with `standby_slots` left
@@ -20,12 +22,13 @@ deposit. Asks are free, so a node may put one in every ASKS-th part of an epoch 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from msgspec.structs import replace
 
 from tdmld.chain import due, limits
 from tdmld.chain.closing import end, release, reserve
-from tdmld.chain.crypto import sha256
+from tdmld.chain.crypto import sha256, verify
 from tdmld.chain.errors import InvalidTransaction
 from tdmld.chain.events import JobMatched, JobPreparing, JobUnmatched
 from tdmld.chain.execution import Execution, known_job, known_slot, require
@@ -43,7 +46,15 @@ from tdmld.chain.records import (
 from tdmld.chain.reputation import reputation
 from tdmld.chain.settlement import count
 from tdmld.chain.state import u32
-from tdmld.chain.transactions import Accept, Ask, Decline
+from tdmld.chain.transactions import (
+    DIAL_DOMAIN,
+    DIAL_OPEN,
+    DIAL_PAIR,
+    Accept,
+    Ask,
+    Decline,
+    receipt_bytes,
+)
 
 ANY_CLASS = "any"
 
@@ -56,7 +67,7 @@ def slot_price(ask_price: int, parameters: int, tokens: int) -> int:
 # -- asks
 
 
-def ask(run: Execution, node: bytes, wanted: Ask) -> None:
+def ask(run: Execution, node: bytes, wanted: Ask, chain_id: bytes) -> None:
     """Put or replace a node's standing ask."""
     record = run.state.node(node)
     if record is None:
@@ -90,6 +101,7 @@ def ask(run: Execution, node: bytes, wanted: Ask) -> None:
         wanted.audit_capacity <= limits.AUDIT_CAPACITY,
         f"audit_capacity: at most {limits.AUDIT_CAPACITY}",
     )
+    opened, paths = _receipts(run, node, record.owner, wanted, chain_id)
     run.state.put_ask(
         node,
         StandingAsk(
@@ -100,9 +112,43 @@ def ask(run: Execution, node: bytes, wanted: Ask) -> None:
             audit_capacity=wanted.audit_capacity,
             standby_slots=wanted.standby_slots,
             until_height=wanted.until_height,
+            open=opened,
+            paths=paths,
             height=run.height,
         ),
     )
+
+
+def _receipts(
+    run: Execution, node: bytes, owner: bytes, wanted: Ask, chain_id: bytes
+) -> tuple[int, tuple[bytes, ...]]:
+    """How many owners dialled the node, and the nodes that are connected with it (ASK-6, ASK-7)."""
+    order = [(receipt.kind, receipt.witness) for receipt in wanted.receipts]
+    require(
+        all(a < b for a, b in pairwise(order)),
+        "receipts: sorted by kind and witness, one of each",
+    )
+    owners = set()
+    for receipt in wanted.receipts:
+        witness = run.state.node(receipt.witness)
+        require(
+            witness is not None and not witness.revoked and witness.from_height <= run.height,
+            "a receipt's witness is a registered node, and not revoked",
+        )
+        assert witness is not None
+        require(witness.owner != owner, "a receipt's witness belongs to another owner")
+        require(
+            run.height - run.parameters.epoch_blocks <= receipt.height <= run.height,
+            "a receipt is older than an epoch, or not of this chain's past",
+        )
+        message = receipt_bytes(node, wanted.session, receipt.kind, receipt.height)
+        require(
+            verify(receipt.witness, DIAL_DOMAIN, chain_id, message, receipt.signature),
+            "a receipt that its witness did not sign for this node and session",
+        )
+        if receipt.kind == DIAL_OPEN:
+            owners.add(witness.owner)
+    return len(owners), tuple(r.witness for r in wanted.receipts if r.kind == DIAL_PAIR)
 
 
 def ask_pause(parameters: Parameters) -> int:
@@ -141,7 +187,7 @@ class Assignment:
 def match(run: Execution, entry: Due) -> None:
     """Due: cast the job, or end it."""
     job = _pay(run, run.job(entry.job))
-    found = cast(job, _candidates(run, job), run.context.beacon)
+    found = cast(job, _candidates(run, job), run.context.beacon, run.parameters.dial_receipts)
     if found is None:
         detail = "no set of asks in force fits the offer's class, memory and prices"
         end(run, job.id, JobStatus.EXPIRED, CloseReason.NO_MATCH, detail)
@@ -171,7 +217,9 @@ def _pay(run: Execution, job: Job) -> Job:
     return paid
 
 
-def cast(job: Job, candidates: Sequence[Candidate], beacon: bytes) -> Assignment | None:
+def cast(
+    job: Job, candidates: Sequence[Candidate], beacon: bytes, dial_receipts: int = 0
+) -> Assignment | None:
     """The rule at the head of this module: the cheapest class's assignment."""
     if job.class_wanted == ANY_CLASS:
         classes = sorted({candidate.ask.class_id for candidate in candidates})
@@ -182,7 +230,11 @@ def cast(job: Job, candidates: Sequence[Candidate], beacon: bytes) -> Assignment
         for class_id in classes
         if (
             assignment := _cast_class(
-                job, class_id, [c for c in candidates if c.ask.class_id == class_id], beacon
+                job,
+                class_id,
+                [c for c in candidates if c.ask.class_id == class_id],
+                beacon,
+                dial_receipts,
             )
         )
         is not None
@@ -191,14 +243,17 @@ def cast(job: Job, candidates: Sequence[Candidate], beacon: bytes) -> Assignment
 
 
 def _cast_class(
-    job: Job, class_id: str, candidates: Sequence[Candidate], beacon: bytes
+    job: Job, class_id: str, candidates: Sequence[Candidate], beacon: bytes, dial_receipts: int
 ) -> Assignment | None:
     workers: list[Member] = []
+    before: Candidate | None = None
     for slot in range(job.slots):
         stage = job.stages[job.stage_of(slot)]
         lane = workers[job.lane_of(slot) * len(job.stages) :]
         busy_nodes = {worker.node for worker in workers}
         busy_owners = {worker.owner for worker in lane}
+        if not lane:
+            before = None
 
         def order(
             c: Candidate, slot: int = slot, size: int = stage.parameters
@@ -212,12 +267,14 @@ def _cast_class(
             and c.owner not in busy_owners
             and c.memory >= stage.memory
             and slot_price(c.ask.price, stage.parameters, job.tokens) <= job.slot_price_max
+            and (before is None or _path(before, c, dial_receipts))
         ]
         if not eligible:
             return None
         best = min(eligible, key=order)
         price = slot_price(best.ask.price, stage.parameters, job.tokens)
         workers.append(Member(best.node, best.owner, price))
+        before = best
     owners = {worker.owner for worker in workers}
     holders = [c for c in candidates if c.owner not in owners and c.standby_slots >= job.slots]
     if not holders:
@@ -227,6 +284,12 @@ def _cast_class(
         key=lambda c: (c.ask.price * c.weight, _lot(beacon, job, limits.STANDBY_SLOT, c)),
     )
     return Assignment(class_id, tuple(workers), Member(best.node, best.owner, job.standby_price))
+
+
+def _path(a: Candidate, b: Candidate, dial_receipts: int) -> bool:
+    """Whether tensors can go from one to the other without a relay (MATCH-3)."""
+    dialled = max(a.ask.open, b.ask.open) >= dial_receipts
+    return dialled or b.node in a.ask.paths or a.node in b.ask.paths
 
 
 def _lot(beacon: bytes, job: Job, slot: int, candidate: Candidate) -> bytes:

@@ -17,7 +17,7 @@ from tdmld.chain.genesis import Parameters
 from tdmld.chain.records import Due, Job, Timer
 from tdmld.chain.transactions import Offer
 
-PRIVACY_MODES = ("open",)
+PRIVACY_MODES = ("open", "sealed")
 """What this version of the protocol can carry."""
 
 

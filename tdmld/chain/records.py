@@ -128,7 +128,8 @@ class Node(Record, frozen=True):
 
 
 class StandingAsk(Record, frozen=True):
-    """A node's ask in force; fields as in transactions.Ask, and the height it was made at."""
+    """A node's ask in force; fields as in transactions.Ask, and the height it was made at. Of its
+    receipts stay: how many owners found it `open`, and to which nodes it has `paths`."""
 
     session: PublicKey
     class_id: str
@@ -137,6 +138,8 @@ class StandingAsk(Record, frozen=True):
     audit_capacity: Natural
     standby_slots: Natural
     until_height: Natural
+    open: Natural
+    paths: tuple[PublicKey, ...]
     height: Natural
 
 

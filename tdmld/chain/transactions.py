@@ -28,6 +28,9 @@ from tdmld.chain.errors import DecodeError, InvalidTransaction
 
 DOMAIN = "transaction"
 REGISTER_DOMAIN = "register"
+DIAL_DOMAIN = "dial"
+DIAL_OPEN, DIAL_PAIR = 1, 2
+"""Kinds of dial receipts."""
 
 Text = Annotated[str, msgspec.Meta(max_length=limits.TEXT_BYTES)]
 
@@ -102,13 +105,25 @@ class Register(Record, frozen=True, tag="register"):
     proof: Signature
 
 
+class DialReceipt(Record, frozen=True):
+    """Another node says how it reached the asking node's carrier: `DIAL_OPEN`, it dialled it anew
+    at an announced address; `DIAL_PAIR`, the carriers of the two hold a direct connection, whoever
+    of them opened it and however. `height`: what was final at the witness. See `receipt_bytes`."""
+
+    witness: PublicKey
+    kind: Annotated[int, msgspec.Meta(ge=DIAL_OPEN, le=DIAL_PAIR)]
+    height: Natural
+    signature: Signature
+
+
 class Ask(Record, frozen=True, tag="ask"):
     """A node's standing offer of work. One per node; a later one (greater `until_height`) replaces
     it.
 
     `price`: units per 10^6 parameters and 10^3 tokens. `memory`: bytes, shared by all slots that
     the node serves. `audit_capacity`: audits open at a time. `standby_slots`: slots that it can
-    hold copies of. `session`: key of the node's carrier, where auditors are reached.
+    hold copies of. `session`: key of the node's carrier, where auditors are reached. `receipts`:
+    who reached it, by kind and witness: neighbours in a pipeline need a direct path.
     """
 
     session: PublicKey
@@ -118,6 +133,7 @@ class Ask(Record, frozen=True, tag="ask"):
     audit_capacity: Natural
     standby_slots: Natural
     until_height: Natural
+    receipts: Annotated[tuple[DialReceipt, ...], msgspec.Meta(max_length=limits.RECEIPTS)] = ()
 
 
 class Offer(Record, frozen=True, tag="offer"):
@@ -353,6 +369,20 @@ def registration_bytes(owner: bytes, from_height: int) -> bytes:
 def sign_registration(node: KeyPair, chain_id: bytes, owner: bytes, from_height: int) -> bytes:
     """The `proof` of a Register: the node agrees to work for `owner`."""
     return node.sign(REGISTER_DOMAIN, chain_id, registration_bytes(owner, from_height))
+
+
+def receipt_bytes(node: bytes, session: bytes, kind: int, height: int) -> bytes:
+    """What a witness signs with its node key (domain DIAL_DOMAIN): `node`, whose carrier has the
+    key `session`, was reached."""
+    return node + session + bytes([kind]) + height.to_bytes(8, "big")
+
+
+def sign_receipt(
+    witness: KeyPair, chain_id: bytes, node: bytes, session: bytes, kind: int, height: int
+) -> DialReceipt:
+    """A receipt for an ask of `node`."""
+    signature = witness.sign(DIAL_DOMAIN, chain_id, receipt_bytes(node, session, kind, height))
+    return DialReceipt(witness.public, kind, height, signature)
 
 
 def sign_transaction(

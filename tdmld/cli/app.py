@@ -32,6 +32,9 @@ app.command("tdmld.cli.stake:app", name="stake", help="Bind money, validate, unb
 app.command("tdmld.cli.keys:app", name="keys", help="The owner's node keys.")
 app.command("tdmld.cli.chain:app", name="chain", help="The chain as this node has it.")
 app.command("tdmld.cli.peers:app", name="peers", help="Whom the node is connected to.")
+app.command(
+    "tdmld.cli.doctor:doctor", name="doctor", help="Whether it can be reached, and why not."
+)
 app.command("tdmld.cli.light:app", name="light", help="Prove and check without the chain.")
 app.command("tdmld.cli.rpc:rpc", name="rpc", help="Call any method of the node.")
 app.command("tdmld.cli.devnet:app", name="devnet", help="A network of real nodes on this machine.")

@@ -76,6 +76,11 @@ def estimate(job: JobFile, offer: Offer, locked: Lock, fee: int) -> list[str]:
         f"{spec.stages} stages x {spec.lanes} lanes, {spec.data.tokens:,} tokens of text, "
         f"spec of {len(job.raw):,} bytes"
     ]
+    lines.append(
+        "  privacy sealed: only this job's members can read the text"
+        if spec.privacy == "sealed"
+        else "  privacy open: the text lies readable on the disks of this job's members"
+    )
     for stage, needed in enumerate(offer.stages):
         first, last = spec.layers(stage)
         lines.append(

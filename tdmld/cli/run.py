@@ -11,9 +11,15 @@ def run(
     data_dir: DataDir = None,
     listen: tuple[str, ...] | None = None,
     carrier_listen: str | None = None,
+    announce: tuple[str, ...] | None = None,
+    carrier_announce: tuple[str, ...] | None = None,
+    mdns: bool | None = None,
+    upnp: bool | None = None,
+    relay: bool | None = None,
     rpc_listen: str | None = None,
     rpc_insecure: bool | None = None,
     peers: tuple[str, ...] | None = None,
+    deny: tuple[str, ...] | None = None,
     launcher: str | None = None,
     sync: str | None = None,
     checkpoint: str | None = None,
@@ -33,9 +39,15 @@ def run(
     ----------
     listen: Multiaddrs of the daemon, such as /ip4/0.0.0.0/tcp/4001.
     carrier_listen: Multiaddr for tensors and contents.
+    announce: Multiaddrs at which others reach the daemon, such as a forwarded port.
+    carrier_announce: The same for tensors and contents.
+    mdns: Find other nodes on the local network.
+    upnp: Ask the router to forward the ports.
+    relay: Carry the connections of nodes that cannot be reached.
     rpc_listen: host:port of the JSON-RPC server.
     rpc_insecure: Allow an rpc_listen that other machines reach, without TLS.
     peers: Daemons to dial first: /ip4/.../tcp/.../p2p/<peer id>.
+    deny: Peer ids and IP networks that may not connect: 192.0.2.0/24.
     launcher: Words put before every worker's command line, such as "nice -n 5".
     sync: How an empty node begins: blocks or snapshot.
     checkpoint: HEIGHT:HASH of a block that you trust.
@@ -57,9 +69,15 @@ def run(
     flags: dict[str, object] = {
         "listen": listen,
         "carrier_listen": carrier_listen,
+        "announce": announce,
+        "carrier_announce": carrier_announce,
+        "mdns": mdns,
+        "upnp": upnp,
+        "relay": relay,
         "rpc_listen": rpc_listen,
         "rpc_insecure": rpc_insecure,
         "peers": peers,
+        "deny": deny,
         "launcher": launcher,
         "sync": sync,
         "checkpoint": checkpoint,

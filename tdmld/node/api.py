@@ -29,11 +29,16 @@ from tdmld.node.errors import CarrierUnavailable, ContentRefused, MachineError
 from tdmld.node.jobbook import JobBook
 from tdmld.node.jobfeed import JobFeed
 from tdmld.node.machine import Machine, StepDone
+from tdmld.node.netapi import NetApi
 from tdmld.node.peers import PeerService
+from tdmld.node.reachapi import ReachApi
+from tdmld.node.seal import sealing
 from tdmld.node.store import ChainStore
 from tdmld.node.work import Work
 from tdmld.p2p import Host
 from tdmld.rpc.errors import InvalidParams, NotFound, NotReady, Refused
+from tdmld.rpc.nettypes import BanInfo, Connected
+from tdmld.rpc.reachtypes import NetReachability
 from tdmld.rpc.staketypes import NodeKeyInfo, StakeInfo, ValidatorSetInfo
 from tdmld.rpc.types import (
     AccountInfo,
@@ -78,6 +83,7 @@ class Api:
     machine: Machine
     agent: Agent
     peers: PeerService
+    reach: ReachApi
     data_dir: Path
     stop: trio.Event
     started: str = ""
@@ -88,6 +94,9 @@ class Api:
         self._book = JobBook(self.store, self.genesis, self.data_dir)
         self._feed = JobFeed()
         self._work = Work(self.key.public, self.chain, self.agent, self.host, self._book)
+        self.net = NetApi(
+            self.host, self.peers, self.chain, self.machine, self.key.address, self.data_dir
+        )
         self.agent.on_step = self._step
 
     async def run(self) -> None:
@@ -142,6 +151,8 @@ class Api:
                 audit_capacity=ask.audit_capacity,
                 standby_slots=ask.standby_slots,
                 until=ask.until_height,
+                open=ask.open,
+                paths=tuple(map(address, ask.paths)),
             ),
             epoch=epoch,
             weight=str(weight),
@@ -156,30 +167,22 @@ class Api:
         return self._work.earnings(state, self._all(state), self._owner())
 
     async def net_peers(self) -> tuple[PeerInfo, ...]:
-        state = self.chain.state()
-        status = {peer.peer_id: peer for peer in self.host.peers()}
-        known = {address(r.node): r.addresses for r in self.peers.book.records()}
-        known |= {p: status[p].addresses for p in status if p not in known}
-        validators = set(map(address, self.chain.committee.nodes))
-        rows = []
-        for node, addresses in known.items():
-            if node == self.key.address:
-                continue
-            peer = status.get(node)
-            owner = state.owner_of(public_key(node))
-            rows.append(
-                PeerInfo(
-                    node=node,
-                    addresses=tuple(addresses),
-                    connected=node in self.host.connected(),
-                    validator=node in validators,
-                    owner=address(owner) if owner is not None else "",
-                    round_trip_ms=None
-                    if peer is None or peer.latency is None
-                    else 1000 * peer.latency,
-                )
-            )
-        return tuple(sorted(rows, key=lambda row: (not row.connected, row.node)))
+        return await self.net.peers()
+
+    async def net_reachability(self, refresh: bool = False) -> NetReachability:
+        return await self.reach.reachability(refresh=refresh)
+
+    async def net_connect(self, address: str) -> Connected:
+        return await self.net.connect(address)
+
+    async def net_bans(self) -> tuple[BanInfo, ...]:
+        return await self.net.bans()
+
+    async def net_ban(self, subject: str, seconds: int = 0, reason: str = "") -> BanInfo:
+        return await self.net.ban(subject, seconds, reason)
+
+    async def net_unban(self, subject: str) -> BanInfo:
+        return await self.net.unban(subject)
 
     async def admin_stop(self) -> None:
         self.stop.set()
@@ -346,7 +349,7 @@ class Api:
             raise Refused(f"the spec is malformed: {error}") from error
         self.agent.published(wanted)
         try:
-            shards = await self.machine.import_text(Path(text_path))
+            shards = await self.machine.import_text(Path(text_path), sealing(raw))
         except CarrierUnavailable as error:
             raise NotReady(str(error)) from error
         except MachineError as error:

@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,21 +21,34 @@ from tdmld import logs
 from tdmld.chain.crypto import KeyPair
 from tdmld.chain.errors import DecodeError
 from tdmld.node import control
-from tdmld.node.content import ContentClient, ContentServer, ContentStore
-from tdmld.node.control import Configure, ControlSocket, Item, Message, Request
+from tdmld.node.carriernet import CarrierNet, Relaying, tell_addresses
+from tdmld.node.content import ContentClient
+from tdmld.node.contentserver import ContentServer, JobContent
+from tdmld.node.contentstore import ContentStore
+from tdmld.node.control import Configure, Item, Message, Request
+from tdmld.node.controlsocket import ControlSocket
 from tdmld.node.errors import ControlError, LinkRefused, MachineError
 from tdmld.node.layout import SEED_BYTES, Layout
 from tdmld.node.link import Hello, LinkSigner, decode_message
 from tdmld.node.linkserver import HELLO_SECONDS
-from tdmld.node.parentdeath import die_with_parent
+from tdmld.node.parentdeath import die_with_parent, leave_no_core
+from tdmld.node.seal import ContentKeys
 from tdmld.node.slotserver import SlotServer
-from tdmld.p2p import Host, PeerInfo, Stream, open_host
+from tdmld.p2p import Ban, Host, PeerInfo, Stream, open_host
 from tdmld.p2p.errors import AddressInvalid, ListenFailed, P2PError
 from tdmld.train.errors import TrainError
 
 log = logging.getLogger(__name__)
 
 MAX_HELLO_BYTES = 16 * 1024
+_CANCELLED = (
+    control.FetchData
+    | control.FetchFile
+    | control.ListResult
+    | control.DialBack
+    | control.ConnectDirect
+)
+"""Requests that end when the daemon's caller has gone; others are carried out."""
 EXIT_USAGE = 2
 EXIT_LISTEN = 3
 EXIT_KEY = 4
@@ -64,19 +77,28 @@ def read_session_key(path: Path) -> KeyPair:
 class Carrier:
     """One run of the carrier, on an open host."""
 
-    def __init__(self, config: Configure, key: KeyPair, host: Host, sock: ControlSocket) -> None:
+    def __init__(
+        self,
+        config: Configure,
+        key: KeyPair,
+        host: Host,
+        relaying: Relaying,
+        sock: ControlSocket,
+    ) -> None:
         self._host = host
+        self._net = CarrierNet(host, key.seed, relaying)
         self._control = sock
         self._layout = Layout(Path(config.data_dir))
         self._signer = LinkSigner(key, config.chain_id)
         self._link_protocol, content_protocol = protocols(config.chain_id)
-        self._members: dict[bytes, frozenset[str]] = {}
+        self._jobs: dict[bytes, JobContent] = {}
         self._kept: dict[str, tuple[str, ...]] = {}
         self._slots: dict[control.Slot, SlotServer] = {}
         self._fetches: dict[int, trio.CancelScope] = {}
-        self._store = ContentStore(self._layout, config.content_quota)
-        self._server = ContentServer(self._store, self._members, self._still_grows)
-        self._client = ContentClient(host, content_protocol, self._store)
+        keys = ContentKeys(self._layout, key)
+        self._store = ContentStore(self._layout, config.content_quota, keys)
+        self._server = ContentServer(self._store, keys, self._jobs, self._still_grows)
+        self._client = ContentClient(host, content_protocol, self._layout, self._store, keys)
         # Bounded by what the slots can cause: the daemon reads always, it only starts to late.
         self._outbox, self._to_send = trio.open_memory_channel[Message](4096)
         host.set_handler(self._link_protocol, self._accept_link)
@@ -86,7 +108,8 @@ class Carrier:
         """Serve requests until the daemon closes the control socket."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._send)
-            self._tell(control.Ready(self._host.peer_id, tuple(self._host.addresses)))
+            self._tell(control.Ready(self._host.peer_id, self._host.listening))
+            nursery.start_soon(tell_addresses, self._host, self._outbox)
             while True:
                 raw, descriptors = await self._control.receive()
                 if not raw:
@@ -128,9 +151,9 @@ class Carrier:
 
     @contextmanager
     def _cancellable(self, request: Request) -> Iterator[trio.CancelScope]:
-        """A scope in which the daemon's Cancel ends a fetch."""
+        """A scope in which the daemon's Cancel ends the request."""
         with trio.CancelScope() as scope:
-            if isinstance(request, control.FetchBlob | control.FetchFile | control.ListResult):
+            if isinstance(request, _CANCELLED):
                 self._fetches[request.id] = scope
             try:
                 yield scope
@@ -145,23 +168,26 @@ class Carrier:
                 self._open_slot(request, descriptors, nursery)
             case control.SetPeers():
                 self._set_peers(request)
-            case control.SetMembers(_, job, sessions):
-                self._members[job] = frozenset(sessions)
+            case control.SetBans(_, bans):
+                self._host.set_bans([Ban(ban.subject, ban.until, ban.reason) for ban in bans])
+            case control.SetMembers(_, job, sessions, sealed):
+                self._jobs[job] = JobContent(frozenset(sessions), sealed)
                 if not sessions:
-                    del self._members[job]
-            case control.ImportText(_, path):
-                shards = await trio.to_thread.run_sync(self._store.import_text, Path(path))
-                return control.Imported(request.id, tuple(shards))
-            case control.FetchBlob(_, job, content, size, holders):
-                target = self._layout.blob(content)
-                holder = self._host.peer_id
-                if not self._store.has(content, size):
-                    item = control.Blob(job, content)
-                    holder = await self._client.fetch(item, size, holders, target, blob=True)
-                return control.Stored(request.id, str(target), holder)
+                    del self._jobs[job]
+            case control.Rekey(_, job, sessions, sealed):
+                self._jobs[job] = JobContent(frozenset(sessions), sealed)
+                await trio.to_thread.run_sync(self._store.rekey, sealed)
+            case control.ImportText(_, path, sealed):
+                found = await trio.to_thread.run_sync(self._store.import_text, Path(path), sealed)
+                return control.Imported(request.id, tuple(found))
+            case control.FetchData(_, job, sealed, shards, holders):
+                await self._client.fetch_data(job, sealed, shards, holders)
+            case control.HandData(_, sealed, shards):
+                await self._hand_data(sealed, shards, descriptors)
             case control.FetchFile(_, item, limit, holders, destination):
-                holder = await self._client.fetch(item, limit, holders, Path(destination))
-                return control.Stored(request.id, destination, holder)
+                target = Path(destination)
+                had = await self._client.fetch_file(item, limit, holders, target)
+                return control.Stored(request.id, had)
             case control.ListResult(_, job, holders):
                 files = await self._client.list_result(job, holders)
                 return control.Listing(request.id, files)
@@ -174,6 +200,8 @@ class Carrier:
             case control.Discard(_, slot, segment):
                 if slot in self._slots:
                     self._slots[slot].discard(segment)
+            case _:
+                return await self._net.carry_out(request, frozenset(self._kept))
         return control.Done(request.id)
 
     def _set_peers(self, request: control.SetPeers) -> None:
@@ -189,6 +217,27 @@ class Carrier:
                     # They come from that peer; what it says of itself must not cost us the others.
                     log.warning("the addresses of %s cannot be used: %s", session, error)
         self._kept = wanted
+
+    async def _hand_data(
+        self,
+        sealed: bytes | None,
+        shards: Sequence[tuple[bytes, int]],
+        descriptors: tuple[int, ...],
+    ) -> None:
+        """The text to a worker: in memory, and past the daemon."""
+        ends = [socket.socket(fileno=descriptor) for descriptor in descriptors]
+        try:
+            if len(ends) != 1:
+                raise ControlError("HandData comes with one descriptor")
+            text = await trio.to_thread.run_sync(self._store.text_memory, sealed, shards)
+            try:
+                # It waits in the socket for a worker that is started next: this does not block.
+                socket.send_fds(ends[0], [b"text"], [text])
+            finally:
+                os.close(text)
+        finally:
+            for end in ends:
+                end.close()
 
     def _open_slot(
         self, request: control.OpenSlot, descriptors: tuple[int, ...], nursery: trio.Nursery
@@ -217,6 +266,14 @@ class Carrier:
             self._slots.pop(server.slot, None)
 
     async def _accept_link(self, stream: Stream) -> None:
+        """Whoever wants to open a link here; what is wrong with it is no defect of ours."""
+        try:
+            await self._answer_link(stream)
+        except (LinkRefused, trio.TooSlowError) as error:
+            log.debug("a link of %s is refused: %s", stream.peer_id, error or "no Hello in time")
+            await stream.reset()
+
+    async def _answer_link(self, stream: Stream) -> None:
         with trio.fail_after(HELLO_SECONDS):
             hello = decode_message(await stream.receive(MAX_HELLO_BYTES))
         if not isinstance(hello, Hello):
@@ -254,8 +311,11 @@ async def main(fd: int) -> int:
         print(error, file=sys.stderr)
         return EXIT_KEY
     try:
-        async with open_host(key.seed, config.listen, gossip=False) as host:
-            await Carrier(config, key, host, sock).run()
+        relaying = Relaying()
+        async with open_host(
+            key.seed, config.listen, gossip=False, relay=relaying.policy()
+        ) as host:
+            await Carrier(config, key, host, relaying, sock).run()
     except ListenFailed as error:
         print(error, file=sys.stderr)
         return EXIT_LISTEN
@@ -268,4 +328,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(arguments.control)
+    leave_no_core()
     sys.exit(trio.run(main, arguments.control))

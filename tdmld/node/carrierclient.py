@@ -13,7 +13,8 @@ import msgspec
 import trio
 
 from tdmld.node import control, errors
-from tdmld.node.control import CarrierEvent, Configure, ControlSocket, Reply, Request
+from tdmld.node.control import CarrierEvent, Configure, Reply, Request
+from tdmld.node.controlsocket import ControlSocket
 from tdmld.node.errors import CarrierUnavailable, ControlError, MachineError
 from tdmld.node.supervise import Child, minimal_environment
 
@@ -236,6 +237,9 @@ class CarrierClient:
                 | control.Imported()
                 | control.Stored()
                 | control.Listing()
+                | control.Dialled()
+                | control.Direct()
+                | control.Network()
             ):
                 pending = self._pending.get(message.id)
                 if pending is not None:

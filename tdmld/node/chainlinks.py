@@ -215,6 +215,7 @@ class Links:
                     break
                 except DecodeError as error:
                     log.warning("validator %s sent a malformed message: %s", link.peer_id, error)
+                    link.stream.blame(str(error))
                     break
                 await self._receive(link, message)
             nursery.cancel_scope.cancel()

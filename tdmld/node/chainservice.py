@@ -381,7 +381,7 @@ class ChainService:
     async def _subscribe(self, nursery: trio.Nursery) -> None:
         """Take part in gossip, when the host does."""
         door = self._door
-        topics: tuple[tuple[str, int, Callable[[str, bytes], bool], Deliver], ...] = (
+        topics: tuple[tuple[str, int, Callable[[str, bytes], bool | None], Deliver], ...] = (
             (
                 self._protocols.block,
                 GOSSIP_BLOCK_BYTES,

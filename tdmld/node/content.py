@@ -1,358 +1,131 @@
-"""Content between carriers: shards, states, frames and results, by name or by hash.
+"""Bringing content from those who hold it, from several at once.
 
-One stream `/tdmld/<n>/content/1` serves one item at a time:
-
-    asker: Locate(item)             holder: Located(id, size) | Refuse(why)
-    asker: Want(offset, length)     holder: the bytes, <= CHUNK_BYTES a message
-    asker: ListFiles(job)           holder: Files([(name, size)]) | Refuse(why)
-
-`id` is the BLAKE3 of the whole file: the asker hashes what it gets and refuses anything else. That
-proves an honest copy; whether the file is the *right* one is decided by its root, by whoever asked.
-Only members of a job are answered. Everything is bounded: messages, chunks, size (by the asker),
-streams a peer and in all (by the holder), time without progress, bytes kept.
+Everybody named is asked at the same time whether an item is there; those whose list of chunks has
+the same hash form a group, and a group brings one download (`download`). A group that ends without
+it, or with something else than was meant, leaves the place to the next one, the largest first.
+That proves an honest copy; whether a state, log or result is the *right* one is decided by its
+root, by whoever asked. Data shards are checked here: an open one is its own hash, a sealed one must
+open to it. Content keys come the same way, each in a box for this session (`seal`).
 """
 
 import logging
-import os
-import stat
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Annotated
 
-import msgspec
 import trio
-from blake3 import blake3
 
-from tdmld.files import sync_directory, write_file
-from tdmld.node.control import (
-    Blob,
-    FileName,
-    FramesFile,
-    Id32,
-    Item,
-    ResultFile,
-    Size,
-    StateFile,
-)
-from tdmld.node.errors import ContentError, ContentMismatch, ContentRefused, ContentUnavailable
-from tdmld.node.layout import Layout, free_bytes, is_file_name
+from tdmld.files import write_file
+from tdmld.node import contentwire as wire
+from tdmld.node.contentstore import ContentStore
+from tdmld.node.control import Blob, Item
+from tdmld.node.download import Download
+from tdmld.node.errors import ContentMismatch, ContentUnavailable, MachineError
+from tdmld.node.layout import Layout
+from tdmld.node.seal import ContentKeys, KeyName, sealed_size, unseal
 from tdmld.p2p import Host, Stream
-from tdmld.p2p.errors import DialFailed, P2PError, StreamClosed, StreamError
-from tdmld.train.data import cut_shards
-from tdmld.train.digest import digest
-from tdmld.train.framelog import frame_log_name
-from tdmld.train.limits import SHARD_BYTES, TEXT_BYTES
-from tdmld.train.statefile import part_file
+from tdmld.p2p.errors import DialFailed, P2PError, StreamError
+from tdmld.train.limits import SHARD_BYTES
 
 log = logging.getLogger(__name__)
 
-REQUEST_BYTES = 4096
-REPLY_BYTES = 16 * 1024
-CHUNK_BYTES = 1 << 20
-STREAMS_PER_PEER = 8
-STREAMS = 64
-IDLE_SECONDS = 30.0
-MIN_BYTES_PER_SECOND = 16 * 1024
-"""A holder that is slower on the whole is left for another one: a byte now and then is no gift."""
 RETRY_SECONDS = (0.2, 1.0)
 """Pauses before a holder is asked again after a broken stream."""
-MAX_RESULT_FILES = 32
-_KNOWN_HASHES = 1024
+SETTLE_SECONDS = 0.5
+"""So long after the first holder answered the others may still join it."""
+DOWNLOADS_AT_ONCE = 4
+_FAILURES = (P2PError, ContentUnavailable, ContentMismatch, trio.TooSlowError)
 
-
-class Locate(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """What is asked for."""
-
-    item: Item
-
-
-class Want(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Bytes of the item that was located."""
-
-    offset: Size
-    length: Size
-
-
-class ListFiles(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """The files of a job's result."""
-
-    job: Id32
-
-
-class Located(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """The item is here."""
-
-    content: Id32
-    size: Size
-
-
-class Refuse(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """It is not, or not for you."""
-
-    reason: Annotated[str, msgspec.Meta(max_length=300)]
-
-
-class Files(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Names and sizes."""
-
-    files: Annotated[tuple[tuple[FileName, Size], ...], msgspec.Meta(max_length=MAX_RESULT_FILES)]
-
-
-_request = msgspec.msgpack.Decoder(Locate | Want | ListFiles)
-_reply = msgspec.msgpack.Decoder(Located | Refuse | Files)
-
-
-class ContentStore:
-    """Files below a data directory by name and by hash. Methods block: call them in a thread."""
-
-    def __init__(self, layout: Layout, quota: int) -> None:
-        self._layout = layout
-        self._quota = quota
-        self._held = quota
-        """Bytes in content/, or more: measured when it seems to be full."""
-        self._hashes: OrderedDict[tuple[str, int, int], bytes] = OrderedDict()
-
-    def path(self, item: Item) -> Path:
-        """Where an item lies if it is here; ContentUnavailable if not."""
-        candidates: tuple[Path, ...]
-        match item:
-            case Blob(_, content):
-                candidates = (self._layout.blob(content),)
-            case ResultFile(job, name):
-                if not is_file_name(name):
-                    raise ContentUnavailable(f"{name!r} is no file of a result")
-                candidates = (self._layout.result(job) / name,)
-            case FramesFile(slot, segment, link):
-                owner = self._layout.slot(slot.job, slot.lane, slot.stage)
-                candidates = (owner / "ring" / frame_log_name(segment, link, "sent"),)
-            case StateFile(slot, boundary, part):
-                candidates = tuple(
-                    directory / part_file(part)
-                    for directory in self._layout.states(slot.job, slot.lane, slot.stage, boundary)
-                )
-        for path in candidates:
-            if path.is_file():
-                return path
-        raise ContentUnavailable("not here")
-
-    def identify(self, fd: int, path: Path) -> tuple[bytes, int]:
-        """(BLAKE3, size) of an open file; remembered as long as it does not change."""
-        facts = os.fstat(fd)
-        if not stat.S_ISREG(facts.st_mode):
-            raise ContentUnavailable("not a file")
-        key = (str(path), facts.st_mtime_ns, facts.st_size)
-        known = self._hashes.get(key)
-        if known is None:
-            hasher = blake3()
-            at = 0
-            while piece := os.pread(fd, CHUNK_BYTES, at):
-                hasher.update(piece)
-                at += len(piece)
-            known = self._hashes[key] = hasher.digest()
-            while len(self._hashes) > _KNOWN_HASHES:
-                self._hashes.popitem(last=False)
-        return known, facts.st_size
-
-    def result_files(self, job: bytes) -> tuple[tuple[str, int], ...]:
-        """(name, size) of a result; ContentUnavailable."""
-        directory = self._layout.result(job)
-        if not directory.is_dir():
-            raise ContentUnavailable("no result of this job is here")
-        found = sorted(path for path in directory.iterdir() if path.is_file())
-        return tuple((path.name, path.stat().st_size) for path in found if is_file_name(path.name))[
-            :MAX_RESULT_FILES
-        ]
-
-    def has(self, content: bytes, size: int) -> bool:
-        """Whether a blob is here. Its bytes were checked when it was stored."""
-        path = self._layout.blob(content)
-        return path.is_file() and path.stat().st_size == size
-
-    def make_room(self, size: int, *, blob: bool) -> None:
-        """ContentRefused when `size` more bytes may not or cannot be kept."""
-        directory = self._layout.data_dir
-        if free_bytes(directory) < size:
-            raise ContentRefused(f"the disk of {directory} is full; {size} bytes are needed")
-        if blob:
-            if self._held + size > self._quota:
-                self._held = self._measure()
-            if self._held + size > self._quota:
-                raise ContentRefused(
-                    f"content/ holds {self._held} of {self._quota} bytes; {size} more do not fit"
-                )
-            self._held += size
-
-    def _measure(self) -> int:
-        """Bytes in content/ now. Files go without notice: the daemon removes what jobs left."""
-        held = 0
-        for path in self._layout.content.glob("*/*"):
-            with suppress(FileNotFoundError):
-                held += path.stat().st_size
-        return held
-
-    def import_text(self, path: Path) -> list[tuple[bytes, int]]:
-        """Cut a text file into shards and keep each. ContentRefused, OSError."""
-        # Without waiting for the writer of a pipe that somebody named by mistake.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(fd, "rb") as file:
-            facts = os.fstat(fd)
-            if not stat.S_ISREG(facts.st_mode):
-                raise ContentRefused(f"{path} is not a regular file")
-            if not 0 < facts.st_size <= TEXT_BYTES:
-                raise ContentRefused(
-                    f"{path} has {facts.st_size} bytes; a text has 1 to {TEXT_BYTES}"
-                )
-            self.make_room(facts.st_size, blob=True)
-            shards = []
-            while block := file.read(SHARD_BYTES):
-                for shard in cut_shards(block):
-                    content = digest(shard)
-                    shards.append((content, len(shard)))
-                    if not self.has(content, len(shard)):
-                        target = self._layout.blob(content)
-                        target.parent.mkdir(parents=True, exist_ok=True)
-                        write_file(target, shard)
-            return shards
-
-
-class ContentServer:
-    """Answers peers. `is_open(item)` says that a file still grows and cannot be given yet."""
-
-    def __init__(
-        self,
-        store: ContentStore,
-        members: Mapping[bytes, frozenset[str]],
-        is_open: Callable[[Item], bool],
-    ) -> None:
-        self._store = store
-        self._members = members
-        self._is_open = is_open
-        self._streams: Counter[str] = Counter()
-
-    async def handle(self, stream: Stream) -> None:
-        """Serve one stream until the peer closes it."""
-        peer = stream.peer_id
-        if self._streams[peer] >= STREAMS_PER_PEER or self._streams.total() >= STREAMS:
-            await self._answer(stream, Refuse("too many streams; try again later"))
-            return
-        self._streams[peer] += 1
-        try:
-            await self._serve(stream)
-        except StreamClosed:
-            return
-        finally:
-            self._streams[peer] -= 1
-            if not self._streams[peer]:
-                del self._streams[peer]
-
-    async def _serve(self, stream: Stream) -> None:
-        fd, size = -1, 0
-        try:
-            while True:
-                with trio.fail_after(IDLE_SECONDS):
-                    raw = await stream.receive(REQUEST_BYTES)
-                try:
-                    request = _request.decode(raw)
-                    if isinstance(request, Want):
-                        if fd < 0 or request.offset + request.length > size:
-                            raise ContentRefused("nothing was located, or not so many bytes")
-                        await self._send_bytes(stream, fd, request)
-                        continue
-                    if isinstance(request, ListFiles):
-                        self._check_member(stream.peer_id, request.job)
-                        files = await trio.to_thread.run_sync(self._store.result_files, request.job)
-                        reply: Located | Files = Files(files)
-                    else:
-                        self._check_member(stream.peer_id, _job_of(request.item))
-                        if fd >= 0:
-                            os.close(fd)
-                            fd = -1
-                        if self._is_open(request.item):
-                            raise ContentUnavailable("not finished yet")
-                        path = self._store.path(request.item)
-                        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-                        content, size = await trio.to_thread.run_sync(
-                            self._store.identify, fd, path
-                        )
-                        reply = Located(content, size)
-                except ContentError as error:
-                    await self._answer(stream, Refuse(str(error)[:300]))
-                except OSError as error:
-                    await self._answer(stream, Refuse(f"cannot be read: {error.strerror}"))
-                except msgspec.MsgspecError as error:
-                    await self._answer(stream, Refuse(f"malformed request: {error}"[:300]))
-                    return
-                else:
-                    await self._answer(stream, reply)
-        finally:
-            if fd >= 0:
-                os.close(fd)
-
-    async def _send_bytes(self, stream: Stream, fd: int, want: Want) -> None:
-        at, end = want.offset, want.offset + want.length
-        while at < end:
-            piece = await trio.to_thread.run_sync(os.pread, fd, min(CHUNK_BYTES, end - at), at)
-            if not piece:
-                raise ContentUnavailable("the file became shorter")
-            with trio.fail_after(IDLE_SECONDS):
-                await stream.send(piece)
-            at += len(piece)
-
-    async def _answer(self, stream: Stream, reply: Located | Files | Refuse) -> None:
-        with trio.fail_after(IDLE_SECONDS):
-            await stream.send(msgspec.msgpack.encode(reply))
-
-    def _check_member(self, peer: str, job: bytes) -> None:
-        if peer not in self._members.get(job, frozenset()):
-            raise ContentRefused("you are not a member of this job here")
-
-
-def _job_of(item: Item) -> bytes:
-    if isinstance(item, StateFile | FramesFile):
-        return item.slot.job
-    return item.job
+Place = Callable[[wire.Located], Path]
+Check = Callable[[Download, Sequence[str]], Awaitable[None]]
+"""Given a complete download and who had it."""
 
 
 class ContentClient:
-    """Brings items from holders, tried in order."""
+    """Brings items for one session. Methods may be cancelled: then they leave nothing behind."""
 
-    def __init__(self, host: Host, protocol: str, store: ContentStore) -> None:
+    def __init__(
+        self, host: Host, protocol: str, layout: Layout, store: ContentStore, keys: ContentKeys
+    ) -> None:
         self._host = host
         self._protocol = protocol
+        self._layout = layout
         self._store = store
+        self._keys = keys
+        self._slots = trio.Semaphore(DOWNLOADS_AT_ONCE)
+        self._busy: dict[object, trio.Event] = {}
 
-    async def fetch(
-        self, item: Item, limit: int, holders: Sequence[str], target: Path, *, blob: bool = False
-    ) -> str:
-        """Bring an item to `target`, whole, hashed, synced; gives the holder that had it.
+    # what is asked for -----------------------------------------------------------------------
 
-        With `blob` the item's own id must be the hash. ContentUnavailable names each holder's
-        answer, ContentRefused when there is no room here. Cancelled, it leaves nothing behind.
+    async def fetch_file(
+        self, item: Item, limit: int, holders: Sequence[str], target: Path
+    ) -> tuple[str, ...]:
+        """Bring an item to `target`, whole and synced; gives those who had it, all of whom said the
+        same of it.
+
+        ContentUnavailable names each holder's answer, ContentRefused when there is no room here.
+        What a broken download has brought stays beside `target`, and the next call goes on there.
         """
-        answers = []
-        for holder in holders:
-            try:
-                if holder == self._host.peer_id:
+        answers: dict[str, str] = {}
+        async with self._alone(target):
+            if self._host.peer_id in holders:
+                try:
                     await trio.to_thread.run_sync(self._copy, item, limit, target)
-                    return holder
-                await self._from_patiently(holder, item, limit, target, blob)
-            except (P2PError, ContentUnavailable, ContentMismatch, trio.TooSlowError) as error:
-                answers.append(f"{holder}: {str(error) or 'too slow'}")
-            else:
-                return holder
-        raise ContentUnavailable("; ".join(answers) or "no holder is known")
+                    return (self._host.peer_id,)
+                except (ContentUnavailable, ContentMismatch) as error:
+                    answers[self._host.peer_id] = str(error)
+            return await self._bring(item, limit, holders, lambda _: target, _accept, answers)
 
-    def _copy(self, item: Item, limit: int, target: Path) -> None:
-        """The holder is this machine: copy the file."""
-        with self._store.path(item).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > limit:
-                raise ContentMismatch(f"{size} bytes where at most {limit} are possible")
-            self._store.make_room(size, blob=False)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_file(target, iter(lambda: file.read(CHUNK_BYTES), b""))
+    async def fetch_data(
+        self,
+        job: bytes,
+        sealed: bytes | None,
+        shards: Sequence[tuple[bytes, int]],
+        holders: Sequence[str],
+    ) -> None:
+        """Bring the shards [(content id, size)] of a job that are not here; `sealed` is the spec id
+        when they are sealed. Errors as `fetch_file`, of the first shard that could not be had."""
+        waiting = list(reversed(shards))
+        failure: Exception | None = None
+
+        async def work() -> None:
+            nonlocal failure
+            while waiting:
+                content, size = waiting.pop()
+                try:
+                    await self._fetch_shard(job, sealed, content, size, holders)
+                except (MachineError, OSError) as error:
+                    # Raised below: the nursery would put it into a group.
+                    failure = failure or error
+                    waiting.clear()
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(DOWNLOADS_AT_ONCE):
+                nursery.start_soon(work)
+        if failure is not None:
+            raise failure
+
+    async def _fetch_shard(
+        self, job: bytes, sealed: bytes | None, content: bytes, size: int, holders: Sequence[str]
+    ) -> None:
+        item = Blob(job, content)
+
+        async def check(download: Download, group: Sequence[str]) -> None:
+            if sealed is not None:
+                asked = list(dict.fromkeys([*group, *holders]))
+                await self._check_opens(job, sealed, content, download, asked)
+            elif download.located.digests != content:
+                raise ContentMismatch("another content than was asked for")
+
+        def place(located: wire.Located) -> Path:
+            if sealed is None:
+                return self._layout.blob(content)
+            return self._layout.sealed_blob(sealed, *_key_of(located), content)
+
+        async with self._alone((sealed, content)):
+            if not await trio.to_thread.run_sync(self._store.has, sealed, content, size):
+                stored = size if sealed is None else sealed_size(size)
+                await self._bring(item, stored, holders, place, check, {}, blob=True)
 
     async def list_result(self, job: bytes, holders: Sequence[str]) -> tuple[tuple[str, int], ...]:
         """The files of a result at the first holder that has one. ContentUnavailable."""
@@ -361,79 +134,330 @@ class ContentClient:
             try:
                 if holder == self._host.peer_id:
                     return await trio.to_thread.run_sync(self._store.result_files, job)
-                with trio.fail_after(IDLE_SECONDS):
-                    async with await self._host.open_stream(holder, self._protocol) as stream:
-                        reply = await self._ask(stream, ListFiles(job))
-                        if isinstance(reply, Files):
-                            return reply.files
-                        answers.append(f"{holder}: an answer to something else")
-            except (P2PError, ContentUnavailable, trio.TooSlowError) as error:
+                reply = await self._ask_once(holder, wire.ListFiles(job))
+                if isinstance(reply, wire.Files):
+                    return reply.files
+                answers.append(f"{holder}: an answer to something else")
+            except _FAILURES as error:
                 answers.append(f"{holder}: {str(error) or 'too slow'}")
         raise ContentUnavailable("; ".join(answers) or "no holder is known")
 
-    async def _ask(self, stream: Stream, request: Locate | ListFiles) -> Located | Files:
-        await stream.send(msgspec.msgpack.encode(request))
-        try:
-            reply: Located | Refuse | Files = _reply.decode(await stream.receive(REPLY_BYTES))
-        except msgspec.MsgspecError as error:
-            raise ContentUnavailable(f"malformed answer: {error}") from error
-        if isinstance(reply, Refuse):
-            raise ContentUnavailable(reply.reason)
-        return reply
+    # keys ------------------------------------------------------------------------------------
 
-    async def _from_patiently(
-        self, holder: str, item: Item, limit: int, target: Path, blob: bool
+    async def _check_opens(
+        self, job: bytes, spec: bytes, content: bytes, download: Download, holders: Sequence[str]
     ) -> None:
-        """As `_from`, again after a broken stream: when two peers dial each other at the same time
+        """A sealed shard must open to its content, with the key that it names: ours, or a holder's.
+        The key that opened it is kept. ContentMismatch, ContentUnavailable."""
+        name = _key_of(download.located)
+        epoch = name.epoch
+        sealed = await trio.to_thread.run_sync(_read_sealed, download.part)
+        key = await trio.to_thread.run_sync(self._keys.get, spec, name)
+        if key is not None:
+            await trio.to_thread.run_sync(unseal, key, spec, epoch, content, sealed)
+            return
+        answers = []
+        for holder in holders:
+            if holder == self._host.peer_id:
+                continue
+            try:
+                reply = await self._ask_once(holder, wire.AskKey(job, *name))
+                if not isinstance(reply, wire.KeyBox):
+                    raise ContentUnavailable("an answer to something else")
+                key = self._keys.open(spec, name, reply.box)
+                await trio.to_thread.run_sync(unseal, key, spec, epoch, content, sealed)
+            except _FAILURES as error:
+                answers.append(f"{holder}: {str(error) or 'too slow'}")
+            else:
+                await trio.to_thread.run_sync(self._keys.keep, spec, epoch, key)
+                return
+        raise ContentUnavailable(f"nobody gave the content key: {'; '.join(answers)}")
+
+    # downloads -------------------------------------------------------------------------------
+
+    async def _bring(
+        self,
+        item: Item,
+        limit: int,
+        holders: Sequence[str],
+        place: Place,
+        check: Check,
+        answers: dict[str, str],
+        *,
+        blob: bool = False,
+    ) -> tuple[str, ...]:
+        """Locate, group, download, check. `answers` collects what each holder said instead."""
+        others = [h for h in dict.fromkeys(holders) if h != self._host.peer_id]
+        asked = set[str]()
+        async with self._slots:
+            while left := [h for h in others if h not in asked and h not in answers]:
+                sources = _Sources()
+                try:
+                    await self._locate(item, limit, left, sources, answers)
+                    asked |= sources.located.keys()
+                    for located, group in sources.groups():
+                        try:
+                            await self._download(
+                                item, place(located), located, group, sources, check, answers, blob
+                            )
+                        except _FAILURES as error:
+                            for holder in group:
+                                answers.setdefault(holder, str(error) or "too slow")
+                        else:
+                            return tuple(group)
+                finally:
+                    await sources.close()
+        told = (f"{holder}: {answer}" for holder, answer in answers.items())
+        raise ContentUnavailable("; ".join(told) or "no holder is known")
+
+    async def _locate(
+        self,
+        item: Item,
+        limit: int,
+        holders: Sequence[str],
+        sources: "_Sources",
+        answers: dict[str, str],
+    ) -> None:
+        """Ask all at once; ends when all have answered, or soon after the first that has it."""
+
+        async def ask(holder: str) -> None:
+            try:
+                stream, located = await self._open_patiently(holder, item)
+                if located.size > limit:
+                    await stream.reset()
+                    raise ContentMismatch(
+                        f"{located.size} bytes where at most {limit} are possible"
+                    )
+            except _FAILURES as error:
+                answers[holder] = str(error) or "too slow"
+            else:
+                sources.add(holder, stream, located)
+                soon = trio.current_time() + SETTLE_SECONDS
+                nursery.cancel_scope.deadline = min(nursery.cancel_scope.deadline, soon)
+
+        async with trio.open_nursery() as nursery:
+            for holder in holders:
+                nursery.start_soon(ask, holder)
+
+    async def _open_patiently(self, holder: str, item: Item) -> tuple[Stream, wire.Located]:
+        """As `_open`, again after a broken stream: when two peers dial each other at the same time
         one of the connections is dropped, and streams on it with it."""
         for pause in RETRY_SECONDS:
             try:
-                return await self._from(holder, item, limit, target, blob)
+                return await self._open(holder, item)
             except (StreamError, DialFailed) as error:
                 log.info("content from %s: %s; again", holder, error)
             await trio.sleep(pause)
-        await self._from(holder, item, limit, target, blob)
+        return await self._open(holder, item)
 
-    async def _from(self, holder: str, item: Item, limit: int, target: Path, blob: bool) -> None:
-        async with await self._host.open_stream(holder, self._protocol) as stream:
-            with trio.fail_after(IDLE_SECONDS):
-                reply = await self._ask(stream, Locate(item))
-            if not isinstance(reply, Located):
-                raise ContentUnavailable("an answer to something else")
-            if reply.size > limit:
-                raise ContentMismatch(f"{reply.size} bytes where at most {limit} are possible")
-            if blob and isinstance(item, Blob) and reply.content != item.content:
-                raise ContentMismatch("another content than was asked for")
-            await trio.to_thread.run_sync(lambda: self._store.make_room(reply.size, blob=blob))
-            with trio.fail_after(IDLE_SECONDS + reply.size / MIN_BYTES_PER_SECOND):
-                await self._download(stream, reply, target)
-
-    async def _download(self, stream: Stream, located: Located, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
-        hasher = blake3()
-        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    async def _open(self, holder: str, item: Item) -> tuple[Stream, wire.Located]:
+        """A stream on which the item is located."""
+        stream = await self._host.open_stream(holder, self._protocol)
         try:
-            try:
-                await stream.send(msgspec.msgpack.encode(Want(0, located.size)))
-                missing = located.size
-                while missing:
-                    with trio.fail_after(IDLE_SECONDS):
-                        piece = await stream.receive(min(CHUNK_BYTES, missing))
-                    if not piece:
-                        raise ContentMismatch("an empty chunk")
-                    hasher.update(piece)
-                    view = memoryview(piece)
-                    while view:
-                        view = view[os.write(fd, view) :]
-                    missing -= len(piece)
-                if hasher.digest() != located.content:
-                    raise ContentMismatch("the bytes do not have the announced hash")
-                await trio.to_thread.run_sync(os.fsync, fd)
-            finally:
-                os.close(fd)
-            aside.replace(target)
-        except BaseException:  # also cancellation: no half file stays
-            aside.unlink(missing_ok=True)
+            with trio.fail_after(wire.IDLE_SECONDS):
+                await stream.send(wire.encode_request(wire.Locate(item)))
+                reply = wire.decode_reply(await stream.receive(wire.REPLY_BYTES))
+            if not isinstance(reply, wire.Located):
+                raise ContentUnavailable("an answer to something else")
+            if wire.chunk_count(reply.size) <= wire.LIST_CHUNKS:
+                with _blaming(stream):
+                    wire.check_digests(reply, reply.digests)
+        except BaseException:  # also cancellation: nobody else knows the stream
+            await stream.reset()
             raise
-        await trio.to_thread.run_sync(sync_directory, target.parent)
+        return stream, reply
+
+    async def _ask_once(self, holder: str, request: wire.Request) -> object:
+        """One small question on a stream of its own."""
+        with trio.fail_after(wire.IDLE_SECONDS):
+            async with await self._host.open_stream(holder, self._protocol) as stream:
+                await stream.send(wire.encode_request(request))
+                return wire.decode_reply(await stream.receive(wire.REPLY_BYTES))
+
+    async def _download(
+        self,
+        item: Item,
+        target: Path,
+        located: wire.Located,
+        group: Sequence[str],
+        sources: "_Sources",
+        check: Check,
+        answers: dict[str, str],
+        blob: bool,
+    ) -> None:
+        digests = await self._all_digests(located, group, sources, answers)
+        await trio.to_thread.run_sync(lambda: self._store.make_room(located.size, blob=blob))
+        download = Download(target, located, digests)
+        failure: OSError | None = None
+        wrong = True
+        """Whether what is there is of no use: a broken download is, and stays."""
+        try:
+            await trio.to_thread.run_sync(download.open)
+            if download.resumed:
+                count = wire.chunk_count(located.size)
+                log.info("%s goes on: %d of %d chunks are here", target, download.resumed, count)
+            async with trio.open_nursery() as nursery:
+
+                async def pull(holder: str) -> None:
+                    nonlocal failure
+                    try:
+                        reason = await self._pull(holder, item, download, sources)
+                    except OSError as error:
+                        # Our disk, raised below: the nursery would put it into a group.
+                        failure = error
+                    else:
+                        if reason:
+                            answers[holder] = reason
+                    if failure is not None or download.complete:
+                        nursery.cancel_scope.cancel()
+
+                for holder in group:
+                    nursery.start_soon(pull, holder)
+            if failure is not None:
+                raise failure
+            if not download.complete:
+                wrong = False
+                raise ContentUnavailable("all who had it failed")
+            await check(download, group)
+            await trio.to_thread.run_sync(download.finish)
+            wrong = False
+        finally:
+            download.close()
+            if wrong:
+                download.discard()
+
+    async def _pull(self, holder: str, item: Item, download: Download, sources: "_Sources") -> str:
+        """Bring chunks from one holder, over new streams when one breaks; gives why it ended."""
+        pauses = list(RETRY_SECONDS)
+        while True:
+            before = download.brought[holder]
+            try:
+                stream = sources.streams.pop(holder, None)
+                if stream is None:
+                    stream, located = await self._open(holder, item)
+                    if located.content != download.located.content:
+                        await stream.reset()
+                        raise ContentMismatch("it has something else now")
+                async with stream:
+                    with _blaming(stream):
+                        await download.pull(holder, stream)
+                return ""
+            except (StreamError, DialFailed) as error:
+                log.info("content from %s: %s", holder, error)
+                if download.brought[holder] > before:
+                    pauses = list(RETRY_SECONDS)
+                if not pauses:
+                    return str(error)
+                await trio.sleep(pauses.pop(0))
+            except ContentMismatch as error:
+                log.warning("content from %s is not taken: %s", holder, error)
+                return str(error)
+            except _FAILURES as error:
+                return str(error) or "too slow"
+
+    async def _all_digests(
+        self,
+        located: wire.Located,
+        group: Sequence[str],
+        sources: "_Sources",
+        answers: dict[str, str],
+    ) -> bytes:
+        """The whole list of chunk digests, checked; from the first of the group that gives it."""
+        count = wire.chunk_count(located.size)
+        if count <= wire.LIST_CHUNKS:
+            return located.digests
+        for holder in group:
+            stream, found = sources.streams[holder], bytearray(sources.located[holder].digests)
+            try:
+                while len(found) < count * wire.DIGEST_BYTES:
+                    first = len(found) // wire.DIGEST_BYTES
+                    with trio.fail_after(wire.IDLE_SECONDS):
+                        await stream.send(wire.encode_request(wire.MoreDigests(first)))
+                        raw = await stream.receive(wire.REPLY_BYTES)
+                    piece = wire.decode_bytes(raw)
+                    if not piece:
+                        raise ContentMismatch("its list of chunks is too short")
+                    found += piece
+                wire.check_digests(located, bytes(found))
+            except _FAILURES as error:
+                answers[holder] = str(error) or "too slow"
+                await stream.reset()
+                del sources.streams[holder]
+            else:
+                return bytes(found)
+        raise ContentUnavailable("nobody gave the list of its chunks")
+
+    def _copy(self, item: Item, limit: int, target: Path) -> None:
+        """The holder is this machine: copy the file."""
+        path, _ = self._store.path(item)
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            if size > limit:
+                raise ContentMismatch(f"{size} bytes where at most {limit} are possible")
+            self._store.make_room(size, blob=False)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_file(target, iter(lambda: file.read(wire.CHUNK_BYTES), b""))
+
+    @asynccontextmanager
+    async def _alone(self, what: object) -> AsyncIterator[None]:
+        """One task at a time brings the same thing: a second one waits and then looks again."""
+        while (busy := self._busy.get(what)) is not None:
+            await busy.wait()
+        ended = self._busy[what] = trio.Event()
+        try:
+            yield
+        finally:
+            del self._busy[what]
+            ended.set()
+
+
+class _Sources:
+    """Those who have an item, with the streams on which they said so."""
+
+    def __init__(self) -> None:
+        self.streams: dict[str, Stream] = {}
+        self.located: dict[str, wire.Located] = {}
+
+    def add(self, holder: str, stream: Stream, located: wire.Located) -> None:
+        self.streams[holder], self.located[holder] = stream, located
+
+    def groups(self) -> list[tuple[wire.Located, list[str]]]:
+        """Those who agree, the largest group first; among equals the newest key epoch."""
+        found: dict[tuple[bytes, int, int, bytes], list[str]] = {}
+        for holder, at in self.located.items():
+            found.setdefault((at.content, at.size, at.epoch, at.key), []).append(holder)
+        ordered = sorted(found.items(), key=lambda entry: (-len(entry[1]), -entry[0][2]))
+        return [(self.located[group[0]], group) for _, group in ordered]
+
+    async def close(self) -> None:
+        """End the streams that no download took."""
+        with trio.CancelScope(shield=True):
+            for stream in self.streams.values():
+                await stream.reset()
+        self.streams.clear()
+
+
+@contextmanager
+def _blaming(stream: Stream) -> Iterator[None]:
+    """Bytes that are not what their sender announced are counted against it."""
+    try:
+        yield
+    except ContentMismatch as error:
+        stream.blame(str(error))
+        raise
+
+
+async def _accept(download: Download, group: Sequence[str]) -> None:
+    """Whoever asked checks the root."""
+
+
+def _key_of(located: wire.Located) -> KeyName:
+    """The key that sealed data names; ContentMismatch."""
+    if len(located.key) != wire.KEY_ID_BYTES:
+        raise ContentMismatch("sealed data that names no key")
+    return KeyName(located.epoch, located.key)
+
+
+def _read_sealed(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(sealed_size(SHARD_BYTES))

@@ -1,24 +1,19 @@
-"""Messages between the daemon and its carrier, and the socket that carries them.
+"""Messages between the daemon and its carrier; `controlsocket` carries them.
 
 An AF_UNIX SOCK_SEQPACKET pair keeps message borders, so a message is one msgspec MessagePack object
 of at most MESSAGE_BYTES, with file descriptors beside it (SCM_RIGHTS) where a message says so.
 
     daemon -> carrier   Configure first, then requests; each has an id
-    carrier -> daemon   Ready, then exactly one reply (Done, Failed, Imported, Stored, Listing) to
-                        each request that was not cancelled, with its id, in any order, and events
-                        without id
+    carrier -> daemon   Ready, then exactly one reply (Done, Failed or a result) to each request
+                        that was not cancelled, with its id, in any order, and events without id
 
 Either end that reads something malformed stops: the other end is our own code or nothing at all.
 End of file at the carrier means that the daemon is gone, and ends the carrier.
 """
 
-import array
-import contextlib
-import socket
 from typing import Annotated
 
 import msgspec
-import trio
 
 from tdmld.node.errors import ControlError
 
@@ -27,10 +22,16 @@ MESSAGE_BYTES = 64 * 1024
 MAX_DESCRIPTORS = 2
 MAX_PEERS = 256
 """Carriers that a machine stays connected with."""
+MAX_BANS = 256
+"""Of the daemon; those of the configuration and by hand come first. They fill a message."""
+MAX_REASON = 40
 MAX_ADDRESSES = 8
 """Of one of them."""
 MAX_MEMBERS = 1000
 """Sessions that may fetch content of one job; their names fill a message."""
+MAX_RELAYS = 16
+MAX_RELAYED = 1800
+"""Keys of nodes and sessions that a carrier relays for; they fill a message."""
 MAX_HOLDERS = 16
 MAX_TEXT = 2000
 MAX_SHARDS = 1024
@@ -44,6 +45,11 @@ PathText = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
 FileName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")]
 Holders = Annotated[tuple[Session, ...], msgspec.Meta(max_length=MAX_HOLDERS)]
 Sessions = Annotated[tuple[Session, ...], msgspec.Meta(max_length=MAX_MEMBERS)]
+Shards = Annotated[tuple[tuple[Id32, Size], ...], msgspec.Meta(max_length=MAX_SHARDS)]
+"""(content id, size) in the order of the text."""
+Addresses = Annotated[
+    tuple[Annotated[str, msgspec.Meta(max_length=256)], ...], msgspec.Meta(max_length=MAX_ADDRESSES)
+]
 LinkName = Annotated[str, msgspec.Meta(pattern=r"^(up|down)$")]
 
 
@@ -63,10 +69,7 @@ class Peer(msgspec.Struct, frozen=True, array_like=True):
     """A carrier's session and where it listens."""
 
     session: Session
-    addresses: Annotated[
-        tuple[Annotated[str, msgspec.Meta(max_length=256)], ...],
-        msgspec.Meta(max_length=MAX_ADDRESSES),
-    ]
+    addresses: Addresses
 
 
 class Dimensions(msgspec.Struct, frozen=True):
@@ -98,29 +101,67 @@ class SetPeers(Message, frozen=True):
     peers: Annotated[tuple[Peer, ...], msgspec.Meta(max_length=MAX_PEERS)]
 
 
+class Denied(msgspec.Struct, frozen=True, array_like=True):
+    """A PeerId or an IP network that may not connect; `until` as in `tdmld.p2p.Ban`."""
+
+    subject: Annotated[str, msgspec.Meta(max_length=128)]
+    until: float | None
+    reason: Annotated[str, msgspec.Meta(max_length=MAX_REASON)]
+
+
+class SetBans(Message, frozen=True):
+    """Replaces what the daemon denies; what the carrier found out by itself stays."""
+
+    id: int
+    bans: Annotated[tuple[Denied, ...], msgspec.Meta(max_length=MAX_BANS)]
+
+
 class SetMembers(Message, frozen=True):
-    """Replaces the sessions that may fetch content of `job`; an empty set closes it."""
+    """Replaces the sessions that may fetch content of `job`, and the spec id under which its data
+    is sealed (None: it is open); an empty set closes it."""
 
     id: int
     job: Id32
     sessions: Sessions
+    sealed: Id32 | None
 
 
-class ImportText(Message, frozen=True):
-    """Cut a file into shards and keep them. Reply: Imported."""
-
-    id: int
-    path: PathText
-
-
-class FetchBlob(Message, frozen=True):
-    """Bring content by its id into content/. Reply: Stored."""
+class Rekey(Message, frozen=True):
+    """A member of a sealed job was replaced: SetMembers with those who remain, then a new key epoch
+    under which everything is sealed from now on. For the carrier that published the spec."""
 
     id: int
     job: Id32
-    content: Id32
-    size: Size
+    sessions: Sessions
+    sealed: Id32
+
+
+class ImportText(Message, frozen=True):
+    """Cut a file into shards and keep them, sealed under a spec id if there is one. Reply:
+    Imported."""
+
+    id: int
+    path: PathText
+    sealed: Id32 | None
+
+
+class FetchData(Message, frozen=True):
+    """Bring the data shards that are not here, and the content key of sealed ones."""
+
+    id: int
+    job: Id32
+    sealed: Id32 | None
+    shards: Shards
     holders: Holders
+
+
+class HandData(Message, frozen=True):
+    """Give the whole text to a worker, in memory: one descriptor comes along, a socket on which the
+    carrier sends it the descriptor of a memory file. The daemon never sees that one."""
+
+    id: int
+    sealed: Id32 | None
+    shards: Shards
 
 
 class StateFile(msgspec.Struct, frozen=True, tag=True):
@@ -214,6 +255,43 @@ class Discard(Message, frozen=True):
     segment: Count
 
 
+class DialBack(Message, frozen=True):
+    """Dial a session anew, for a receipt. Reply: Dialled."""
+
+    id: int
+    session: Session
+    addresses: Addresses
+
+
+class ConnectDirect(Message, frozen=True):
+    """Connect with a session directly, through a punched hole if need be. Reply: Direct."""
+
+    id: int
+    session: Session
+    addresses: Addresses
+    seconds: Annotated[float, msgspec.Meta(gt=0, le=60)]
+
+
+class SetRelays(Message, frozen=True):
+    """Replaces the carriers through which others may reach this one, the first by preference."""
+
+    id: int
+    peers: Annotated[tuple[Peer, ...], msgspec.Meta(max_length=MAX_RELAYS)]
+
+
+class SetRelaying(Message, frozen=True):
+    """Replaces those whom this carrier relays for, besides its own jobs' peers."""
+
+    id: int
+    keys: Annotated[tuple[Id32, ...], msgspec.Meta(max_length=MAX_RELAYED)]
+
+
+class AskNetwork(Message, frozen=True):
+    """What is the carrier's place in the network? Reply: Network."""
+
+    id: int
+
+
 class Cancel(Message, frozen=True):
     """Whoever asked for request `id` has gone: a fetch stops and leaves nothing behind. Others are
     carried out. There is no reply, neither to this nor to what it stopped."""
@@ -223,15 +301,23 @@ class Cancel(Message, frozen=True):
 
 Request = (
     SetPeers
+    | SetBans
     | SetMembers
+    | Rekey
     | ImportText
-    | FetchBlob
+    | FetchData
+    | HandData
     | FetchFile
     | ListResult
     | OpenSlot
     | Grant
     | CloseSlot
     | Discard
+    | DialBack
+    | ConnectDirect
+    | SetRelays
+    | SetRelaying
+    | AskNetwork
 )
 ToCarrier = Configure | Request | Cancel
 
@@ -264,15 +350,14 @@ class Imported(Message, frozen=True):
     """Shards of a text: (id, size) in order."""
 
     id: int
-    shards: Annotated[tuple[tuple[Id32, Size], ...], msgspec.Meta(max_length=MAX_SHARDS)]
+    shards: Shards
 
 
 class Stored(Message, frozen=True):
-    """A file is here, whole and synced."""
+    """A file is here, whole and synced; all `holders` said that they have these bytes."""
 
     id: int
-    path: PathText
-    holder: str
+    holders: Holders
 
 
 class Listing(Message, frozen=True):
@@ -280,6 +365,42 @@ class Listing(Message, frozen=True):
 
     id: int
     files: Annotated[tuple[tuple[FileName, Size], ...], msgspec.Meta(max_length=64)]
+
+
+class Dialled(Message, frozen=True):
+    """A session proved itself at this address."""
+
+    id: int
+    address: str
+
+
+class Direct(Message, frozen=True):
+    """Whether there is a direct connection."""
+
+    id: int
+    direct: bool
+
+
+class Network(Message, frozen=True):
+    """The carrier's place in the network."""
+
+    id: int
+    connected: int
+    relayed: int
+    """Of them through a relay."""
+    punched: int
+    """Holes punched since it started."""
+    reservations: int
+    """Others that can be reached through us now."""
+    circuits: int
+    carried: int
+    """Bytes relayed since it started."""
+
+
+class AddressesChanged(Message, frozen=True):
+    """Where the carrier can be dialled now."""
+
+    addresses: tuple[str, ...]
 
 
 class GenesisReported(Message, frozen=True):
@@ -323,8 +444,9 @@ class SlotBroken(Message, frozen=True):
     text: Text
 
 
-Reply = Done | Failed | Imported | Stored | Listing
-CarrierEvent = GenesisReported | StepReported | SegmentReported | SlotEnded | SlotBroken
+Reply = Done | Failed | Imported | Stored | Listing | Dialled | Direct | Network
+SlotEvent = GenesisReported | StepReported | SegmentReported | SlotEnded | SlotBroken
+CarrierEvent = SlotEvent | AddressesChanged
 FromCarrier = Ready | Reply | CarrierEvent
 
 _encoder = msgspec.msgpack.Encoder()
@@ -356,51 +478,3 @@ def decode_from_carrier(raw: bytes) -> FromCarrier:
         return _from_carrier.decode(raw)  # type: ignore[no-any-return]
     except msgspec.MsgspecError as error:
         raise ControlError(f"malformed message from the carrier: {error}") from error
-
-
-class ControlSocket:
-    """One end of a SOCK_SEQPACKET pair, under trio.
-
-    `send` and `receive` may be cancelled: a packet is sent whole or not at all.
-    """
-
-    def __init__(self, end: socket.socket) -> None:
-        self._socket = trio.socket.from_stdlib_socket(end)
-        self._sending = trio.Lock()
-
-    async def send(self, raw: bytes, descriptors: tuple[int, ...] = ()) -> None:
-        """Send one packet; ControlError when the other end is closed."""
-        ancillary = []
-        if descriptors:
-            rights = array.array("i", descriptors).tobytes()
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
-        async with self._sending:
-            try:
-                await self._socket.sendmsg([raw], ancillary)
-            except OSError as error:
-                raise ControlError(f"the other process is gone: {error}") from error
-
-    async def receive(self) -> tuple[bytes, tuple[int, ...]]:
-        """The next packet and its descriptors (the caller closes them); b"" at the end."""
-        space = socket.CMSG_SPACE(MAX_DESCRIPTORS * array.array("i").itemsize)
-        try:
-            raw, ancillary, flags, _ = await self._socket.recvmsg(MESSAGE_BYTES, space)
-        except ConnectionError:
-            return b"", ()
-        descriptors = array.array("i")
-        for level, kind, data in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                whole = len(data) - len(data) % descriptors.itemsize
-                descriptors.frombytes(data[:whole])
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            raise ControlError("a packet was cut: more bytes or descriptors than agreed")
-        return raw, tuple(descriptors)
-
-    def shutdown(self) -> None:
-        """Send nothing any more: the other end reads the end of file; we still receive."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_WR)
-
-    def close(self) -> None:
-        """Close this end; the other one reads the end of file."""
-        self._socket.close()

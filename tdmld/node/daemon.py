@@ -27,6 +27,7 @@ from tdmld.chain.state import State
 from tdmld.config import Config
 from tdmld.errors import UserError
 from tdmld.files import FileTooLarge, read_file
+from tdmld.node import netapi
 from tdmld.node.agent import Agent, AskPolicy
 from tdmld.node.api import Api
 from tdmld.node.chainerrors import ChainSideError
@@ -36,9 +37,11 @@ from tdmld.node.errors import MachineError
 from tdmld.node.machine import Machine, open_machine
 from tdmld.node.machineclass import machine_class
 from tdmld.node.peers import PeerService
+from tdmld.node.reach import Reachability, ReachPolicy
+from tdmld.node.reachapi import ReachApi
 from tdmld.node.snapshot import SnapshotClient
 from tdmld.node.store import ChainStore
-from tdmld.p2p import Host, PeerInfo, open_host
+from tdmld.p2p import Bans, Host, PeerInfo, open_host
 from tdmld.p2p.errors import P2PError
 from tdmld.rpc.access import Scope, clear_access, write_access
 from tdmld.rpc.server import ListenFailed, Server
@@ -118,6 +121,8 @@ class _Node:
 
     async def main(self) -> None:
         config, key, server = self._config, self._key, self._server
+        bans = Bans(config.deny)
+        bans.restore(netapi.load(config.data_dir))
         store = ChainStore(
             config.data_dir / "chain",
             self._genesis,
@@ -133,7 +138,7 @@ class _Node:
                     listen=(config.carrier_listen,),
                     launcher=config.launcher,
                 ) as machine,
-                open_host(key.seed, config.listen) as host,
+                open_host(key.seed, config.listen, bans=bans) as host,
                 trio.open_nursery() as nursery,
             ):
                 nursery.start_soon(self._signals, nursery)
@@ -150,6 +155,7 @@ class _Node:
                 if config.sync == "snapshot" and store.height == 0:
                     await self._join(host, store)
                 chain = ChainService(host, store, self._genesis, key)
+                reach = self._reachability(host, peers, machine, chain)
                 agent = Agent(
                     key=key,
                     chain_id=self._chain_id,
@@ -159,6 +165,7 @@ class _Node:
                     data_dir=config.data_dir,
                     ask=self._ask(),
                     ask_blocks=2 * self._genesis.parameters.epoch_blocks,
+                    witnessed=reach,
                 )
                 api = Api(
                     key=key,
@@ -169,14 +176,20 @@ class _Node:
                     machine=machine,
                     agent=agent,
                     peers=peers,
+                    reach=ReachApi(
+                        reach, host, machine.reach, lambda node: _witness_owner(chain, node)
+                    ),
                     data_dir=config.data_dir,
                     stop=self._stop,
                 )
                 await nursery.start(chain.run)  # type: ignore[arg-type]  # third-party stubs of trio
-                nursery.start_soon(self._announce, peers, machine)
+                reach.on_news = agent.look_again
+                nursery.start_soon(reach.run)
+                nursery.start_soon(self._announce, peers, machine, reach)
                 nursery.start_soon(self._keep_validators, peers, chain)
                 nursery.start_soon(agent.run)
                 nursery.start_soon(api.run)
+                nursery.start_soon(api.net.run)
                 self._tokens[write_access(config.data_dir, server.url)] = Scope.ADMIN
                 log.info(
                     "node %s of chain %s listens on %s, RPC on %s",
@@ -211,11 +224,45 @@ class _Node:
             standby_slots=ask.standby_slots,
         )
 
-    async def _announce(self, peers: PeerService, machine: Machine) -> None:
+    def _reachability(
+        self, host: Host, peers: PeerService, machine: Machine, chain: ChainService
+    ) -> Reachability:
+        config, parameters = self._config, self._genesis.parameters
+        policy = ReachPolicy(
+            announce=config.announce,
+            carrier_announce=config.carrier_announce,
+            mdns=config.mdns,
+            upnp=config.upnp,
+            relay=config.relay,
+            receipt_blocks=parameters.epoch_blocks,
+            receipts=parameters.dial_receipts,
+        )
+        return Reachability(
+            host,
+            self._key,
+            self._chain_id,
+            peers.book,
+            machine.reach,
+            public_key(machine.session),
+            policy,
+            height=lambda: chain.height,
+            owner_of=lambda node: _witness_owner(chain, node),
+        )
+
+    async def _announce(self, peers: PeerService, machine: Machine, reach: Reachability) -> None:
+        """Sign a new record whenever this node is to be found elsewhere, and now and then."""
+        session = public_key(machine.session)
         while True:
-            session = public_key(machine.session)
-            peers.announce(session, machine.addresses, peers.now_ms())
-            await trio.sleep(ANNOUNCE_SECONDS)
+            changed = reach.changed
+            peers.announce(
+                session,
+                reach.carrier_addresses,
+                peers.now_ms(),
+                addresses=reach.daemon_addresses,
+                relays=bool(reach.relaying),
+            )
+            with trio.move_on_after(ANNOUNCE_SECONDS):
+                await changed.wait()
 
     async def _keep_validators(self, peers: PeerService, chain: ChainService) -> None:
         """In every epoch others may validate, who must be reached before they do."""
@@ -233,6 +280,14 @@ class _Node:
                     nursery.cancel_scope.cancel()
                 log.info("%s: stopping", signal.Signals(number).name)
                 self._stop.set()
+
+
+def _witness_owner(chain: ChainService, node: bytes) -> bytes | None:
+    """The owner of a node whose word counts on the chain now."""
+    record = chain.state().node(node)
+    if record is None or record.revoked or record.from_height > chain.height:
+        return None
+    return record.owner
 
 
 def _validates(store: ChainStore, node: bytes) -> bool:

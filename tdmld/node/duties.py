@@ -8,6 +8,7 @@ the state shows it done, so a lost transaction, a restart and a late block need 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tdmld.chain.crypto import address
 from tdmld.chain.limits import STANDBY_SLOT
 from tdmld.chain.records import (
     Audit,
@@ -20,12 +21,20 @@ from tdmld.chain.records import (
 )
 from tdmld.chain.state import State
 
+Party = frozenset[tuple[bytes, bytes]]
+"""(node key, session key) of everybody who has to do with a job."""
+
 
 @dataclass(frozen=True)
 class Duty:
     """Something to do for one job. Equal duties are the same duty."""
 
     job: bytes
+
+    def __str__(self) -> str:
+        """In words, for the log."""
+        rest = [f"{name} {getattr(self, name)}" for name in self.__dataclass_fields__]
+        return " ".join([type(self).__name__, "of job", self.job.hex()[:12], *rest[1:]])
 
 
 @dataclass(frozen=True)
@@ -216,3 +225,24 @@ def _of_audit(
         yield OpenSeal(job.id, index, number)
     if audit.auditor == node and audit.status is AuditStatus.OPENED:
         yield OpenVerdict(job.id, index, number, audit.attempt)
+
+
+def party(state: State, job: Job) -> Party:
+    """Everybody who has to do with a job. A session is empty before its node accepted."""
+    found = {(job.source, job.source_session)}
+    if job.standby is not None:
+        found.add((job.standby.node, job.standby.session))
+    if job.status is JobStatus.OFFERED:
+        return frozenset(found)
+    for index, slot in enumerate(assigned(state, job)):
+        found.add((slot.worker.node, slot.worker.session))
+        for number in range(slot.settled, slot.committed):
+            audit = state.audit(job.id, index, number)
+            if audit is not None and audit.held:
+                found.add((audit.auditor, audit.session))
+    return frozenset(found)
+
+
+def sessions(party: Party) -> frozenset[str]:
+    """Carriers' PeerIds, of those who have said theirs."""
+    return frozenset(address(session) for _, session in party if session)

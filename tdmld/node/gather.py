@@ -4,7 +4,9 @@ The carrier fetches and hashes; whether a file is the right one is decided here,
 """
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from tdmld.node.jobfiles import (
 )
 from tdmld.node.layout import Layout, state
 from tdmld.node.machine_types import AuditTask, ResultInfo, SlotId, StateRoots, StateSource
+from tdmld.node.seal import sealing
 from tdmld.train.errors import FileError
 from tdmld.train.export import read_result, result_limits
 from tdmld.train.framelog import frame_log_name
@@ -50,42 +53,49 @@ class Gatherer:
         self._session = session
         self._carrier = carrier
 
-    async def fetch(self, job: bytes, content: bytes, size: int, holders: Sequence[str]) -> Path:
-        """See Machine.fetch."""
-        reply = await self._carrier.call(
-            lambda n: control.FetchBlob(n, job, content, size, _holders(holders)), control.Stored
-        )
-        return Path(reply.path)
-
     async def fetch_data(self, job: bytes, spec: bytes, holders: Sequence[str]) -> None:
         """See Machine.fetch_data."""
-        for content, size in decode_spec(spec).shards:
-            await self.fetch(job, content, size, holders)
+        shards = decode_spec(spec).shards
+        await self._carrier.call(
+            lambda n: control.FetchData(n, job, sealing(spec), shards, _holders(holders)),
+            control.Done,
+        )
 
-    async def begin(
-        self, job: bytes, spec: bytes, directory: Path, *, fresh: bool
-    ) -> tuple[Path, ...]:
-        """Directory, spec file and data shards for a worker of a job."""
-        paths = []
-        for number, (content, size) in enumerate(decode_spec(spec).shards):
-            path = self._layout.blob(content)
-            if not path.is_file() or path.stat().st_size != size:
-                raise ContentUnavailable(f"data shard {number} is not here; fetch_data first")
-            paths.append(path)
+    @asynccontextmanager
+    async def text(self, spec: bytes, stage: int) -> AsyncIterator[int | None]:
+        """A socket (descriptor) from which a worker of the stage receives the text in memory; None
+        for a stage that does not read it. ContentError when the text is not here."""
+        program = decode_spec(spec)
+        if not program.reads_text(stage):
+            yield None
+            return
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with ours:
+            with theirs:
+                await self._carrier.call(
+                    lambda n: control.HandData(n, sealing(spec), program.shards),
+                    control.Done,
+                    (theirs.fileno(),),
+                )
+            yield ours.fileno()
+
+    async def begin(self, job: bytes, spec: bytes, directory: Path, *, fresh: bool) -> None:
+        """Directory and spec file for a worker of a job."""
         await trio.to_thread.run_sync(
             prepare_directory, directory, self._layout.spec(job), spec, fresh
         )
-        return tuple(paths)
 
-    async def audit_inputs(self, task: AuditTask, directory: Path) -> tuple[Path, ...]:
+    async def audit_inputs(self, task: AuditTask, directory: Path) -> None:
+        """Everything that a replay needs but the text, checked. AuditImpossible."""
         spec = decode_spec(task.spec)
         everybody = [*task.data_holders, *task.state_holders]
         everybody += [holder for link in task.links.values() for holder in link.holders]
         try:
-            await self.fetch_data(task.job, task.spec, list(dict.fromkeys(everybody)))
+            if spec.reads_text(task.slot.stage):
+                await self.fetch_data(task.job, task.spec, list(dict.fromkeys(everybody)))
         except ContentError as error:
             raise AuditImpossible(f"data: {error}") from error
-        shards = await self.begin(task.job, task.spec, directory, fresh=True)
+        await self.begin(task.job, task.spec, directory, fresh=True)
         target = state(directory, task.segment)
         limit = state_limit(spec, task.slot.stage)
         try:
@@ -115,7 +125,6 @@ class Gatherer:
                 await self._fetch_checked(item, limit, source.holders, path, check)
             except ContentError as error:
                 raise AuditImpossible(f"frames of link {link}: {error}") from error
-        return shards
 
     async def fetch_state(
         self,
@@ -127,20 +136,18 @@ class Gatherer:
         target: Path,
         limit: int,
     ) -> None:
-        """Bring both parts of a state to `target`, which appears whole or not at all."""
+        """Bring both parts of a state to `target`, which appears whole or not at all. What was
+        brought when it breaks off stays aside: the next try goes on there."""
         aside = target.with_name(f"{target.name}.new")
         local = [self._session] if self._has_local(job, slot, boundary) else []
-        try:
-            for part, root in zip(PARTS, expected, strict=True):
-                path = aside / part_file(part)
-                item = control.StateFile(control.Slot(job, *slot), boundary, part)
-                await self._fetch_checked(
-                    item, limit, [*local, *holders], path, partial(has_part, path, root)
-                )
-            await trio.to_thread.run_sync(replace_directory, aside, target)
-        finally:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(remove_tree, aside)
+        for part, root in zip(PARTS, expected, strict=True):
+            path = aside / part_file(part)
+            check = partial(has_part, path, root)
+            if await trio.to_thread.run_sync(check):
+                continue
+            item = control.StateFile(control.Slot(job, *slot), boundary, part)
+            await self._fetch_checked(item, limit, [*local, *holders], path, check)
+        await trio.to_thread.run_sync(replace_directory, aside, target)
 
     def _has_local(self, job: bytes, slot: SlotId, boundary: int) -> bool:
         return any(
@@ -162,28 +169,30 @@ class Gatherer:
         path: Path,
         check: Callable[[], bool],
     ) -> None:
-        """Bring a file from the first holder whose copy passes `check` (run in a thread)."""
-        answers = []
-        for holder in dict.fromkeys(holders):
+        """Bring a file from holders whose copy passes `check` (run in a thread)."""
+        answers, left = [], _holders(holders)
+        while left:
             try:
-                await self._carrier.call(
-                    lambda n, h=holder: control.FetchFile(n, item, limit, (h,), str(path)),  # type: ignore[misc]
+                stored = await self._carrier.call(
+                    lambda n, h=left: control.FetchFile(n, item, limit, h, str(path)),  # type: ignore[misc]
                     control.Stored,
                 )
             except ContentUnavailable as error:
                 answers.append(str(error))
-                continue
+                break
             if await trio.to_thread.run_sync(check):
                 return
-            answers.append(f"{holder}: has not the root that was promised")
+            answers += [f"{h}: has not the root that was promised" for h in stored.holders]
+            left = tuple(holder for holder in left if holder not in stored.holders)
             await trio.to_thread.run_sync(partial(path.unlink, missing_ok=True))
         raise ContentUnavailable("; ".join(answers) or "no holder is known")
 
     async def _fetch_result_from(
-        self, job: bytes, holder: str, directory: Path, limits: Mapping[str, int]
+        self, job: bytes, holders: tuple[str, ...], directory: Path, limits: Mapping[str, int]
     ) -> None:
+        """Bring the files of a result; each may come from several holders at once."""
         listing = await self._carrier.call(
-            lambda n: control.ListResult(n, job, (holder,)), control.Listing
+            lambda n: control.ListResult(n, job, holders), control.Listing
         )
         sizes = dict(listing.files)
         for name, limit in limits.items():
@@ -192,7 +201,7 @@ class Gatherer:
             path = str(directory / name)
             item = control.ResultFile(job, name)
             await self._carrier.call(
-                lambda n, i=item, p=path, s=limit: control.FetchFile(n, i, s, (holder,), p),  # type: ignore[misc]
+                lambda n, i=item, p=path, s=limit: control.FetchFile(n, i, s, holders, p),  # type: ignore[misc]
                 control.Stored,
             )
 
@@ -241,16 +250,18 @@ class Gatherer:
         aside = target / f".{secrets.token_hex(4)}.part"
         answers = []
         try:
-            for holder in holders:
+            together = _holders(holders)
+            alone = [(holder,) for holder in together] if len(together) > 1 else []
+            for group in [together, *alone] if together else []:
                 try:
-                    await self._fetch_result_from(job, holder, aside, limits)
+                    await self._fetch_result_from(job, group, aside, limits)
                     result = await trio.to_thread.run_sync(read_result, aside)
                     if result.result_id == result_id:
                         await trio.to_thread.run_sync(move_up, aside)
                         return ResultInfo(result.result_id, target, result.files)
-                    answers.append(f"{holder}: another result than the one attested")
+                    answers.append(f"{' and '.join(group)}: another result than the one attested")
                 except (ContentUnavailable, FileError) as error:
-                    answers.append(f"{holder}: {error}")
+                    answers.append(str(error))
                 await trio.to_thread.run_sync(remove_tree, aside)
         finally:
             with trio.CancelScope(shield=True):

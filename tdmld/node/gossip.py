@@ -3,7 +3,8 @@ happens to a message, in the event loop; so what a stranger can make for nothing
 next to nothing, and nobody may get two versions of one thing passed on, unless it pays for both.
 
 The first argument of each question is who handed the message to us. It has asked itself the same
-before: what is false costs it much of its allowance.
+before: what is false costs it much of its allowance. True: pass it on. None: not from us, but
+another honest node may see it otherwise. False: none would; the forwarder's score pays for it.
 """
 
 from collections import OrderedDict
@@ -77,7 +78,7 @@ class GossipDoor:
         """Whether an announcement of a block was passed on lately."""
         return block in self._announced
 
-    def announcement(self, _: str, raw: bytes) -> bool:
+    def announcement(self, _: str, raw: bytes) -> bool | None:
         """Whether a block is final, recent, whole, and not announced enough already."""
         try:
             notice = decode(Announcement, raw, GOSSIP_BLOCK_BYTES)
@@ -90,11 +91,11 @@ class GossipDoor:
         )
         key = block_hash(header)
         times = self._announced.get(key, 0)
+        old = header.height <= self._finality.height - OLD_HEIGHTS
+        if times >= COPIES or old or committee is None:
+            return None
         fine = (
-            times < COPIES
-            and header.height > self._finality.height - OLD_HEIGHTS
-            and committee is not None
-            and self._is_by_leader(committee, header, notice.signature)
+            self._is_by_leader(committee, header, notice.signature)
             and (body is None or transactions_root(body) == header.tx_root)
             and check_finalization(committee, header, blocks, notice.certificate)
         )
@@ -112,12 +113,12 @@ class GossipDoor:
             return False
         return True
 
-    def transactions(self, forwarder: str, raw: bytes) -> bool:
+    def transactions(self, forwarder: str, raw: bytes) -> bool | None:
         """Whether every transaction of a batch could be paid for and is signed for this chain, and
         none takes the place of another one without paying for that."""
         chain_id, peers = self._store.chain_id, self._admission.peers
         if not peers.open(forwarder, len(raw)):
-            return False
+            return None
         try:
             batch = decode(Transactions, raw, GOSSIP_TX_BYTES)
             found = [decode_transaction(raw, chain_id) for raw in batch.raws]
@@ -126,22 +127,23 @@ class GossipDoor:
             return False
         state = State(self._store.get)
         peers.charge(forwarder, LOOK * len(found))
-        return all(self._passes(forwarder, transaction, state) for transaction in found)
+        verdicts = (self._passes(forwarder, transaction, state) for transaction in found)
+        return next((verdict for verdict in verdicts if not verdict), True)
 
-    def _passes(self, forwarder: str, transaction: Transaction, state: State) -> bool:
+    def _passes(self, forwarder: str, transaction: Transaction, state: State) -> bool | None:
         admission, parameters = self._admission, self._store.genesis.parameters
         if transaction.id in admission.pool:
             return True
         fine = has_backing(transaction, state, parameters) and self._is_paid_for(transaction)
         if not fine:
             admission.peers.charge(forwarder, LOOK * REFUSED)
-            return False
+            return None
         admission.peers.charge(forwarder, SIGNATURE)
         if not admission.signed(transaction):
             admission.peers.charge(forwarder, SIGNATURE * FORGED)
             return False
         if not transaction.by_owner:
-            return self._is_timely(forwarder, transaction, state)
+            return self._is_timely(forwarder, transaction, state) or None
         self._passed[transaction.signer, transaction.nonce] = transaction
         if len(self._passed) > MAX_PASSED:
             self._passed.popitem(last=False)
@@ -176,13 +178,15 @@ class GossipDoor:
             self._early.charge(signer, 1.0)
         return True
 
-    def offer(self, forwarder: str, raw: bytes) -> bool:
+    def offer(self, forwarder: str, raw: bytes) -> bool | None:
         """Whether a spec comes with a signed offer that could be paid for; then remember it."""
         peers = self._admission.peers
         if not peers.open(forwarder, len(raw)):
-            return False
+            return None
         try:
-            fine = self._specs.hear(decode(OfferNotice, raw, GOSSIP_OFFER_BYTES))
+            fine: bool | None = (
+                self._specs.hear(decode(OfferNotice, raw, GOSSIP_OFFER_BYTES)) or None
+            )
         except DecodeError:
             fine = False
         peers.charge(forwarder, (LOOK + SIGNATURE) * (1 if fine else REFUSED))

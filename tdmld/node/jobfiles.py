@@ -75,9 +75,13 @@ def boundaries(owner: Path) -> list[int]:
 
 
 def forget_older_states(owner: Path, boundary: int) -> None:
-    """Remove the states before `boundary`, except the last one of them."""
+    """Remove the states before `boundary`, except the last one of them, and what was never brought
+    whole of older ones."""
     for older in [found for found in boundaries(owner) if found < boundary][:-1]:
         remove_tree(owner / "state" / str(older))
+    for partial in (owner / "state").glob("*.new"):
+        if partial.stem.isdecimal() and int(partial.stem) <= boundary:
+            remove_tree(partial)
 
 
 def discard_settled(owner: Path, frames_until: int, states_until: int, kept_states: int) -> None:

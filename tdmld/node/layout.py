@@ -18,7 +18,9 @@ class Layout:
 
     jobs/<job>/spec.json   slot-<lane>.<stage>/{ring,list,state/<boundary>}
                standby-<lane>.<stage>/state/<boundary>   audit/<lane>.<stage>.<segment>   result/
-    content/ab/<hex of 32 bytes>   keys/session.key   logs/
+    content/ab/<hex of 32 bytes>
+            sealed/<spec id>/<key epoch>.<key id>/{key,<hex of 32 bytes>}
+    keys/session.key   logs/
     """
 
     def __init__(self, data_dir: Path) -> None:
@@ -32,6 +34,22 @@ class Layout:
         """A file of the content store."""
         name = content.hex()
         return self.content / name[:2] / name
+
+    def sealed(self, spec: bytes) -> Path:
+        """What is sealed of one spec's content, with the keys that are here."""
+        return self.content / "sealed" / spec.hex()
+
+    def sealed_under(self, spec: bytes, epoch: int, key: bytes) -> Path:
+        """What is sealed under one content key, and that key."""
+        return self.sealed(spec) / f"{epoch}.{key.hex()}"
+
+    def content_key(self, spec: bytes, epoch: int, key: bytes) -> Path:
+        """The content key with the id `key`, boxed to this node's session."""
+        return self.sealed_under(spec, epoch, key) / "key"
+
+    def sealed_blob(self, spec: bytes, epoch: int, key: bytes, content: bytes) -> Path:
+        """Ciphertext of the content with this id."""
+        return self.sealed_under(spec, epoch, key) / content.hex()
 
     def job(self, job: bytes) -> Path:
         """A job's directory."""

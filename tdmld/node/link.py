@@ -13,7 +13,8 @@ LINK-5  Digests that the peer holds of what we sent are compared: with what we s
         once, with what we are going to send (a replacement replays) before it is sent. A
         mismatch stops the slot before anything new leaves.
 LINK-6  Every frame is signed by the sender's session key over (job, epoch, lane, stage, direction,
-        seq, digest); the receiver acknowledges each segment by one signature over its link root.
+        seq, digest); the receiver acknowledges each segment by one signature over its link root,
+        again on every new stream until it is settled.
 LINK-7  The end is a handshake: Bye follows when everything was sent and received, in both
         directions; a link that said it still answers a peer that missed it.
 
@@ -183,6 +184,8 @@ class LinkLog:
         self.produced = 0
         self.consumed = 0
         self.peer_incarnation = -1
+        self.peer_wanted = 0
+        """Of its last Hello: it has every frame below."""
         self._stages = dimensions.stages
         self._frame_bytes = dimensions.frame_bytes
         self._kept_from = 0
@@ -216,6 +219,7 @@ class LinkLog:
                 f"the peer wants frame {hello.want}; {self._kept_from} to {self.end} can be had"
             )
         self.peer_incarnation = hello.incarnation
+        self.peer_wanted = hello.want
         self._peer_holds = {}
         for seq, digest in enumerate(hello.held, hello.want - len(hello.held)):
             ours = self._sent.get(seq)

@@ -75,7 +75,14 @@ class LinkServer:
         self._broken = broken
         self._scope: trio.CancelScope | None = None
         self._changed = trio.Event()
-        self._acks: list[Ack] = []
+        self._kept = 0
+        """Frames of ours that the ring has: what may be sent."""
+        self._receiving = trio.Lock()
+        """One arriving frame at a time, also when a newer stream replaces the one it came on."""
+        self._stopped = False
+        self._given: list[Ack] = []
+        """Our acknowledgements of segments that are not settled, said on every new stream: one that
+        was on its way when a stream broke is lost."""
         self.acks: dict[int, Ack] = {}
         """The peer's acknowledgements of what we sent, by segment."""
 
@@ -89,19 +96,31 @@ class LinkServer:
         """Whether a stream serves this link now."""
         return self._scope is not None
 
-    def produce(self, seq: int, payload: memoryview) -> None:
-        """The worker's frame `seq`: sign, keep, send when a peer is there. ValueError (out of
-        order), LinkMismatch, OSError (disk)."""
+    async def produce(self, seq: int, payload: memoryview) -> None:
+        """The worker's frame `seq`: sign, keep, send when a peer is there. One call at a time;
+        ValueError (out of order), LinkMismatch, OSError (disk)."""
         value = digest(payload)
         self.state.produce(seq, value)
         signature = self._signer.sign_frame(self.place, seq, value)
-        self._ring.append(self.place.link, "sent", seq, signature, payload)
+        await self._ring.append(self.place.link, "sent", seq, signature, payload)
+        self._kept += 1
         self._wake()
+
+    async def stop(self) -> None:
+        """Let the stream go and write no more to the ring; returns when nothing is being written.
+        Not cancelled."""
+        self._stopped = True
+        if self._scope is not None:
+            self._scope.cancel()
+        with trio.CancelScope(shield=True):
+            async with self._receiving:
+                pass
 
     def discard(self, segment: int) -> None:
         """Frames and acknowledgements of segments <= `segment` are of no use any more."""
         self.state.discard(segment)
         self.acks = {number: ack for number, ack in self.acks.items() if number > segment}
+        self._given = [ack for ack in self._given if ack.segment > segment]
 
     async def dial(self, host: Host, protocol: str) -> None:
         """Keep a stream until the goodbye; for the end at the smaller stage. Cancel to stop."""
@@ -164,13 +183,13 @@ class LinkServer:
                     self._scope = None
 
     async def _write(self, stream: Stream, cursor: int, heard: trio.Event) -> None:
-        said = False
+        said, acknowledged = False, -1
         while not (said and heard.is_set()):
             changed = self._changed
-            while self._acks:
-                await stream.send(encode_small(self._acks[0]))
-                del self._acks[0]
-            if cursor < self.state.produced:
+            for ack in [ack for ack in self._given if ack.segment > acknowledged]:
+                await stream.send(encode_small(ack))
+                acknowledged = ack.segment
+            if cursor < self._kept:
                 signature, payload = self._ring.read_sent(self.place.link, cursor)
                 await stream.send(frame_header(cursor, signature), payload)
                 cursor += 1
@@ -186,7 +205,10 @@ class LinkServer:
             await self._room(self.place.link)
             match decode_message(await stream.receive(self._limit)):
                 case Frame(seq, signature, payload):
-                    self._frame(seq, signature, payload)
+                    # Shielded: once it is counted it must reach the ring and the worker.
+                    with trio.CancelScope(shield=True):
+                        async with self._receiving:
+                            await self._frame(seq, signature, payload)
                 case Ack() as ack:
                     self._acknowledged(ack)
                 case Bye():
@@ -197,7 +219,9 @@ class LinkServer:
                 case Hello():
                     raise LinkRefused("a second Hello")
 
-    def _frame(self, seq: int, signature: bytes, payload: memoryview) -> None:
+    async def _frame(self, seq: int, signature: bytes, payload: memoryview) -> None:
+        if self._stopped:
+            raise LinkRefused("the slot was closed")
         fresh = self.state.admits(seq, payload.nbytes)
         value = digest(payload)
         if not self._signer.check_frame(self._peer_key, self.place.other, seq, value, signature):
@@ -205,25 +229,26 @@ class LinkServer:
         self.state.consume(seq, value)
         if not fresh:
             return
-        self._ring.append(self.place.link, "received", seq, signature, payload)
+        await self._ring.append(self.place.link, "received", seq, signature, payload)
         if (seq + 1) % self.state.segment_frames == 0:
             segment = seq // self.state.segment_frames
             root = self.state.roots(segment)[1]
             signed = self._signer.sign_ack(self.place.other, segment, root)
-            self._acks.append(Ack(segment, root, signed))
+            self._given.append(Ack(segment, root, signed))
         self._wake()
-        # No wait since it was counted: it must reach the worker, also when a newer stream
-        # replaces this one just now.
         self._deliver(self.place.link, seq, payload)
 
     def _acknowledged(self, ack: Ack) -> None:
-        if (ack.segment + 1) * self.state.segment_frames > self.state.produced:
+        end = (ack.segment + 1) * self.state.segment_frames
+        if self.state.produced < end <= self.state.peer_wanted:
+            return  # what our predecessor sent: it is compared by digest before we send it (LINK-5)
+        if end > self.state.produced:
             raise LinkRefused(f"segment {ack.segment} was acknowledged before it was sent")
         if not self._signer.check_ack(self._peer_key, self.place, ack):
             raise LinkRefused("an acknowledgement that the neighbour did not sign")
         if not self.state.keeps(ack.segment):
             return  # late: settled and forgotten, there is nothing left to compare it with
-        if ack.root != self.state.roots(ack.segment)[0] and ack.segment not in self.acks:
+        if ack.root != self.state.roots(ack.segment)[0]:
             raise LinkMismatch(f"segment {ack.segment}: the peer received other bytes than we sent")
         self.acks[ack.segment] = ack
 

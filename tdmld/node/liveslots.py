@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -57,9 +57,9 @@ class LiveSlots:
         self._slots: dict[tuple[bytes, SlotId], LiveSlot] = {}
         # Filled by the carrier's reader, which must not wait for disk; the slots' own pace
         # (a few packets a step) bounds it.
-        self._incoming, self._to_handle = trio.open_memory_channel[control.CarrierEvent](math.inf)
+        self._incoming, self._to_handle = trio.open_memory_channel[control.SlotEvent](math.inf)
 
-    def received(self, event: control.CarrierEvent) -> None:
+    def received(self, event: control.SlotEvent) -> None:
         """Take an event of the carrier."""
         self._incoming.send_nowait(event)
 
@@ -80,15 +80,16 @@ class LiveSlots:
         return live.spec if live is not None else None
 
     async def open(
-        self, assignment: SlotAssignment, shards: Sequence[Path], directory: Path
+        self, assignment: SlotAssignment, text: int | None, directory: Path
     ) -> GenesisRoots:
-        """Start worker and links, wait for the drawn state. WorkerFailed, CarrierUnavailable."""
+        """Start worker and links, wait for the drawn state; `text` is the descriptor from which it
+        gets the text. WorkerFailed, CarrierUnavailable."""
         job, slot = assignment.job, assignment.slot
         spec = decode_spec(assignment.spec)
         live = LiveSlot(job, slot, spec)
         self._slots[job, slot] = live
         try:
-            live.child = self._workers.start_live(live, shards, directory)
+            live.child = self._workers.start_live(live, text, directory)
             self._nursery.start_soon(self._watch, live)
             wire_slot = control.Slot(job, *slot)
             dimensions = control.Dimensions(

@@ -11,11 +11,8 @@ Open a Machine in the main thread: the parent-death signal of a child belongs to
 started it.
 """
 
-import contextlib
 import logging
 import math
-import os
-import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -23,7 +20,6 @@ from typing import TypeVar
 
 import trio
 
-from tdmld.chain.crypto import KeyPair
 from tdmld.node import channel, control
 from tdmld.node.carrierclient import CarrierClient
 from tdmld.node.errors import (
@@ -38,13 +34,11 @@ from tdmld.node.jobfiles import (
     discard_settled,
     forget_older_states,
     has_state,
-    keep_newest_logs,
     remove_files,
-    remove_leftovers,
     remove_tree,
     state_limit,
 )
-from tdmld.node.layout import SEED_BYTES, Layout, list_file, state
+from tdmld.node.layout import Layout, list_file, state
 from tdmld.node.liveslots import LiveSlots
 from tdmld.node.machine_types import (
     AuditTask,
@@ -63,8 +57,11 @@ from tdmld.node.machine_types import (
     StateSource,
     StepDone,
 )
+from tdmld.node.prepare import prepare
+from tdmld.node.reachcarrier import ReachCarrier
+from tdmld.node.seal import sealing
 from tdmld.node.workers import WorkerLauncher
-from tdmld.p2p import PeerInfo
+from tdmld.p2p import Ban, PeerInfo
 from tdmld.train.errors import FileError
 from tdmld.train.segment import SegmentRecord, read_list
 from tdmld.train.spec import decode_spec
@@ -97,7 +94,6 @@ CARRIER_GRACE_SECONDS = 3.0
 MAX_WAITING_STEPS = 256
 """StepDone events that a slow consumer may have waiting before new ones are left out."""
 KEPT_BOUNDARIES = 2
-KEPT_WORKER_LOGS = 200
 
 R = TypeVar("R", bound=control.Reply)
 Key = tuple[bytes, SlotId]
@@ -121,7 +117,7 @@ async def open_machine(
 
     MachineError when the carrier does not come up (the text ends with its last words).
     """
-    layout, session = await trio.to_thread.run_sync(_prepare, data_dir)
+    layout, session = await trio.to_thread.run_sync(prepare, data_dir)
     config = control.Configure(str(layout.data_dir), chain_id, tuple(listen), content_quota)
     failure: MachineError | None = None
     async with trio.open_nursery() as nursery:
@@ -138,36 +134,14 @@ async def open_machine(
         raise failure
 
 
-def _prepare(data_dir: Path) -> tuple[Layout, str]:
-    """Directories and session key; gives the session."""
-    layout = Layout(data_dir.resolve())
-    for directory in (layout.content, layout.jobs, layout.logs, layout.session_key.parent):
-        directory.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(layout)
-    keep_newest_logs(layout.logs, KEPT_WORKER_LOGS)
-    with contextlib.suppress(FileExistsError):
-        fd = os.open(layout.session_key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(fd, "wb") as file:
-            file.write(secrets.token_bytes(SEED_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-    size = layout.session_key.stat().st_size
-    if size != SEED_BYTES:
-        raise MachineError(
-            f"{layout.session_key} has {size} bytes and is no session key; delete it, a new one"
-            " will be made"
-        )
-    return layout, KeyPair(layout.session_key.read_bytes()).address
-
-
 class Machine:
     """See the module. All methods may be called from any task of the daemon's trio run and may be
     cancelled; a cancelled `audit`, `genesis_roots` or `open_slot` ends its worker process."""
 
     session: str
     """PeerId of the carrier, from keys/session.key; the same after restarts."""
-    addresses: tuple[str, ...]
-    """Multiaddrs where the carrier listens."""
+    reach: ReachCarrier
+    """How the carrier can be reached by others, and others through it."""
     events: trio.MemoryReceiveChannel[Event]
     """One consumer. StepDone may be left out when the consumer is slow, nothing else."""
 
@@ -182,13 +156,14 @@ class Machine:
     ) -> None:
         """Internal; use `open_machine`."""
         self.session = session
-        self.addresses = ()
         self._layout = layout
         self._nursery = nursery
         # Not bounded by number: at most a few events a segment and slot; steps are left out.
         self._events, self.events = trio.open_memory_channel[Event](math.inf)
         self._peers: tuple[control.Peer, ...] = ()
-        self._members: dict[bytes, tuple[str, ...]] = {}
+        self._bans: tuple[control.Denied, ...] = ()
+        self._members: dict[bytes, tuple[tuple[str, ...], bytes | None]] = {}
+        """Of each job: who may have its content, and the spec id when its data is sealed."""
         self._scopes: dict[bytes, set[trio.CancelScope]] = {}
         self._settled: dict[Key, int] = {}
         self._locks: dict[tuple[bytes, Path], trio.Lock] = {}
@@ -197,13 +172,19 @@ class Machine:
         self._carrier = CarrierClient(
             config,
             layout.logs / "carrier.log",
-            on_event=lambda event: self._slots.received(event),
+            on_event=self._received,
             on_down=self._carrier_down,
             on_up=self._carrier_up,
             restore=self._restore,
         )
+        self.reach = ReachCarrier(self._carrier)
         self._gather = Gatherer(layout, session, self._carrier)
         self._slots = LiveSlots(layout, self._workers, self._carrier, nursery, self._emit)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Multiaddrs where the carrier can be dialled."""
+        return self.reach.addresses
 
     @property
     def carrier_pid(self) -> int | None:
@@ -222,34 +203,48 @@ class Machine:
         self._peers = _that_fit(peers)
         await self._call(lambda n: control.SetPeers(n, self._peers), control.Done)
 
-    async def set_members(self, job: bytes, sessions: frozenset[str]) -> None:
-        """Replace the sessions that may fetch this job's content from us; auditors are added when
-        they are drawn. An empty set closes the job for others."""
-        named = self._members[job] = tuple(sorted(sessions)[: control.MAX_MEMBERS])
-        if not sessions:
-            del self._members[job]
-        await self._call(lambda n: control.SetMembers(n, job, named), control.Done)
+    async def set_bans(self, bans: Sequence[Ban]) -> None:
+        """Replace whom the carrier refuses besides those that it found out itself; the first ones,
+        if they are more than one message holds."""
+        self._bans = tuple(
+            control.Denied(ban.subject, ban.until, ban.reason[: control.MAX_REASON])
+            for ban in bans[: control.MAX_BANS]
+        )
+        await self._call(lambda n: control.SetBans(n, self._bans), control.Done)
 
-    async def import_text(self, path: Path) -> list[tuple[bytes, int]]:
-        """Cut a text into shards of 1 MiB and keep them: [(shard id, size)]. ContentError."""
+    async def set_members(
+        self, job: bytes, sessions: frozenset[str], sealed: bytes | None = None
+    ) -> None:
+        """Replace the sessions that may fetch this job's content from us; auditors are added when
+        they are drawn. `sealed`: the spec id of a sealed job; its members get the content key. An
+        empty set closes the job for others."""
+        named = self._name_members(job, sessions, sealed)
+        await self._call(lambda n: control.SetMembers(n, job, named, sealed), control.Done)
+
+    async def rekey(self, job: bytes, remaining: frozenset[str], sealed: bytes) -> None:
+        """For the submitter, when a worker of a sealed job was replaced: `remaining` are its
+        members now; what is sealed from now on is sealed under a new content key, which only they
+        are given. ContentUnavailable when this node has not published the spec."""
+        named = self._name_members(job, remaining, sealed)
+        await self._call(lambda n: control.Rekey(n, job, named, sealed), control.Done)
+
+    async def import_text(self, path: Path, sealed: bytes | None = None) -> list[tuple[bytes, int]]:
+        """Cut a text into shards of 1 MiB and keep them: [(shard id, size)]; sealed under a content
+        key of the spec id `sealed` when one is given. ContentError."""
         text = str(Path.cwd() / path)
-        reply = await self._call(lambda n: control.ImportText(n, text), control.Imported)
+        reply = await self._call(lambda n: control.ImportText(n, text, sealed), control.Imported)
         return list(reply.shards)
 
-    async def fetch(self, job: bytes, content: bytes, size: int, holders: Sequence[str]) -> Path:
-        """Bring content by id from the first holder that gives it. At once when it is here.
-        ContentError."""
-        return await self._gather.fetch(job, content, size, holders)
-
     async def fetch_data(self, job: bytes, spec: bytes, holders: Sequence[str]) -> None:
-        """Bring all data shards of a spec. ContentError. Needed before `open_slot` and
-        `genesis_roots`."""
+        """Bring all data shards of a spec, and the content key of sealed ones. ContentError. Needed
+        before `open_slot` and `genesis_roots`. At once for what is here."""
         await self._gather.fetch_data(job, spec, holders)
 
-    async def drop_data(self, contents: Collection[bytes]) -> None:
-        """Remove content by id: no job that is not over needs it."""
-        paths = [self._layout.blob(content) for content in contents]
-        await trio.to_thread.run_sync(remove_files, paths)
+    async def drop_data(self, names: Collection[bytes]) -> None:
+        """Remove texts by their `seal.stored_names`: no job that is not over needs them."""
+        await trio.to_thread.run_sync(remove_files, [self._layout.blob(name) for name in names])
+        for name in names:
+            await trio.to_thread.run_sync(remove_tree, self._layout.sealed(name))
 
     # --- a slot of our own
 
@@ -260,11 +255,11 @@ class Machine:
         directory = self._layout.slot(assignment.job, *assignment.slot)
         async with self._lock(assignment.job, directory):
             self._slots.check_absent(assignment.job, assignment.slot)
-            shards = await self._gather.begin(
-                assignment.job, assignment.spec, directory, fresh=True
-            )
-            await self.set_members(assignment.job, assignment.members)
-            return await self._slots.open(assignment, shards, directory)
+            async with self._gather.text(assignment.spec, assignment.slot.stage) as text:
+                await self._gather.begin(assignment.job, assignment.spec, directory, fresh=True)
+                sealed = sealing(assignment.spec)
+                await self.set_members(assignment.job, assignment.members, sealed)
+                return await self._slots.open(assignment, text, directory)
 
     async def grant(self, job: bytes, slot: SlotId, until_segment: int) -> None:
         """Let the worker run segments < `until_segment` (stall at D). Never takes anything back.
@@ -282,10 +277,10 @@ class Machine:
         copy, give the roots. WorkerFailed, ContentUnavailable."""
         with self._scope(job, WorkerFailed):
             directory = self._layout.standby(job, *slot)
-            async with self._lock(job, directory):
-                shards = await self._gather.begin(job, spec, directory, fresh=False)
+            async with self._lock(job, directory), self._gather.text(spec, slot.stage) as text:
+                await self._gather.begin(job, spec, directory, fresh=False)
                 report = await self._workers.run(
-                    job, slot, "genesis", shards, directory, channel.Genesis
+                    job, slot, "genesis", text, directory, channel.Genesis
                 )
             return GenesisRoots(report.shared, report.lane, report.data)
         raise AssertionError("unreachable")
@@ -331,16 +326,17 @@ class Machine:
             directory = self._layout.audit(task.job, task.slot.lane, task.slot.stage, task.segment)
             async with self._lock(task.job, directory):
                 try:
-                    shards = await self._gather.audit_inputs(task, directory)
-                    await self._workers.run(
-                        task.job,
-                        task.slot,
-                        "replay",
-                        shards,
-                        directory,
-                        channel.Segment,
-                        task.segment,
-                    )
+                    await self._gather.audit_inputs(task, directory)
+                    async with self._gather.text(task.spec, task.slot.stage) as text:
+                        await self._workers.run(
+                            task.job,
+                            task.slot,
+                            "replay",
+                            text,
+                            directory,
+                            channel.Segment,
+                            task.segment,
+                        )
                     stored = await trio.to_thread.run_sync(
                         read_list, list_file(directory, task.segment)
                     )
@@ -420,22 +416,40 @@ class Machine:
     ) -> R:
         return await self._carrier.call(make, kind, descriptors)
 
+    def _name_members(
+        self, job: bytes, sessions: frozenset[str], sealed: bytes | None
+    ) -> tuple[str, ...]:
+        """Remember the members for a restarted carrier; as many as a message names."""
+        named = tuple(sorted(sessions)[: control.MAX_MEMBERS])
+        self._members[job] = (named, sealed)
+        if not sessions:
+            del self._members[job]
+        return named
+
     def _restore(self) -> list[Callable[[int], control.Request]]:
         """What a restarted carrier must know."""
         requests: list[Callable[[int], control.Request]] = [
-            lambda n: control.SetPeers(n, self._peers)
+            *self.reach.restore(),
+            lambda n: control.SetPeers(n, self._peers),
+            lambda n: control.SetBans(n, self._bans),
         ]
-        for job, sessions in self._members.items():
+        for job, (sessions, sealed) in self._members.items():
             requests.append(
-                lambda n, j=job, s=sessions: control.SetMembers(n, j, s)  # type: ignore[misc]
+                lambda n, j=job, s=sessions, k=sealed: control.SetMembers(n, j, s, k)  # type: ignore[misc]
             )
         return requests
 
     def _carrier_up(self, ready: control.Ready) -> None:
-        restarted = bool(self.addresses)
-        self.addresses = ready.addresses
+        restarted = bool(self.reach.addresses)
+        self.reach.moved(ready.addresses)
         if restarted:
             self._emit(CarrierUp(ready.addresses))
+
+    def _received(self, event: control.CarrierEvent) -> None:
+        if isinstance(event, control.AddressesChanged):
+            self.reach.moved(event.addresses)
+        else:
+            self._slots.received(event)
 
     def _carrier_down(self, reason: str) -> None:
         self._emit(CarrierDown(reason))

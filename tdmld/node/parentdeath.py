@@ -1,6 +1,7 @@
-"""A child process that does not outlive whoever started it."""
+"""A child process that does not outlive whoever started it, and leaves no image of itself."""
 
 import ctypes
+import resource
 import select
 import signal
 import sys
@@ -22,3 +23,8 @@ def die_with_parent(channel: int) -> None:
     poller.register(channel, 0)
     if any(event & select.POLLHUP for _, event in poller.poll(0)):
         sys.exit("the process that started this one is gone")
+
+
+def leave_no_core() -> None:
+    """In a child that holds plaintext or keys: a crash writes no memory to the disk."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

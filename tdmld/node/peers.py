@@ -5,6 +5,8 @@ daemon and its carrier listen); daemons exchange the records they know over `/td
 pass on what is new, so that whoever reaches one member of the network learns all of it. A record
 with a higher sequence replaces an older one of the same node; nobody can speak for another.
 
+Whom a node keeps connected so that all of them are one component, see `neighbours`.
+
 Identities cost nothing, so records of nodes that are not registered on the chain get few places and
 are dropped first; and nobody makes the network carry new records of one node without end.
 """
@@ -22,6 +24,7 @@ from tdmld import files
 from tdmld.chain.codec import Hash, Natural, PublicKey, Record, Signature, decode, encode
 from tdmld.chain.crypto import KeyPair, address, verify
 from tdmld.chain.errors import DecodeError
+from tdmld.node.neighbours import choose
 from tdmld.p2p import Host, PeerConnected, PeerInfo, Stream
 from tdmld.p2p.errors import P2PError
 
@@ -31,13 +34,21 @@ MAX_RECORDS = 4096
 """Records in one book; a network of this size outgrows full exchange and needs another way."""
 MAX_STRANGERS = 512
 """Of them, records of nodes that the chain does not know."""
+MAX_RECORD_BYTES = 4096
 MAX_RECORDS_PER_MESSAGE = 64
-MAX_MESSAGE_BYTES = 1 << 17
-MAX_BOOK_BYTES = 1 << 22
+MAX_MESSAGE_BYTES = MAX_RECORDS_PER_MESSAGE * (MAX_RECORD_BYTES + 128)
+"""Records of the greatest size pass, too: a few of them must not end everybody's exchange."""
+MAX_BOOK_BYTES = 2 * MAX_RECORDS * (MAX_RECORD_BYTES + 128)
+"""In base64."""
 MAX_KEPT_PEERS = 48
 """Connections that the daemon itself keeps up; beyond that it still accepts. Validators and the
 configured peers are kept besides."""
 MAX_KEPT_STRANGERS = 16
+"""Strangers are kept while fewer are."""
+REVIEW_SECONDS = 30.0
+"""Between two looks at who is away; each time, others of these are tried."""
+AWAY_SECONDS = 60.0
+"""Whom we did not reach for so long gives its place to another one."""
 UPDATE_SECONDS = 5.0
 """Between two records of one node that we take from others and pass on, after the first few."""
 UPDATE_BURST = 8
@@ -49,9 +60,13 @@ SAVE_SECONDS = 2.0
 
 _Address = Annotated[
     str,
-    msgspec.Meta(pattern=r"^/(ip4|ip6|dns|dns4|dns6)/[A-Za-z0-9.:_-]+/tcp/[0-9]{1,5}$"),
+    msgspec.Meta(
+        pattern=r"^/(ip4|ip6|dns|dns4|dns6)/[A-Za-z0-9.:_-]+/tcp/[0-9]{1,5}"
+        r"(/p2p/[1-9A-HJ-NP-Za-km-z]{46,64}/p2p-circuit)?\Z"
+    ),
     msgspec.Meta(max_length=256),
 ]
+"""Where to dial: the node itself, or a relay by its address and PeerId."""
 _Addresses = Annotated[tuple[_Address, ...], msgspec.Meta(max_length=8)]
 
 
@@ -63,10 +78,12 @@ class PeerRecord(Record, tag="peer", frozen=True):
     addresses: _Addresses
     session: PublicKey
     session_addresses: _Addresses
+    relays: bool
+    """Whether its carrier relays for those who cannot be dialled."""
 
 
 class SignedRecord(Record, tag="signed", frozen=True):
-    record: Annotated[bytes, msgspec.Meta(max_length=8192)]
+    record: Annotated[bytes, msgspec.Meta(max_length=MAX_RECORD_BYTES)]
     signature: Signature
 
 
@@ -96,7 +113,7 @@ class PeerBook:
 
         Raises DecodeError when the record is malformed or its signature wrong.
         """
-        record = decode(PeerRecord, signed.record, 8192)
+        record = decode(PeerRecord, signed.record, MAX_RECORD_BYTES)
         known = self.node(record.node)
         stranger = not self._registered(record.node)
         if known is not None and known.sequence >= record.sequence:
@@ -132,6 +149,10 @@ class PeerBook:
 
     def records(self) -> list[PeerRecord]:
         return [record for record, _ in self._records.values()]
+
+    def is_stranger(self, node: bytes) -> bool:
+        """Whether the chain did not know the node when its record came."""
+        return node in self._strangers
 
     def signed(self) -> list[SignedRecord]:
         return [signed for _, signed in self._records.values()]
@@ -187,12 +208,17 @@ class PeerService:
         self._host = host
         self._key = key
         self._path = path
-        self._bootstrap = tuple(bootstrap)
-        self._registered = registered
+        self._bootstrap = {info.peer_id: info for info in bootstrap}
         self._validates = validates
         self._protocol = f"/tdmld/{chain_id.hex()[:8]}/peers/1"
         self._outboxes: dict[str, trio.MemorySendChannel[list[SignedRecord]]] = {}
         self._kept: set[str] = set()
+        self._validators: set[bytes] = set()
+        self._unusable: dict[bytes, int] = {}
+        """Node -> the sequence of a record whose addresses nobody can dial."""
+        self._lost: dict[str, float] = {}
+        """Peer that we keep -> since when it was not here."""
+        self._turn = 0
         self._greeting: set[str] = set()
         self._updates: dict[bytes, float] = {}
         """Node -> when its next record would be due if it kept to UPDATE_SECONDS."""
@@ -204,31 +230,47 @@ class PeerService:
         return time.time_ns() // 1_000_000
 
     def announce(
-        self, session: bytes, session_addresses: tuple[str, ...], sequence: int
+        self,
+        session: bytes,
+        session_addresses: tuple[str, ...],
+        sequence: int,
+        *,
+        addresses: tuple[str, ...] | None = None,
+        relays: bool = False,
     ) -> PeerRecord:
-        """Sign and spread this node's own record; `sequence` must grow from call to call."""
+        """Sign and spread this node's own record; `sequence` must grow from call to call.
+
+        `addresses`: where others can dial the daemon, when that is not where it listens.
+        """
         record = PeerRecord(
-            self._key.public, sequence, self._host.addresses, session, session_addresses
+            self._key.public,
+            sequence,
+            self._host.addresses if addresses is None else addresses,
+            session,
+            session_addresses,
+            relays,
         )
         self._spread([self.book.sign(self._key, record)], sender=None)
         return record
 
     def validators_changed(self) -> None:
         """Connect to those whose records came when they did not validate yet."""
-        for record in self.book.records():
-            if self._validates(record.node):
-                self._keep_record(record)
+        self._validators = {r.node for r in self.book.records() if self._validates(r.node)}
+        self._review()
 
     async def run(self) -> None:
         """Serve until cancelled."""
         self._host.set_handler(self._protocol, self._exchange)
         changes = self._host.changes()
-        for info in self._bootstrap:
+        for info in self._bootstrap.values():
             self._keep(info)
         for record in self.book.records():
-            self._keep_record(record)
+            if address(record.node) in self._bootstrap:
+                self._keep_record(record)
+        self.validators_changed()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._save)
+            nursery.start_soon(self._watch)
             for peer_id in self._host.connected():
                 nursery.start_soon(self._greet, peer_id)
             async for change in changes:
@@ -246,23 +288,63 @@ class PeerService:
             except OSError as error:
                 log.warning("the address book could not be saved: %s", error)
 
-    def _keep_record(self, record: PeerRecord) -> None:
-        if record.node == self._key.public or not record.addresses:
-            return
-        info = PeerInfo(address(record.node), record.addresses)
-        room = MAX_KEPT_PEERS if self._registered(record.node) else MAX_KEPT_STRANGERS
-        if self._validates(record.node) or info.peer_id in self._kept or len(self._kept) < room:
-            self._keep(info)
+    async def _watch(self) -> None:
+        """Who is away gives its place to others, and is tried now and then."""
+        while True:
+            await trio.sleep(REVIEW_SECONDS)
+            now, here = trio.current_time(), self._host.connected()
+            for peer_id in self._kept - here:
+                self._lost.setdefault(peer_id, now)
+            known = self._kept | {address(record.node) for record in self.book.records()}
+            self._lost = {p: at for p, at in self._lost.items() if p in known and p not in here}
+            self._turn += 1
+            self._review()
 
-    def _keep(self, info: PeerInfo) -> None:
+    def _review(self) -> None:
+        """Keep the bootstrap nodes, the validators, and whom `neighbours` chooses; nobody else."""
+        candidates: dict[bytes, PeerRecord] = {}
+        for record in self.book.records():
+            if record.addresses and self._unusable.get(record.node) != record.sequence:
+                candidates[record.node] = record
+        long_ago = trio.current_time() - AWAY_SECONDS
+        lost = {peer_id for peer_id, at in self._lost.items() if at <= long_ago}
+        away = {node for node in candidates if lost and address(node) in lost}
+        strangers = {node for node in candidates if self.book.is_stranger(node)}
+
+        def chosen(nodes: set[bytes], most: int) -> set[bytes]:
+            return choose(self._key.public, nodes, away, most=most, turn=self._turn)
+
+        wanted = chosen(candidates.keys() - strangers, MAX_KEPT_PEERS)
+        if len(wanted) < MAX_KEPT_STRANGERS:
+            wanted |= chosen(strangers, MAX_KEPT_STRANGERS - len(wanted))
+        wanted |= self._validators & candidates.keys()
+        named = {address(node) for node in wanted} | self._bootstrap.keys()
+        for peer_id in self._kept - named:
+            self._host.remove_peer(peer_id)
+        self._kept &= named
+        for record in candidates.values():
+            if record.node in wanted and address(record.node) not in self._kept:
+                self._keep_record(record)
+
+    def _keep_record(self, record: PeerRecord) -> None:
+        if not self._keep(PeerInfo(address(record.node), record.addresses)):
+            self._unusable[record.node] = record.sequence
+
+    def _keep(self, info: PeerInfo) -> bool:
+        """Whether it can be dialled. Addresses from the configuration stay good."""
         if info.peer_id == self._host.peer_id:
-            return
+            return True
+        if (configured := self._bootstrap.get(info.peer_id)) is not None:
+            info = PeerInfo(
+                info.peer_id, tuple(dict.fromkeys((*configured.addresses, *info.addresses)))
+            )
         try:
             self._host.add_peer(info)
         except P2PError as error:
             log.warning("the addresses of %s cannot be used: %s", info.peer_id, error)
-        else:
-            self._kept.add(info.peer_id)
+            return False
+        self._kept.add(info.peer_id)
+        return True
 
     async def _greet(self, peer_id: str) -> None:
         """Keep an exchange with a peer while it is connected. Of two peers the one with the
@@ -299,6 +381,7 @@ class PeerService:
             log.debug("peer exchange with %s ended: %s", stream.peer_id, group.exceptions[0])
         except* DecodeError as group:
             log.warning("peer exchange with %s: %s", stream.peer_id, group.exceptions[0])
+            stream.blame(str(group.exceptions[0]))
         finally:
             if self._outboxes.get(stream.peer_id) is send:
                 del self._outboxes[stream.peer_id]
@@ -325,15 +408,19 @@ class PeerService:
                 record = self._take(signed)
                 if record is not None:
                     new.append(signed)
-                    self._keep_record(record)
+                    if self._validates(record.node):
+                        self._validators.add(record.node)
+                    if address(record.node) in self._kept:
+                        self._keep_record(record)  # at new addresses
         finally:
             if new:
+                self._review()
                 self._changed.set()
                 self._spread(new, sender)
 
     def _take(self, signed: SignedRecord) -> PeerRecord | None:
         """A record that is new, and not one more of a node that floods us."""
-        node, now = decode(PeerRecord, signed.record, 8192).node, trio.current_time()
+        node, now = decode(PeerRecord, signed.record, MAX_RECORD_BYTES).node, trio.current_time()
         due = max(self._updates.get(node, now), now)
         if due - now > UPDATE_BURST * UPDATE_SECONDS:
             return None

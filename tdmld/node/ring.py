@@ -3,6 +3,11 @@
 One log a segment, link and direction (`tdmld.train.framelog`). The frames that were sent last also
 stay in memory, so that a connected peer never waits for the disk; a peer that was away is served
 from the logs.
+
+How much it is (S3, S4): the chain lets a slot have D unsettled segments, the daemon grants its
+worker no more, `SlotServer` takes no frame of a segment that was not granted, and LINK-3 ties what
+comes in to what was sent. So there are never more than D + 1 segments of logs; at the bound the slot
+stalls, nothing is dropped. Settled segments are deleted by the daemon (`layout.discard_settled`).
 """
 
 import errno
@@ -10,9 +15,15 @@ import mmap
 from collections import OrderedDict
 from pathlib import Path
 
+import trio
+
 from tdmld.node.errors import LinkRefused
 from tdmld.node.layout import free_bytes
 from tdmld.train.framelog import FrameLogWriter, frame_log_name, index_frames
+
+INLINE_BYTES = 256 * 1024
+"""Larger frames are written by a thread: the kernel may let a writer wait until the disk has taken
+what came before, and other slots and links must not."""
 
 
 class SlotRing:
@@ -31,10 +42,11 @@ class SlotRing:
         self._writers: dict[tuple[int, str, str], FrameLogWriter] = {}
         self._recent: dict[str, OrderedDict[int, tuple[bytes, bytes]]] = {}
 
-    def append(
+    async def append(
         self, link: str, direction: str, seq: int, signature: bytes, payload: bytes | memoryview
     ) -> None:
-        """Add a frame to the log of its segment."""
+        """Add a frame to the log of its segment; one at a time for each log. Not cancelled in the
+        middle."""
         segment = seq // self._segment_frames
         key = (segment, link, direction)
         writer = self._writers.get(key)
@@ -43,7 +55,10 @@ class SlotRing:
             if free_bytes(self._directory) < self._segment_frames * self._frame_bytes:
                 raise OSError(errno.ENOSPC, "no room for the frames of another segment", str(path))
             writer = self._writers[key] = FrameLogWriter(path, self._frame_bytes)
-        writer.append(seq, signature, payload)
+        if len(payload) <= INLINE_BYTES:
+            writer.append(seq, signature, payload)
+        else:
+            await trio.to_thread.run_sync(writer.append, seq, signature, payload)
         if direction == "sent":
             recent = self._recent.setdefault(link, OrderedDict())
             recent[seq] = (signature, bytes(payload))

@@ -12,12 +12,12 @@ import trio
 from tdmld.node import channel
 from tdmld.node.channel import FrameMemory, Packet, decode_packet, encode_packet
 from tdmld.node.control import (
-    CarrierEvent,
     GenesisReported,
     OpenSlot,
     SegmentReported,
     SlotBroken,
     SlotEnded,
+    SlotEvent,
     StepReported,
 )
 from tdmld.node.errors import ControlError, LinkRefused
@@ -51,7 +51,7 @@ class SlotServer:
         memory_fd: int,
         worker: socket.socket,
         signer: LinkSigner,
-        tell: Callable[[CarrierEvent], None],
+        tell: Callable[[SlotEvent], None],
     ) -> None:
         """Takes both descriptors. OSError, ControlError when they cannot be used."""
         dims = request.dimensions
@@ -68,8 +68,10 @@ class SlotServer:
             os.close(memory_fd)
         for name in ("ring", "list", "state"):
             (directory / name).mkdir(parents=True, exist_ok=True)
-        frames = dims.segment_steps * dims.micro_batches
-        self.ring = SlotRing(directory / "ring", frames, dims.frame_bytes, 2 * dims.stages + 2)
+        self._segment_frames = dims.segment_steps * dims.micro_batches
+        self._granted = 0
+        ring = directory / "ring"
+        self.ring = SlotRing(ring, self._segment_frames, dims.frame_bytes, 2 * dims.stages + 2)
         self.links: dict[str, LinkServer] = {}
         self._vacant: dict[str, deque[int]] = {}
         self._waiting: dict[str, deque[tuple[int, memoryview]]] = {}
@@ -115,6 +117,8 @@ class SlotServer:
             self._socket.close()
             try:
                 with trio.CancelScope(shield=True):
+                    for link in self.links.values():
+                        await link.stop()
                     await self._close_logs(self.ring.take_segment(2**62))
             except OSError as error:
                 self.fail(f"its last frames could not be kept: {disk_text(error)}")
@@ -128,7 +132,8 @@ class SlotServer:
         self._scope.cancel()
 
     def grant(self, until: int) -> None:
-        """Let the worker run segments < until."""
+        """Let the worker run segments < until: what it sends is never more than was granted."""
+        self._granted = max(self._granted, until)
         self._post(channel.Granted(until))
 
     async def close(self, *, abort: bool) -> None:
@@ -175,7 +180,9 @@ class SlotServer:
             case channel.Sent(link, seq, place, length):
                 if link not in self.links or place not in self._memory.outgoing(link):
                     raise ControlError(f"the worker sent from place {place} on link {link!r}")
-                self.links[link].produce(seq, self._memory.view(place, length))
+                if seq >= self._granted * self._segment_frames:
+                    raise ControlError(f"the worker sent frame {seq}, of a segment not granted")
+                await self.links[link].produce(seq, self._memory.view(place, length))
                 self._post(channel.Free(place))
             case channel.Free(place):
                 self._freed(place)

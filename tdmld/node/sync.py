@@ -124,6 +124,7 @@ class SyncServer:
                 request: SyncRequest = decode(SyncRequest, raw, SYNC_REQUEST_BYTES)  # type: ignore[arg-type]
             except DecodeError as error:
                 log.info("%s sent a malformed request: %s", stream.peer_id, error)
+                stream.blame(str(error))
                 await stream.reset()
                 return
             match request:

@@ -94,8 +94,15 @@ class Work:
             return "this node key is not registered to an owner: tdmld keys register"
         if self._agent.ask is None:
             return "this node does not ask for work: set enabled = true in [ask] of tdmld.toml"
-        if state.ask(self._node) is None:
+        ask = state.ask(self._node)
+        if ask is None:
             return "the ask is on its way to the chain"
+        needed = self._chain.genesis.parameters.dial_receipts
+        if ask.open < needed and not ask.paths:
+            return (
+                f"only {ask.open} of {needed} others could dial this node: it may stand by and"
+                " audit, and work beside an open one; tdmld doctor says why"
+            )
         if not jobs:
             return "nobody offers a job at the moment; the node is ready"
         return "the jobs that run were matched to other nodes: lower [ask] price, or wait"

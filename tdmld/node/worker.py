@@ -1,7 +1,8 @@
-"""The worker process: `python -m tdmld.node.worker --socket FD [--memory FD] --task JSON`.
+"""The worker process: `python -m tdmld.node.worker --socket FD --task JSON`.
 
 It computes, and nothing else: no network, no keys, no configuration. What it may see is named in
-its task; what it says goes as packets through one inherited socket (`channel.py`). Modes:
+its task; what it says goes as packets through one inherited socket (`channel.py`). The text, for
+a stage that reads it, is a memory file whose descriptor comes through another one. Modes:
 
     live      draw the state of a slot, save boundary 0, then run each segment that is granted;
               after each: state, list (both synced), then the packet
@@ -28,11 +29,12 @@ import msgspec
 from tdmld.node.channel import Failure, FrameMemory, Genesis, Segment, Step, WorkerChannel
 from tdmld.node.errors import ControlError
 from tdmld.node.layout import disk_text, list_file, state
-from tdmld.node.parentdeath import die_with_parent
+from tdmld.node.parentdeath import die_with_parent, leave_no_core
 from tdmld.node.worker_task import TASK_BYTES, Task
 from tdmld.train.channel import LogChannel
 from tdmld.train.data import Tokens
-from tdmld.train.errors import TrainError
+from tdmld.train.digest import data_root
+from tdmld.train.errors import FileError, TrainError
 from tdmld.train.limits import SPEC_BYTES
 from tdmld.train.numerics import check_environment, check_torch
 from tdmld.train.segment import StepReport, write_list
@@ -48,14 +50,26 @@ EXIT_FAILED = 1
 EXIT_TASK = 2
 
 
-def run_task(task: Task, end: socket.socket, memory_fd: int | None) -> None:
+def receive_text(spec: Spec, text_fd: int) -> Tokens:
+    """The text that the carrier sent; FileError when it sent none or another one."""
+    with socket.socket(fileno=text_fd) as source:
+        _, descriptors, _, _ = socket.recv_fds(source, 16, 1)
+    if len(descriptors) != 1:
+        raise FileError("the carrier sent no text")
+    try:
+        return Tokens.from_memory(spec, descriptors[0])
+    finally:
+        os.close(descriptors[0])
+
+
+def run_task(task: Task, end: socket.socket, memory_fd: int | None, text_fd: int | None) -> None:
     """Do the task. TrainError, OSError, ControlError; WorkerChannel.Ended when told to stop."""
     from tdmld.train.slot import Slot
 
     check_torch()
     with Path(task.spec).open("rb") as file:
         spec = decode_spec(file.read(SPEC_BYTES + 1))
-    tokens = Tokens.from_files(spec, [Path(shard) for shard in task.shards])
+    tokens = None if text_fd is None else receive_text(spec, text_fd)
     memory = None
     if memory_fd is not None:
         memory = FrameMemory(memory_fd, spec.links(task.stage), spec.stages, spec.frame_bytes)
@@ -67,7 +81,7 @@ def run_task(task: Task, end: socket.socket, memory_fd: int | None) -> None:
         return
     slot.init_from_seed()
     shared, lane = slot.save(_new_state(directory, 0))
-    channel.report(Genesis(shared, lane, tokens.root))
+    channel.report(Genesis(shared, lane, data_root(spec.shards)))
     if task.mode == "live":
         _live(spec, slot, directory, channel)
 
@@ -119,11 +133,13 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description="A tdmld worker; started by the daemon.")
     parser.add_argument("--socket", type=int, required=True)
     parser.add_argument("--memory", type=int)
+    parser.add_argument("--text", type=int)
     parser.add_argument("--task", required=True)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(arguments.socket)
+    leave_no_core()
     end = socket.socket(fileno=arguments.socket)
     try:
         check_environment()
@@ -131,7 +147,7 @@ def main(argv: Sequence[str]) -> int:
             raise ControlError("the task is too long")
         task = msgspec.json.decode(arguments.task, type=Task)
         os.nice(task.niceness)
-        run_task(task, end, arguments.memory)
+        run_task(task, end, arguments.memory, arguments.text)
     except WorkerChannel.Ended:
         return 0
     except msgspec.MsgspecError as error:

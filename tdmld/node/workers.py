@@ -89,10 +89,10 @@ class WorkerLauncher:
         self._niceness = niceness
         self._nursery = nursery
 
-    def start_live(self, live: LiveSlot, shards: Sequence[Path], directory: Path) -> Child:
+    def start_live(self, live: LiveSlot, text: int | None, directory: Path) -> Child:
         """Start the worker of a slot. WorkerFailed when it cannot be started."""
-        task = self._task(live.job, live.slot, "live", shards, directory)
-        child = self._start(live.job, live.slot, task, *live.worker_descriptors)
+        task = self._task(live.job, live.slot, "live", directory)
+        child = self._start(live.job, live.slot, task, text, *live.worker_descriptors)
         self._nursery.start_soon(child.watch)
         return child
 
@@ -101,19 +101,22 @@ class WorkerLauncher:
         job: bytes,
         slot: SlotId,
         mode: Literal["genesis", "replay"],
-        shards: Sequence[Path],
+        text: int | None,
         directory: Path,
         expected: type[T],
         segment: int = 0,
     ) -> T:
-        """Run one worker to its end; gives its report. WorkerFailed. Cancelled, kills it."""
+        """Run one worker to its end; gives its report. WorkerFailed. Cancelled, kills it.
+
+        text  descriptor from which it gets the text; None for a stage that does not read it
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         report: T | None = None
         failure: WorkerFailed | None = None
         with ours:
             with theirs:
-                task = self._task(job, slot, mode, shards, directory, segment)
-                child = self._start(job, slot, task, theirs.fileno(), None)
+                task = self._task(job, slot, mode, directory, segment)
+                child = self._start(job, slot, task, text, theirs.fileno(), None)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(child.watch)
                 try:
@@ -151,7 +154,6 @@ class WorkerLauncher:
         job: bytes,
         slot: SlotId,
         mode: Literal["live", "genesis", "replay"],
-        shards: Sequence[Path],
         directory: Path,
         segment: int = 0,
     ) -> Task:
@@ -159,19 +161,27 @@ class WorkerLauncher:
             mode,
             str(self._layout.spec(job)),
             str(directory),
-            tuple(str(shard) for shard in shards),
             slot.lane,
             slot.stage,
             segment,
             self._niceness,
         )
 
-    def _start(self, job: bytes, slot: SlotId, task: Task, end: int, memory: int | None) -> Child:
+    def _start(
+        self,
+        job: bytes,
+        slot: SlotId,
+        task: Task,
+        text: int | None,
+        end: int,
+        memory: int | None,
+    ) -> Child:
         argv = [*self._launcher, sys.executable, "-m", "tdmld.node.worker", "--socket", str(end)]
         descriptors = [end]
-        if memory is not None:
-            argv += ["--memory", str(memory)]
-            descriptors.append(memory)
+        for option, descriptor in (("--memory", memory), ("--text", text)):
+            if descriptor is not None:
+                argv += [option, str(descriptor)]
+                descriptors.append(descriptor)
         argv += ["--task", msgspec.json.encode(task).decode()]
         name = f"worker-{job.hex()[:16]}-{slot}-{task.mode}.log"
         env = pinned_environment(minimal_environment())

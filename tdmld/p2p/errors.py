@@ -5,6 +5,7 @@ P2PError
 ├── ListenFailed         our own address cannot be opened (port in use); tell the operator
 ├── DialFailed           the peer cannot be reached now; expected, try again later
 ├── ProtocolRefused      connected, but the peer does not serve this protocol
+├── BansFull             the operator's list of bans is full; lift some
 ├── GossipRefused        our own message is too large, or gossip is off: a bug of the caller
 └── StreamError          this stream is over; reconnect and resume
     ├── StreamClosed     it ended cleanly, between two messages
@@ -36,6 +37,10 @@ class ProtocolRefused(P2PError):
 
 class GossipRefused(P2PError):
     """The message cannot be gossiped: larger than the topic's limit, or gossip is off here."""
+
+
+class BansFull(P2PError):
+    """No more bans by hand: each is looked at for every new connection."""
 
 
 class StreamError(P2PError):

@@ -8,19 +8,22 @@ Wire: frames of a 9-byte header (type u8, stream u32, value u32, big endian); DA
     CREDIT n   n more bytes may be sent       PING n / PONG n   liveness and round trip
 
 Flow control: a stream starts with `WINDOW_BYTES` of credit; what the application has taken is
-granted again, and a reader that awaits a large message may widen its window to `WINDOW_MAX_BYTES`
-(`expect`), so that a peer can never park more than it was granted. A peer that overruns breaks the
-connection.
+granted again. A reader that awaits a large message, or takes a window in a few round trips, widens
+it up to `WINDOW_MAX_BYTES`. So a peer can never park more than it was granted; one that overruns
+breaks the connection.
+
+Order: one frame at a time; control frames first, then small writes, then bulk in turns (`turns`),
+in frames that leave in a few milliseconds.
 
 Cancellation: a frame is written whole or not at all (the secure session shields its writes).
-Waiting for credit can be cancelled. Control frames never wait in a caller: they are queued, sent
-with the next data or by the flusher, and so a reset costs nothing and cannot block. Small messages
-of other streams pass between frames.
+Waiting for credit or for the turn can be cancelled. Control frames never wait in a caller: they are
+queued, sent with the next data or by the flusher, and so a reset costs nothing and cannot block.
+
+docs/spec/transport.md says it for others to implement.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Protocol, cast
 
 import trio
 from libp2p.abc import IMuxedConn, ISecureConn
@@ -35,6 +38,8 @@ from libp2p.stream_muxer.exceptions import (
 )
 from multiaddr import Multiaddr
 
+from tdmld.p2p.accounting import Offence
+from tdmld.p2p.memory import Memory
 from tdmld.p2p.muxstream import (
     CREDIT,
     DATA,
@@ -45,10 +50,14 @@ from tdmld.p2p.muxstream import (
     PING,
     PONG,
     RST,
+    SMALL_BYTES,
+    WINDOW_BYTES,
     Buffer,
     FastMuxStream,
 )
 from tdmld.p2p.shield import shielded
+from tdmld.p2p.tls import RECORD_BYTES, TlsSession
+from tdmld.p2p.turns import FrameSize, Turns
 
 PROTOCOL = TProtocol("/tdmld/fastmux/1.0.0")
 
@@ -56,8 +65,17 @@ INBOUND_STREAMS = 256
 """Streams a peer may have open towards us; the host's own limit is lower."""
 _CONTROL_FRAMES = 4096
 """Control frames waiting because the peer does not read: more means it never will."""
-_SMALL_BYTES = 16 * 1024
-"""Below this a frame is joined with its header: one TLS record instead of several."""
+_FRAMES_PER_SECOND = 20_000.0
+"""Frames with hardly any content that one connection may send us: six for each stream opened, one
+for each 256 KiB taken; a tenth of a core's time."""
+_FRAMES_AT_ONCE = 40_000.0
+_PING_FRAMES = 4.0
+"""A ping counts as so many: it makes us answer."""
+_FULL_BYTES = 512
+"""Data from which a frame is worth its header."""
+_FRAMES_A_TURN = 512
+"""Handled before other tasks get their turn: 3 ms."""
+_THROTTLE_SECONDS = 0.1
 _DIE_SECONDS = 2.0
 _CLOSE_SECONDS = 0.2
 """Time for the last FIN frames when a connection is closed in good order."""
@@ -66,8 +84,11 @@ _BROKEN = (IOException, RawConnError, trio.ClosedResourceError)
 """How a secure session fails."""
 
 
-class _GatheringSession(Protocol):
-    async def write_parts(self, parts: Sequence[Buffer]) -> None: ...
+Accuse = Callable[[ID, Offence, str], None]
+
+
+class BrokenRules(Exception):
+    """The peer does not keep to the protocol: the connection ends."""
 
 
 class FastMux(IMuxedConn):
@@ -77,15 +98,28 @@ class FastMux(IMuxedConn):
     """Set by the swarm; awaited once when the connection ends for any reason."""
 
     def __init__(
-        self, conn: ISecureConn, peer_id: ID, *, inbound_streams: int = INBOUND_STREAMS
+        self,
+        conn: ISecureConn,
+        peer_id: ID,
+        *,
+        inbound_streams: int = INBOUND_STREAMS,
+        memory: Memory | None = None,
+        accuse: Accuse = lambda peer, offence, why: None,
     ) -> None:
+        """`memory` is the host's; `accuse` hears what the peer did against the rules."""
         self.peer_id = peer_id
+        self.held = 0
+        self._holding: set[FastMuxStream] = set()
+        """Streams with bytes that nobody has taken, also such as are over."""
+        self.memory = memory or Memory(INBOUND_STREAMS * WINDOW_BYTES)
+        self._accuse = accuse
+        self._frames = _FRAMES_AT_ONCE
+        self._frames_at = trio.current_time()
         self.on_close = None
         self.event_started = trio.Event()
         self._session = conn
-        self._gather: _GatheringSession | None = (
-            cast(_GatheringSession, conn) if hasattr(conn, "write_parts") else None
-        )
+        self._tls = conn if isinstance(conn, TlsSession) else None
+        """The same when it can gather and scatter."""
         self._streams: dict[int, FastMuxStream] = {}
         self._next = 1 if conn.is_initiator else 2
         self._inbound_limit = inbound_streams
@@ -94,12 +128,16 @@ class FastMux(IMuxedConn):
         self._accepted_send, self._accepted = trio.open_memory_channel[FastMuxStream](
             inbound_streams
         )
-        self._write_lock = trio.Lock()
+        self.turns = Turns()
+        """Who may write a frame."""
+        self._frame_size = FrameSize()
         self._control: list[bytes] = []
         self._control_added = trio.Event()
         self._dead = False
         self._pings: dict[int, trio.Event] = {}
         self._next_ping = 0
+        self.round_trip = 0.0
+        """The shortest seen, in seconds; 0 before the first."""
         self.last_received = trio.current_time()
 
     @property
@@ -159,14 +197,19 @@ class FastMux(IMuxedConn):
             self._pings.pop(number, None)
         if self._dead:
             raise MuxedConnUnavailable("the connection is closed")
-        return trio.current_time() - started
+        took = trio.current_time() - started
+        self.round_trip = min(took, self.round_trip or took)
+        return took
 
     async def close(self) -> None:
         """Send what control frames wait, then close. Takes at most `_CLOSE_SECONDS`."""
         if not self._dead and self.event_started.is_set() and self._control:
             with shielded(_CLOSE_SECONDS), suppress(*_BROKEN):
-                async with self._write_lock:
-                    await self._write(())
+                await self.turns.take(urgent=True)
+                try:
+                    await self._write(b"", ())
+                finally:
+                    self.turns.release()
         await self._die()
 
     def get_remote_address(self) -> tuple[str, int] | None:
@@ -180,21 +223,27 @@ class FastMux(IMuxedConn):
 
     # Sending
 
+    @property
+    def frame_bytes(self) -> int:
+        """The most for the next DATA frame: with its header it fills whole TLS records."""
+        return self._frame_size.bytes - HEADER.size
+
     async def send_data(self, number: int, size: int, views: Sequence[memoryview]) -> None:
-        """One DATA frame, whole, whatever happens to the caller; MuxedStreamReset when dead."""
-        header = HEADER.pack(DATA, number, size)
-        parts: Sequence[Buffer] = (
-            (b"".join((header, *views)),) if size <= _SMALL_BYTES else (header, *views)
-        )
-        with trio.CancelScope(shield=True):
-            async with self._write_lock:
-                if self._dead:
-                    raise MuxedStreamReset("the connection is closed")
-                try:
-                    await self._write(parts)
-                except _BROKEN as error:
-                    await self._die()
-                    raise MuxedStreamReset(f"the connection broke: {error}") from error
+        """With the turn held: one DATA frame, whole, whatever happens to the caller.
+
+        MuxedStreamReset when the connection is dead.
+        """
+        if self._dead:
+            raise MuxedStreamReset("the connection is closed")
+        began = trio.current_time()
+        try:
+            await self._write(HEADER.pack(DATA, number, size), views)
+        except _BROKEN as error:
+            with shielded(_DIE_SECONDS):
+                await self._die()
+            raise MuxedStreamReset(f"the connection broke: {error}") from error
+        if size > SMALL_BYTES // 2:
+            self._frame_size.sent(size, trio.current_time() - began)
 
     def queue_control(self, kind: int, number: int, value: int) -> None:
         """Send a control frame as soon as possible without waiting for it."""
@@ -203,42 +252,65 @@ class FastMux(IMuxedConn):
         self._control.append(HEADER.pack(kind, number, value))
         self._control_added.set()
 
-    async def _write(self, parts: Sequence[Buffer]) -> None:
-        """With the lock held: what control frames wait, then `parts`."""
+    async def _write(self, header: bytes, views: Sequence[memoryview]) -> None:
+        """With the turn held: what control frames wait, then a frame."""
         control, self._control = self._control, []
-        if control:
-            parts = (b"".join(control), *parts)
-        if not parts:
-            return
-        if self._gather is not None:
-            await self._gather.write_parts(parts)
-        else:
-            await self._session.write(b"".join(parts))
+        head = b"".join((*control, header))
+        if self._tls is not None:
+            await self._tls.write_parts(_records(head, views))
+        elif head:
+            await self._session.write(b"".join((head, *views)))
 
     async def _flush_control(self) -> None:
         while not self._dead:
             await self._control_added.wait()
             self._control_added = trio.Event()
+            if not self._control:
+                continue  # they left with a frame
+            await self.turns.take(urgent=True)
             try:
-                async with self._write_lock:
-                    await self._write(())
+                await self._write(b"", ())
             except _BROKEN:
                 await self._session.close()  # the reader notices and ends the connection
                 return
+            finally:
+                self.turns.release()
 
     # Receiving
 
     async def _read_frames(self) -> None:
+        turn = 0
         try:
             while len(self._control) <= _CONTROL_FRAMES:
                 kind, number, value = HEADER.unpack(await self._exactly(HEADER.size))
                 self.last_received = trio.current_time()
+                if kind != DATA or value < _FULL_BYTES:
+                    # Many small frames come in one read: they must not keep others waiting.
+                    turn = (turn + 1) % _FRAMES_A_TURN
+                    if turn == 0:
+                        await trio.lowlevel.checkpoint()
+                    self._frames -= _PING_FRAMES if kind == PING else 1
+                    if self._frames < 0:
+                        await self._throttle()
                 if kind == DATA:
                     await self._on_data(number, value)
                 elif not self._on_control(kind, number, value):
-                    return
+                    raise BrokenRules(f"a frame of kind {kind} for stream {number}")
+            self._accuse(self.peer_id, Offence.UNREAD, f"{_CONTROL_FRAMES} answers wait")
+        except BrokenRules as error:
+            self._accuse(self.peer_id, Offence.FLOW_CONTROL, str(error))
         except (*_BROKEN, EOFError):
             return  # the usual end of a connection; `_die` tells everybody
+
+    async def _throttle(self) -> None:
+        """Read on when the peer has frames left."""
+        now = trio.current_time()
+        gained = (now - self._frames_at) * _FRAMES_PER_SECOND
+        self._frames = min(self._frames + gained, _FRAMES_AT_ONCE)
+        self._frames_at = now
+        if self._frames < 0:
+            self._accuse(self.peer_id, Offence.CONTROL_FLOOD, "it is read more slowly now")
+            await trio.sleep(_THROTTLE_SECONDS)
 
     async def _exactly(self, size: int) -> bytes:
         data = await self._session.read(size)
@@ -252,18 +324,28 @@ class FastMux(IMuxedConn):
     async def _on_data(self, number: int, size: int) -> None:
         stream = self._streams.get(number)
         if size > FRAME_BYTES or (stream is not None and not stream.on_announced(size)):
-            raise EOFError("the peer broke flow control")
+            raise BrokenRules(f"{size} bytes for stream {number} were too many")
         if stream is None:
             self.queue_control(RST, number, 0)
         elif stream.is_deaf:
             await stream.reset()
         while size:
-            chunk = await self._session.read(size)
-            if not chunk:
+            if (
+                self._tls is not None
+                and stream is not None
+                and (room := stream.room(size)) is not None
+            ):
+                filled = await self._tls.read_into(room)
+                del room  # or its message could not be given away without a copy
+                stream.on_filled(filled)
+            else:
+                chunk = await self._session.read(size)
+                filled = len(chunk)
+                if stream is not None:
+                    stream.on_data(chunk)
+            if not filled:
                 raise EOFError
-            size -= len(chunk)
-            if stream is not None:
-                stream.on_data(chunk)
+            size -= filled
 
     def _on_control(self, kind: int, number: int, value: int) -> bool:
         """False when the peer breaks the protocol."""
@@ -283,7 +365,7 @@ class FastMux(IMuxedConn):
             elif kind == FIN:
                 stream.on_fin()
             else:
-                stream.on_break()
+                stream.on_reset()
                 self.forget(number)
         else:
             return False
@@ -293,7 +375,7 @@ class FastMux(IMuxedConn):
         if number % 2 == self._next % 2 or number <= self._highest_inbound:
             return False
         self._highest_inbound = number
-        if self._inbound_open >= self._inbound_limit:
+        if self._inbound_open >= self._inbound_limit or self.memory.refuses_stream(self):
             self.queue_control(RST, number, 0)
             return True
         stream = FastMuxStream(self, number)
@@ -308,6 +390,18 @@ class FastMux(IMuxedConn):
 
     # Ending
 
+    def hold(self, stream: FastMuxStream, size: int) -> None:
+        """Called by a stream on which so much more, or less, waits for its reader."""
+        if stream.held:
+            self._holding.add(stream)
+        else:
+            self._holding.discard(stream)
+        self.memory.hold(self, size)
+
+    def relieve(self) -> None:
+        """Drop the stream on which most waits for its reader: memory is out."""
+        max(self._holding, key=lambda stream: stream.held).drop()
+
     def forget(self, number: int) -> None:
         """Called by a stream that is over in both directions."""
         if self._streams.pop(number, None) is not None and number % 2 != self._next % 2:
@@ -319,7 +413,7 @@ class FastMux(IMuxedConn):
         self._dead = True
         self._accepted_send.close()
         for stream in list(self._streams.values()):
-            stream.on_break()
+            stream.on_lost()
         self._streams.clear()
         for answered in self._pings.values():
             answered.set()
@@ -329,3 +423,19 @@ class FastMux(IMuxedConn):
             await self._session.close()
         if self.on_close is not None:
             await self.on_close()
+
+
+def _records(head: bytes, views: Sequence[memoryview]) -> list[Buffer]:
+    """What to encrypt one after another: `head` shares its record with the beginning of the data,
+    so that no record is nearly empty; the rest is not copied."""
+    lead = RECORD_BYTES - len(head) % RECORD_BYTES
+    copied: list[Buffer] = [head]
+    left: list[Buffer] = []
+    for view in views:
+        if lead:
+            copied.append(view[:lead])
+            lead, view = lead - len(copied[-1]), view[lead:]
+        if view:
+            left.append(view)
+    joined = b"".join(copied)
+    return [joined, *left] if joined else left

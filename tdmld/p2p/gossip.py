@@ -17,6 +17,13 @@ What stock gossipsub does, and what is done here:
 - every packet carries its sender's signed address record, which the receiver verifies twice, a
   fifth of a quiet validator's time: it is left out, peers learn addresses otherwise
 - IDONTWANT is sent for every message, a packet to spare a packet: for large ones only
+- IHAVE and IWANT name messages by (source, seqno), which no host has ever seen under that name, so
+  that all of them are sent again: by our ids
+- an IWANT that names one message 10,000 times is answered with 10,000 copies: with one
+- whoever leaves our mesh may name peers whom the library dials: nobody is dialled
+- a host remembers when each message came, the messages of each source and seqno, and a PRUNE of
+  every topic that a peer invents, for ever or nearly: none of that
+- what is lost is lost: it can be asked for, see `catchup`
 """
 
 import hashlib
@@ -26,32 +33,45 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import msgspec
 import trio
+from google.protobuf.message import DecodeError
 from libp2p.abc import IHost, INetStream
 from libp2p.exceptions import ValidationError
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, PROTOCOL_ID_V12, GossipSub
+from libp2p.pubsub.mcache import CacheEntry, MessageCache
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.tools.anyio_service import background_trio_service
 
+from tdmld.p2p.accounting import Offence
+from tdmld.p2p.addresses import parse_peer_id
 from tdmld.p2p.errors import GossipRefused
 from tdmld.p2p.limits import Limits
+from tdmld.p2p.peers import Peers
+from tdmld.p2p.recent import Recent
 from tdmld.p2p.types import GossipMessage
 
 log = logging.getLogger(__name__)
 
-Validator = Callable[[str, bytes], bool]
+Validator = Callable[[str, bytes], bool | None]
 
 _HEARTBEAT_SECONDS = 1
 _SEEN_SECONDS = 120
 """For so long a message is not delivered twice; the same bytes may be gossiped again afterwards."""
+_GOSSIP_WINDOW, _GOSSIP_HISTORY = 3, 5
+"""Heartbeats: a message is announced for so many, and given to who asks for so many."""
 _DEGREE, _DEGREE_LOW, _DEGREE_HIGH = 6, 4, 12
 _TOPICS_PER_PEER = 32
 _BURST = 16
 """Publications that may go out at once."""
 _QUEUE_BUSY = 16
 """The library queues 32 messages for a peer and drops further ones without a word: wait at half."""
+_WANTED = 64
+"""Messages that one IWANT may ask for; our caches hold few more."""
+_BACKOFF_SECONDS = 60
+"""For no longer a peer keeps us from asking it again into our mesh."""
 _LARGE = 8 << 10
 """Bytes from which a message is worth an IDONTWANT (the specification leaves the bound open)."""
 _LAG_SECONDS = 1.0
@@ -73,6 +93,26 @@ def _message_id(message: rpc_pb2.Message) -> bytes:
     return digest.digest()
 
 
+def _parse(raw: bytes) -> rpc_pb2.Message:
+    """msgspec.DecodeError when it is no message of gossip."""
+    message = rpc_pb2.Message()
+    try:
+        message.ParseFromString(raw)
+    except DecodeError as error:
+        raise msgspec.DecodeError(f"not a message: {error}") from error
+    return message
+
+
+class _MessageCache(MessageCache):
+    """The library's, by our ids."""
+
+    def put(self, msg: rpc_pb2.Message) -> None:
+        key = _message_id(msg)
+        if key not in self.msgs:
+            self.msgs[key] = msg
+            self.history[0].append(CacheEntry(key, msg.topicIDs))
+
+
 class _Router(GossipSub):
     """Gossipsub whose heartbeat survives its own defects, and that spares small messages' talk."""
 
@@ -80,8 +120,29 @@ class _Router(GossipSub):
     """Size of the message whose `publish` runs: nothing in it waits before IDONTWANT is sent."""
 
     async def publish(self, msg_forwarder: ID, pubsub_msg: rpc_pb2.Message) -> None:
+        if isinstance(self.pubsub, _Pubsub) and id(pubsub_msg) in self.pubsub.ages:
+            return  # those who lack it ask for it
         self._publishing = len(pubsub_msg.data)
         await super().publish(msg_forwarder, pubsub_msg)
+        self.recent_message_deliveries.clear()
+
+    def _check_equivocation(self, msg: rpc_pb2.Message) -> bool:
+        return True  # a message is known by its content; who says two things has said them
+
+    async def handle_iwant(self, iwant_msg: rpc_pb2.ControlIWant, sender_peer_id: ID) -> None:
+        wanted = list(dict.fromkeys(iwant_msg.messageIDs))[:_WANTED]
+        await super().handle_iwant(rpc_pb2.ControlIWant(messageIDs=wanted), sender_peer_id)
+
+    async def handle_prune(self, prune_msg: rpc_pb2.ControlPrune, sender_peer_id: ID) -> None:
+        if prune_msg.topicID in self.mesh:
+            backoff = min(prune_msg.backoff, _BACKOFF_SECONDS)
+            pruned = rpc_pb2.ControlPrune(topicID=prune_msg.topicID, backoff=backoff)
+            await super().handle_prune(pruned, sender_peer_id)
+
+    def remove_peer(self, peer_id: ID) -> None:
+        super().remove_peer(peer_id)
+        for peers in self.back_off.values():
+            peers.pop(peer_id, None)
 
     async def _emit_idontwant_for_message(self, msg_id: bytes, topic_ids: Iterable[str]) -> None:
         if self._publishing >= _LARGE:
@@ -100,7 +161,7 @@ class _Router(GossipSub):
 class _Pubsub(Pubsub):
     """Pubsub with our size check, validation and delivery in the place of the library's."""
 
-    def __init__(self, host: IHost, router: GossipSub) -> None:
+    def __init__(self, host: IHost, router: GossipSub, peers: Peers) -> None:
         super().__init__(
             host,
             router,
@@ -111,18 +172,26 @@ class _Pubsub(Pubsub):
         )
         self.counter = time.time_ns()
         self.topics: dict[str, _Topic] = {}
+        self.recent = Recent()
+        self.ages: dict[int, float] = {}
+        """Of messages that were asked for and are just being checked, by `id`: seconds."""
         self.dropped = 0
         self.rejected = 0
         self._written = trio.Event()
         self._lagging: set[ID] = set()
+        self._peers = peers
+        self._unproved: rpc_pb2.Message | None = None
+        """A new message, while its signature is checked."""
 
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
         """Every message, ours included, enters here; the library runs it in a task of the
         service."""
         if len(msg.topicIDs) != 1 or (topic := self.topics.get(msg.topicIDs[0])) is None:
             return
+        if self._peers.ban_of(msg_forwarder) is not None:
+            return  # the rest of a flood that is over
         if len(msg.data) > topic.limit:
-            self.rejected += 1
+            self._refuse(msg_forwarder, f"{len(msg.data)} bytes on {msg.topicIDs[0]}")
             return
         try:
             await super().push_msg(msg_forwarder, msg)
@@ -131,6 +200,21 @@ class _Pubsub(Pubsub):
             # here would end pubsub and with it the host.
             self.rejected += 1
             log.debug("dropped a gossip message from %s: %r", msg_forwarder, error)
+        if self._unproved is msg:
+            # The library drops it without a word. Nothing in it awaits before `validate_msg`.
+            self._unproved = None
+            self._refuse(msg_forwarder, "a message without a good signature")
+
+    def _is_msg_seen(self, msg: rpc_pb2.Message) -> bool:
+        seen = bool(super()._is_msg_seen(msg))
+        self._unproved = None if seen else msg
+        return seen
+
+    def _refuse(self, forwarder: ID, why: str) -> None:
+        """Everybody checks what it passes on: this comes from nobody honest."""
+        self.rejected += 1
+        if forwarder != self.my_id:
+            self._peers.accuse(forwarder, Offence.GOSSIP, why)
 
     async def _handle_new_peer(self, peer_id: ID) -> None:
         """A topic joined while the greeting is on its way stands neither in it nor in the
@@ -142,16 +226,28 @@ class _Pubsub(Pubsub):
             queue.push(self.get_hello_packet())
 
     async def validate_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
-        topic = self.topics[msg.topicIDs[0]]
-        source = ID(msg.from_id)
-        if source == self.my_id:
-            return
+        self._unproved = None
+        if ID(msg.from_id) != self.my_id:
+            self._ask_validator(msg_forwarder, msg)
+        # Ours, too, when it comes back after a restart: we may be the only one who passes it on.
+        now, age = trio.current_time(), self.ages.get(id(msg))
+        raw = msg.SerializeToString()
+        self.recent.hold(_message_id(msg), msg.topicIDs[0], msg.from_id, raw, now, age)
+
+    def _ask_validator(self, forwarder: ID, msg: rpc_pb2.Message) -> None:
+        name = msg.topicIDs[0]
+        account = self._peers.account(forwarder)
+        account.gossip_bytes += len(msg.data)
+        began = time.perf_counter()
         try:
-            valid = topic.validate(str(msg_forwarder), msg.data)
+            valid = self.topics[name].validate(str(forwarder), msg.data)
         except Exception:
             # Boundary: a defect in a validator costs the message, not the host.
-            log.exception("the validator of %s failed", msg.topicIDs[0])
-            valid = False
+            log.exception("the validator of %s failed", name)
+            valid = None
+        account.spent += time.perf_counter() - began
+        if valid is False:
+            self._refuse(forwarder, f"its message on {name} is invalid")
         if not valid:
             raise ValidationError("the validator refused")
 
@@ -193,6 +289,19 @@ class _Pubsub(Pubsub):
         except trio.BrokenResourceError:
             pass  # the subscriber has gone; the topic is still relayed
 
+    async def take(self, peer: ID, raw: bytes, age: float) -> bool:
+        """Check and deliver a message that we asked `peer` for; whether it was new and good."""
+        message = _parse(raw)
+        key = _message_id(message)
+        if self.seen_messages.has(key):
+            return False
+        self.ages[id(message)] = age
+        try:
+            await self.push_msg(peer, message)
+        finally:
+            del self.ages[id(message)]
+        return key in self.recent
+
     def forget(self, peer: ID) -> None:
         """The connection to `peer` is gone. The library forgets this when a new one comes quickly,
         keeps a dead stream in its table and is deaf to the peer from then on."""
@@ -203,7 +312,7 @@ class _Pubsub(Pubsub):
 class Gossip:
     """Gossip of one host; made by `open_gossip`."""
 
-    def __init__(self, host: IHost, limits: Limits) -> None:
+    def __init__(self, host: IHost, limits: Limits, peers: Peers) -> None:
         self._router = _Router(
             [PROTOCOL_ID_V12, PROTOCOL_ID_V11],
             degree=_DEGREE,
@@ -216,10 +325,34 @@ class Gossip:
             adaptive_gossip_enabled=False,
             eclipse_protection_enabled=False,
         )
-        self._pubsub = _Pubsub(host, self._router)
+        self._router.mcache = _MessageCache(_GOSSIP_WINDOW, _GOSSIP_HISTORY)
+        self._pubsub = _Pubsub(host, self._router, peers)
         self._limits = limits
+        self.joined = trio.Event()
+        """Set and replaced whenever a topic is joined."""
         self._pace = trio.Lock()
         self._next = 0.0
+
+    @property
+    def recent(self) -> Recent:
+        """What others can ask for."""
+        return self._pubsub.recent
+
+    @property
+    def topics(self) -> tuple[str, ...]:
+        return tuple(self._pubsub.topics)
+
+    def lacks(self, key: bytes) -> bool:
+        """Whether a message was not seen lately."""
+        return key not in self.recent and not self._pubsub.seen_messages.has(key)
+
+    def key_of(self, raw: bytes) -> bytes:
+        """The id of a message; msgspec.DecodeError when it is none."""
+        return _message_id(_parse(raw))
+
+    async def take(self, peer: str, raw: bytes, age: float) -> bool:
+        """Check and deliver a message that we asked `peer` for; whether it was new and good."""
+        return await self._pubsub.take(parse_peer_id(peer), raw, age)
 
     @property
     def dropped(self) -> int:
@@ -243,6 +376,8 @@ class Gossip:
         self._pubsub.topics[topic] = _Topic(limit, validate, send)
         # The library's own channel stays unread and empty: delivery is `notify_subscriptions`.
         await self._pubsub.subscribe(topic)
+        self.joined.set()
+        self.joined = trio.Event()
         return receive
 
     async def publish(self, topic: str, data: bytes) -> None:
@@ -266,9 +401,9 @@ class Gossip:
 
 
 @asynccontextmanager
-async def open_gossip(host: IHost, limits: Limits) -> AsyncIterator[Gossip]:
-    """Run gossip on a running libp2p host."""
-    gossip = Gossip(host, limits)
+async def open_gossip(host: IHost, limits: Limits, peers: Peers) -> AsyncIterator[Gossip]:
+    """Run gossip on a running libp2p host; `peers` keeps the accounts of who passes what on."""
+    gossip = Gossip(host, limits, peers)
     try:
         async with (
             background_trio_service(gossip._pubsub),

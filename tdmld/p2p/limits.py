@@ -9,6 +9,9 @@ class Limits:
 
     connections: int = 256
     """Established connections, both directions. Peers that we keep are let in above it."""
+    connections_per_address: int = 64
+    """Of these with one IP address; peers that we keep are let in above it. Identities cost
+    nothing, addresses do: nobody takes all places with one."""
     pending_handshakes: int = 64
     """Accepted sockets that have not proved an identity yet: half-open floods stop here."""
     pending_per_address: int = 16
@@ -23,6 +26,9 @@ class Limits:
     """Streams that one peer may hold open towards us at the same time."""
     message_bytes: int = 256 * 1024 * 1024
     """Above any `receive(limit)`: no caller may allow more in one message."""
+    buffer_bytes: int = 256 * 1024 * 1024
+    """What all connections together may hold for readers that have not taken it yet; from half of
+    it on nobody is granted more (see `memory`). A carrier needs 8 MiB for each busy link."""
     keepalive_seconds: float = 10.0
     """Interval between pings on a connection."""
     keepalive_timeout_seconds: float = 8.0
@@ -31,6 +37,8 @@ class Limits:
     redial_first_seconds: float = 0.1
     redial_last_seconds: float = 5.0
     """Exponential back-off of redials of a kept peer, with jitter."""
+    relays: int = 2
+    """Relays that we keep a reservation on, when we were given candidates: one may die."""
     shutdown_seconds: float = 1.5
     """Time for saying goodbye to all peers when the host closes."""
     gossip_bytes: int = 256 * 1024

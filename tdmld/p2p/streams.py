@@ -6,7 +6,6 @@ One `Stream` may be used by one receiving task and any number of sending tasks a
 import struct
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -17,9 +16,10 @@ from libp2p.network.stream.exceptions import StreamClosed as LibClosed
 from libp2p.network.stream.exceptions import StreamEOF
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
 
+from tdmld.p2p.accounting import Account, Offence
 from tdmld.p2p.errors import MessageTooLarge, StreamBroken, StreamClosed
 from tdmld.p2p.muxstream import FastMuxStream
-from tdmld.p2p.shield import shielded
+from tdmld.p2p.shield import acquire, shielded
 
 _LENGTH = struct.Struct("!I")
 _FOREIGN_READ_BYTES = 64 * 1024
@@ -32,14 +32,6 @@ Part = bytes | bytearray | memoryview
 _Ending = Callable[[], Awaitable[None]]
 
 
-@dataclass(slots=True)
-class Traffic:
-    """Message bytes exchanged with one peer since the host started."""
-
-    bytes_in: int = 0
-    bytes_out: int = 0
-
-
 class Stream:
     """A two-way stream of messages with an authenticated peer; made by `Host`, not directly.
 
@@ -47,7 +39,7 @@ class Stream:
     """
 
     def __init__(
-        self, inner: INetStream, peer_id: str, protocol: str, traffic: Traffic, most: int
+        self, inner: INetStream, peer_id: str, protocol: str, account: Account, most: int
     ) -> None:
         self.peer_id = peer_id
         """Whom we speak to; proved by the secure channel."""
@@ -55,12 +47,13 @@ class Stream:
         self._inner = inner
         muxed = getattr(inner, "muxed_stream", None)
         self._fast = muxed if isinstance(muxed, FastMuxStream) else None
-        self._traffic = traffic
+        self._account = account
         self._most = most
         self._send_lock = trio.Lock()
         self._receiving = False
         self._finished: StreamClosed | StreamBroken | MessageTooLarge | None = None
-        # The message being received; kept here so that a cancelled `receive` can be repeated.
+        # The message being received; kept so that a cancelled `receive` can be repeated. On a fast
+        # stream it is kept there.
         self._chunks: list[bytes] = []
         self._size = 0
         self._expected: int | None = None
@@ -78,7 +71,8 @@ class Stream:
         size = sum(memoryview(part).nbytes for part in parts)
         if size > self._most:
             raise ValueError(f"a message has at most {self._most} bytes, not {size}")
-        async with self._send_lock:
+        await acquire(self._send_lock)
+        try:
             self._raise_if_finished()
             complete = False
             try:
@@ -89,7 +83,9 @@ class Stream:
             finally:
                 if not complete:
                     await self._reset_shielded()
-        self._traffic.bytes_out += size
+        finally:
+            self._send_lock.release()
+        self._account.messages_out += 1
 
     async def receive(self, limit: int) -> bytes:
         """The next message, of at most `limit` bytes.
@@ -107,7 +103,7 @@ class Stream:
             await trio.lowlevel.checkpoint()
             if self._expected is None:
                 self._expected = await self._receive_length(min(limit, self._most))
-            body = await self._receive_exactly(self._expected)
+            body = await self._exactly(self._expected)
             self._expected = None
         except _BROKEN as error:
             failure = self._end(self._failure(error))
@@ -116,8 +112,12 @@ class Stream:
             raise failure from error
         finally:
             self._receiving = False
-        self._traffic.bytes_in += len(body)
+        self._account.messages_in += 1
         return body
+
+    def blame(self, why: str, offence: Offence = Offence.MALFORMED) -> None:
+        """The peer did on this stream what no honest one does: see `accounting`."""
+        self._account.accuse(offence, f"{why} ({self.protocol})")
 
     async def close(self) -> None:
         """End the stream in good order. What was sent still arrives. Idempotent, takes at most 1
@@ -164,40 +164,44 @@ class Stream:
         if joined:
             await self._inner.write(bytes(joined))
 
-    async def _read(self, limit: int) -> list[bytes]:
-        if self._fast is not None:
-            return await self._fast.read_chunks(limit)
-        return [await self._inner.read(min(limit, _FOREIGN_READ_BYTES))]
-
     async def _receive_length(self, limit: int) -> int:
-        (size,) = _LENGTH.unpack(await self._receive_exactly(_LENGTH.size))
+        (size,) = _LENGTH.unpack(await self._exactly(_LENGTH.size))
         if size > limit:
             refusal = MessageTooLarge(
                 f"{self.peer_id} announced {size} bytes on {self.protocol}; "
                 f"{limit} are allowed here"
             )
             self._finished = refusal
+            self._account.accuse(Offence.OVERSIZE, str(refusal))
             await self._reset_shielded()
             raise refusal
         if self._fast is not None and size > 0:
             self._fast.expect(size)
         return int(size)
 
-    async def _receive_exactly(self, size: int) -> bytes:
+    async def _exactly(self, size: int) -> bytes:
+        if self._fast is not None:
+            return await self._fast.take(size)
         while self._size < size:
-            chunks = await self._read(size - self._size)
-            if not any(chunks):
+            chunk = await self._inner.read(min(size - self._size, _FOREIGN_READ_BYTES))
+            if not chunk:
                 raise MuxedStreamEOF
-            self._chunks += chunks
-            self._size += sum(map(len, chunks))
+            self._chunks.append(chunk)
+            self._size += len(chunk)
         chunks, self._chunks, self._size = self._chunks, [], 0
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
+    @property
+    def _in_a_message(self) -> bool:
+        """Whether a part of a message, or of its length, was received."""
+        begun = self._size > 0 if self._fast is None else self._fast.partial
+        return begun or self._expected is not None
+
     def _failure(self, error: BaseException) -> StreamClosed | StreamBroken:
         if isinstance(error, (StreamEOF, MuxedStreamEOF)):
-            if self._expected is None and self._size == 0:
-                return StreamClosed(f"{self.peer_id} closed {self.protocol}")
-            return StreamBroken(f"{self.peer_id} closed {self.protocol} in the middle of a message")
+            if self._in_a_message:
+                return StreamBroken(f"{self.peer_id} closed {self.protocol} in mid-message")
+            return StreamClosed(f"{self.peer_id} closed {self.protocol}")
         return _after_failure(error)
 
     def _end(self, failure: StreamClosed | StreamBroken) -> StreamClosed | StreamBroken:

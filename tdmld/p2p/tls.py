@@ -15,6 +15,7 @@ import ssl
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import trio
 from cryptography import x509
@@ -36,11 +37,12 @@ from libp2p.security.tls.openssl_verify import install_skip_pkix_peer_verificati
 from multiaddr import Multiaddr
 
 from tdmld.p2p.limits import WRITE_SECONDS
-from tdmld.p2p.shield import shielded
+from tdmld.p2p.shield import acquire, shielded
 
-_SOCKET_READ_BYTES = 256 * 1024
-_RECORD_BYTES = 16 * 1024
-"""OpenSSL hands out at most one record per read, so asking for more only allocates more."""
+_SOCKET_READ_BYTES = 128 * 1024
+RECORD_BYTES = 16 * 1024
+"""Plaintext of a full record. OpenSSL hands out at most one per read, so asking for more only
+allocates more."""
 _CERTIFICATE_DAYS = 3650
 """The certificate is made anew at every start; long, so that a node may run for years."""
 
@@ -113,15 +115,17 @@ class TlsSession(BaseSession):
         """Encrypt and send the parts in order, without joining them first."""
         # A record cut by cancellation would poison the whole connection, hence the shield.
         with shielded(WRITE_SECONDS) as scope:
-            async with self._write_lock:
-                try:
-                    for part in parts:
-                        view = memoryview(part)
-                        while view:
-                            view = view[self._tls.write(view) :]
-                except ssl.SSLError as error:
-                    raise RawConnError(f"TLS: {error}") from error
+            await acquire(self._write_lock)
+            try:
+                for part in parts:
+                    view = memoryview(part)
+                    while view:
+                        view = view[self._tls.write(view) :]
                 await self._raw.write(self._outgoing.read())
+            except ssl.SSLError as error:
+                raise RawConnError(f"TLS: {error}") from error
+            finally:
+                self._write_lock.release()
         if scope.cancelled_caught:
             await self._raw.close()
             raise RawConnError(f"the peer took no data for {WRITE_SECONDS:.0f} s")
@@ -130,19 +134,44 @@ class TlsSession(BaseSession):
         """Up to `n` bytes, at most one record; empty at the end of the connection."""
         if n == 0:
             return b""
-        want = _RECORD_BYTES if n is None or n < 0 else min(n, _RECORD_BYTES)
+        want = RECORD_BYTES if n is None or n < 0 else min(n, RECORD_BYTES)
         while True:
             try:
                 return self._tls.read(want)
             except ssl.SSLWantReadError:
-                data = await self._raw.read(_SOCKET_READ_BYTES)
-                if not data:
+                if not await self._receive():
                     return b""
-                self._incoming.write(data)
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
                 return b""
             except ssl.SSLError as error:
                 raise RawConnError(f"TLS: {error}") from error
+
+    async def read_into(self, target: memoryview) -> int:
+        """Decrypt into `target` what has arrived: at least one byte, or none at the end."""
+        filled = 0
+        while True:
+            try:
+                while filled < len(target):
+                    # Typeshed does not know that any writable buffer will do, and what comes back.
+                    rest = cast(bytearray, target[filled:])
+                    size = cast(int, self._tls.read(len(rest), rest))
+                    if not size:
+                        break
+                    filled += size
+                return filled
+            except ssl.SSLWantReadError:
+                if filled or not await self._receive():
+                    return filled
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                return filled
+            except ssl.SSLError as error:
+                raise RawConnError(f"TLS: {error}") from error
+
+    async def _receive(self) -> bool:
+        """More bytes for OpenSSL; False at the end of the connection."""
+        data = await self._raw.read(_SOCKET_READ_BYTES)
+        self._incoming.write(data)
+        return bool(data)
 
     async def close(self) -> None:
         await self._raw.close()

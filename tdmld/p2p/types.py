@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Direction = Literal["inbound", "outbound"]
+Path = Literal["direct", "relayed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class PeerStatus:
     """Known dialable addresses."""
     direction: Direction | None = None
     """Who dialled the present connection."""
+    path: Path | None = None
+    """Whether the present connection's bytes pass a relay."""
     remote: str = ""
     """The present connection's other end, as a multiaddr."""
     transport: str = ""
@@ -34,12 +37,21 @@ class PeerStatus:
     latency: float | None = None
     """Round trip of the last keepalive, seconds."""
     bytes_in: int = 0
-    """Payload of messages received on streams since the host started, headers excluded."""
+    """All bytes of its connections since the host started: handshake, muxer and encryption too."""
     bytes_out: int = 0
+    messages_in: int = 0
+    """Messages on streams."""
+    messages_out: int = 0
+    gossip_bytes: int = 0
+    """Bodies of gossip that it handed to us, duplicates excluded."""
+    spent_seconds: float = 0.0
+    """Our time for it in validators and in what services report."""
     connected_since: float | None = None
     """Unix time, seconds."""
     last_error: str = ""
     """Why the last dial failed; empty after a success."""
+    score: float = 0.0
+    """What its offences weigh now (see `accounting`); they decay, and 0 is a clean record."""
 
 
 @dataclass(frozen=True, slots=True)

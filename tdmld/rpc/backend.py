@@ -15,6 +15,8 @@ The server never reaches around it, and a fake of it is all that a test needs. R
 from collections.abc import AsyncIterator
 from typing import Protocol
 
+from tdmld.rpc.nettypes import BanInfo, Connected, DialText, ReasonText, Seconds, SubjectText
+from tdmld.rpc.reachtypes import NetReachability
 from tdmld.rpc.staketypes import NodeKeyInfo, StakeInfo, ValidatorSetInfo
 from tdmld.rpc.types import (
     AccountInfo,
@@ -53,6 +55,30 @@ class Backend(Protocol):
 
     async def net_peers(self) -> tuple[PeerInfo, ...]:
         """Known nodes, connected ones first."""
+
+    async def net_connect(self, address: DialText) -> Connected:
+        """Keep a peer connected from now on (waits for the first dial).
+
+        `address` ends in /p2p/ and the peer's id. Refused says what was tried; the node goes on
+        dialling all the same. InvalidParams when it cannot be dialled by anybody.
+        """
+
+    async def net_bans(self) -> tuple[BanInfo, ...]:
+        """Who may not connect: by the configuration, by command, by the node itself."""
+
+    async def net_ban(
+        self, subject: SubjectText, seconds: Seconds = 0, reason: ReasonText = ""
+    ) -> BanInfo:
+        """Disconnect and refuse a PeerId, IP address or network, for 0 seconds: until net_unban.
+
+        Holds for the carrier, too, and survives a restart.
+        """
+
+    async def net_unban(self, subject: SubjectText) -> BanInfo:
+        """Take a ban back, also one of the node itself; NotFound.
+
+        One of the configuration returns with the next start.
+        """
 
     async def chain_head(self) -> Head:
         """The newest finalized block."""
@@ -120,6 +146,12 @@ class Backend(Protocol):
 
         Refused while the job has no result; NotFound. The receipt (a Fetched transaction) is the
         submitter's to sign: commands do it, with chain_submit.
+        """
+
+    async def net_reachability(self, refresh: bool = False) -> NetReachability:
+        """Whether others can dial this node, who says so, and what it does about it.
+
+        With `refresh` every witness is asked again first: some seconds, 20 at most.
         """
 
     async def admin_stop(self) -> None:

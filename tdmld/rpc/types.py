@@ -67,6 +67,10 @@ class AskInfo(Wire, frozen=True):
     audit_capacity: int
     standby_slots: int
     until: HeightNumber
+    open: int = 0
+    """Other owners who dialled this node's carrier."""
+    paths: tuple[AddressText, ...] = ()
+    """Nodes whose carriers are connected directly with this one's."""
 
 
 class SlotRun(Wire, frozen=True):
@@ -407,6 +411,29 @@ class PeerInfo(Wire, frozen=True):
     height: HeightNumber | None = None
     """The peer's, as it last said."""
     round_trip_ms: float | None = None
+    kept: bool = False
+    """Whether the node dials it again when it is away."""
+    direction: Literal["inbound", "outbound"] | None = None
+    """Who dialled the present connection."""
+    path: Literal["direct", "relayed"] | None = None
+    remote: str = ""
+    """The other end of the present connection."""
+    transport: str = ""
+    """What was negotiated: security and muxer."""
+    bytes_in: int = 0
+    """Since this node started, everything included."""
+    bytes_out: int = 0
+    messages_in: int = 0
+    messages_out: int = 0
+    gossip_bytes: int = 0
+    """Bodies of gossip that it handed to this node."""
+    spent_ms: float = 0.0
+    """This node's time for checking what it sent."""
+    score: float = 0.0
+    """What its offences weigh now; at 100 it is banned for a time."""
+    banned: bool = False
+    last_error: str = ""
+    """Why the last dial failed."""
 
 
 class JobEarnings(Wire, frozen=True):

@@ -72,16 +72,14 @@ class Tokens:
         self.root = data_root(spec.shards)
 
     @classmethod
-    def from_files(cls, spec: Spec, paths: Sequence[Path]) -> "Tokens":
-        """Map one file a shard, in the order of `spec.shards`."""
-        maps: list[mmap.mmap] = []
-        for path in paths:
-            try:
-                with path.open("rb") as file:
-                    maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            except (OSError, ValueError) as error:
-                raise FileError(f"shard {path}: {error}") from error
-        return cls(spec, maps)
+    def from_memory(cls, spec: Spec, descriptor: int) -> "Tokens":
+        """Map the whole text from a memory file; the descriptor may be closed afterwards."""
+        try:
+            # Private: a memory file that is sealed against writing cannot be mapped otherwise.
+            mapped = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+        except (OSError, ValueError) as error:
+            raise FileError(f"the text cannot be mapped: {error}") from error
+        return cls(spec, list(cut_shards(memoryview(mapped))))
 
     @classmethod
     def from_text(cls, spec: Spec, path: Path) -> "Tokens":

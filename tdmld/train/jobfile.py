@@ -89,12 +89,13 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     config: str
     seed: Annotated[int, msgspec.Meta(ge=0, le=limits.SEED)]
     init: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
-    privacy: Literal["open"]
     class_: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,64}$")] = msgspec.field(name="class")
     data: _DataSection
     train: _TrainSection
     pipeline: Pipeline
     money: _MoneySection
+    privacy: Literal["open", "sealed"] = "sealed"
+    """Who only stores or carries the text shall not read it; `open` is a choice."""
 
 
 def load_job_file(path: Path) -> JobFile:

@@ -138,7 +138,7 @@ class Spec(_Part, frozen=True):
     config: dict[str, bool | int | str | None]
     seed: Annotated[int, msgspec.Meta(ge=0, le=limits.SEED)]
     init: SeedInit | GivenInit
-    privacy: Literal["open"]
+    privacy: Literal["open", "sealed"]
     class_: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,64}$")] = msgspec.field(name="class")
     data: Data
     train: Train

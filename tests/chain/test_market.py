@@ -137,7 +137,7 @@ def test_asks_that_are_over_are_not_matched_and_forgotten() -> None:
         ({"stages": (Stage(0, 1),)}, "parameters of a stage"),
         ({"stages": (Stage(1, 0),)}, "memory of a stage"),
         ({"class_id": ""}, "class"),
-        ({"privacy": "sealed"}, "privacy 'sealed'"),
+        ({"privacy": "split"}, "privacy 'split'"),
         ({"slot_price_max": limits.PRICE + 1}, "slot_price_max"),
         ({"standby_price": limits.PRICE + 1}, "standby_price"),
         ({"audit_rate": 1_000_001}, "audit_rate"),

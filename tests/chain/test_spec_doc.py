@@ -157,6 +157,7 @@ def test_every_domain_stands_there() -> None:
         blocks.BEACON_DOMAIN,
         transactions.DOMAIN,
         transactions.REGISTER_DOMAIN,
+        transactions.DIAL_DOMAIN,
     }
     assert crypto.signing_bytes("x", b"I", b"M") == b"tdmld\0x\0IM"
     assert '`"tdmld" ‖ 00 ‖ domain ‖ 00 ‖ chain id ‖ message`' in SPEC

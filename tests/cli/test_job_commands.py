@@ -155,6 +155,7 @@ def test_submit_signs_the_offer_of_the_job_file(
     ((spec, text_path, name),) = backend.published
     assert (len(spec), name) == (offer.spec_bytes, "tiny")
     assert text_path == str(job_file.parent / "text.txt")
+    assert "privacy open" in err
     total = lock_of(offer, Parameters()).total + 10
     assert f"{total:,}" in err
 
@@ -407,6 +408,35 @@ def test_peers(capsys: pytest.CaptureFixture[str], node: Path) -> None:
     assert "connected" in out
     _, out, _ = run(capsys, "peers", "list", "--data-dir", node, "--json")
     assert [peer["connected"] for peer in json.loads(out)] == [True, False]
+
+
+def test_peers_are_connected_with_by_hand(capsys: pytest.CaptureFixture[str], node: Path) -> None:
+    there = "/ip4/127.0.0.1/tcp/4001/p2p/12D3KooWJWoaqZhDaoEFshF7Rh1bpY9ohihFhzcW6d69Lr2NASuq"
+    code, out, _ = run(capsys, "peers", "connect", there, "--data-dir", node)
+    assert (code, "connected with 12D3Koo" in out) == (Exit.OK, True)
+    code, _, err = run(capsys, "peers", "connect", there.replace("127", "192"), "--data-dir", node)
+    assert code == Exit.REFUSED
+    assert "Connection refused" in err
+
+
+def test_peers_are_banned_and_let_in_again(capsys: pytest.CaptureFixture[str], node: Path) -> None:
+    code, out, _ = run(
+        capsys, "peers", "ban", "192.0.2.0/24", "--for", "2h", "--reason", "spam",
+        "--data-dir", node, "--json",
+    )  # fmt: skip
+    assert code == Exit.OK
+    assert json.loads(out)["until"] == "2026-01-01T02:00:00.000Z"
+    _, out, _ = run(capsys, "peers", "bans", "--data-dir", node)
+    assert "192.0.2.0/24" in out
+    assert "spam" in out
+    _, out, _ = run(capsys, "peers", "list", "--data-dir", node)
+    assert "1 banned: tdmld peers bans" in out
+    assert run(capsys, "peers", "unban", "192.0.2.0/24", "--data-dir", node)[0] == Exit.OK
+    code, _, err = run(capsys, "peers", "unban", "192.0.2.0/24", "--data-dir", node)
+    assert (code, "is not banned" in err) == (Exit.NOT_FOUND, True)
+    for wrong in ("soon", "0s", "2 h", "-1h", "9999999d"):
+        code, _, err = run(capsys, "peers", "ban", "192.0.2.7", "--for", wrong, "--data-dir", node)
+        assert (code, "write it like" in err or "--for" in err) == (Exit.USAGE, True)
 
 
 @pytest.mark.parametrize("params", [["2"], ["[2]"], ['{"height": 2}']])

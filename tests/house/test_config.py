@@ -121,3 +121,12 @@ def test_the_rpc_may_be_opened_on_purpose(tmp_path: Path) -> None:
 def test_the_data_directory_follows_the_environment() -> None:
     assert default_data_dir({"TDMLD_DATA_DIR": "/a"}) == Path("/a")
     assert default_data_dir({"XDG_DATA_HOME": "/x"}).name == "tdmld"
+
+
+def test_what_others_should_dial_is_configured_like_what_is_listened_on(tmp_path: Path) -> None:
+    text = "/dns4/home.example.org/tcp/14001"
+    config = load_config(tmp_path, {"announce": (text,)}, {"TDMLD_CARRIER_ANNOUNCE": text})
+    assert (config.announce, config.carrier_announce) == ((text,), (text,))
+    assert (config.mdns, config.upnp, config.relay) == (True, True, True)
+    with pytest.raises(ConfigError, match="not an address for others to dial"):
+        load_config(tmp_path, {"announce": ("home.example.org:14001",)}, {})

@@ -6,7 +6,7 @@ import trio
 
 from tdmld.chain.crypto import sha256
 from tdmld.chain.records import JobStatus
-from tdmld.chain.transactions import Payload, decode_transaction
+from tdmld.chain.transactions import DialReceipt, Payload, decode_transaction
 from tdmld.node.finality import HeadFeed
 from tdmld.node.offers import offered_stages
 from tdmld.train.spec import decode_spec
@@ -41,6 +41,16 @@ class FakeChain:
         self.sent.append(decode_transaction(raw, self.world.chain_id).payload)
         self.submitted.set()
         return sha256(raw)
+
+
+class FakeWitnesses:
+    """What others said of this node, and whether more is to come."""
+
+    def __init__(self, *receipts: DialReceipt, settled: bool = True) -> None:
+        self.known, self.settled, self.closed = receipts, settled, False
+
+    def receipts(self) -> tuple[DialReceipt, ...]:
+        return self.known
 
 
 def session_of(index: int) -> bytes:

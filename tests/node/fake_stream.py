@@ -17,6 +17,7 @@ class FakeStream:
     ) -> None:
         self.peer_id = peer_id
         self.sent = 0
+        self.blamed: list[str] = []
         self.break_after: int | None = None
         self._out, self._into = out, into
 
@@ -28,6 +29,9 @@ class FakeStream:
         except (trio.ClosedResourceError, trio.BrokenResourceError):
             raise StreamBroken("fake stream broke") from None
         self.sent += 1
+
+    def blame(self, why: str) -> None:
+        self.blamed.append(why)
 
     async def receive(self, limit: int) -> bytes:
         try:

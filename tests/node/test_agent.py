@@ -13,6 +13,7 @@ from tdmld.node.agent import RETRY_BLOCKS, Agent
 from tdmld.node.chainerrors import ServiceBusy, SpecUnavailable, StoreError
 from tdmld.node.duties import TakePlace
 from tests.node.chainkit import make_genesis
+from tests.node.fake_chain import FakeWitnesses
 
 
 def make_agent(height: int = 7) -> Agent:
@@ -25,6 +26,7 @@ def make_agent(height: int = 7) -> Agent:
         data_dir=Path(),
         ask=None,
         ask_blocks=10,
+        witnessed=FakeWitnesses(),
     )
 
 
@@ -73,6 +75,8 @@ async def test_a_place_is_declined_in_time_when_nobody_has_the_spec(
     agent.chain.fetch_spec = nobody  # type: ignore[method-assign]
     agent.chain.submit = submit  # type: ignore[assignment, method-assign]
     job = cast(Any, SimpleNamespace(id=bytes(32), spec_id=bytes(32), matched=10))
-    await agent._perform("place", lambda: agent._take_place(job, TakePlace(bytes(32), 0, 1)))
+    await agent._perform(
+        "place", lambda: agent._performer._take_place(job, TakePlace(bytes(32), 0, 1))
+    )
     found = [decode_transaction(raw, bytes(32)).payload for raw in submitted]
     assert found == ([Decline(bytes(32), 0, 1)] if declined else [])

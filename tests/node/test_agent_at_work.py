@@ -17,7 +17,15 @@ from tdmld.node.machine import GenesisRoots, SlotFailed, SlotId, StepDone
 from tdmld.node.peers import PeerBook, PeerRecord, SignedRecord
 from tdmld.p2p import PeerInfo
 from tests.chain.world import Vice, World, node_key
-from tests.node.fake_chain import SPEC, FakeChain, place_of, session_of, submit, worker_of
+from tests.node.fake_chain import (
+    SPEC,
+    FakeChain,
+    FakeWitnesses,
+    place_of,
+    session_of,
+    submit,
+    worker_of,
+)
 
 
 class FakeMachine:
@@ -33,7 +41,9 @@ class FakeMachine:
         """Set by the first call: the agent has read its directory and looked."""
         self.broken: type[Exception] | None = None
 
-    async def set_members(self, job: bytes, sessions: frozenset[str]) -> None:
+    async def set_members(
+        self, job: bytes, sessions: frozenset[str], sealed: bytes | None = None
+    ) -> None:
         self.members[job] = sessions
         self.heard.set()
 
@@ -90,10 +100,11 @@ class Rig:
             data_dir=data_dir,
             ask=None,
             ask_blocks=100,
+            witnessed=FakeWitnesses(),
         )
 
     def record(self, key: KeyPair, session: bytes, *addresses: str) -> None:
-        raw = encode(PeerRecord(key.public, 1, (), session, addresses))
+        raw = encode(PeerRecord(key.public, 1, (), session, addresses, False))
         self.book.add(SignedRecord(raw, key.sign("peer", self.world.chain_id, raw)))
 
     async def block(self, *raws: bytes) -> None:
@@ -114,7 +125,7 @@ class Rig:
     def remembers(self, job: bytes) -> list[str]:
         """What the agent still holds of a job."""
         found = []
-        for name, value in vars(self.agent).items():
+        for name, value in (vars(self.agent) | vars(self.agent._performer)).items():
             if name == "_served" or not isinstance(value, dict | set):
                 continue
             if any(key == job or (isinstance(key, tuple) and job in key) for key in value):
@@ -224,7 +235,7 @@ async def test_a_place_that_does_not_fit_on_the_disk_is_declined(
     world: World, serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = submit(world)
-    monkeypatch.setattr("tdmld.node.agent.free_bytes", lambda directory: 1000)
+    monkeypatch.setattr("tdmld.node.performer.free_bytes", lambda directory: 1000)
     rig = await serve(world, worker_of(world, job, 1))
     with trio.fail_after(30):
         await rig.chain.submitted.wait()

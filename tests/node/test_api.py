@@ -33,6 +33,7 @@ class Rig:
             machine=None,  # type: ignore[arg-type]
             agent=self.agent,  # type: ignore[arg-type]
             peers=SimpleNamespace(now_ms=lambda: 0),  # type: ignore[arg-type]
+            reach=None,  # type: ignore[arg-type]
             data_dir=data_dir,
             stop=trio.Event(),
         )

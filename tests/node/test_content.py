@@ -10,65 +10,53 @@ import trio
 import trio.testing
 
 from tdmld.chain.crypto import KeyPair
-from tdmld.node import content
-from tdmld.node.content import ContentClient, ContentServer, ContentStore
-from tdmld.node.control import Blob, FramesFile, Item, ResultFile, Slot, StateFile
+from tdmld.node import contentserver, layout
+from tdmld.node import contentwire as wire
+from tdmld.node.contentserver import JobContent
+from tdmld.node.contentstore import ContentStore
+from tdmld.node.control import FramesFile, Item, ResultFile, Slot, StateFile
 from tdmld.node.errors import ContentMismatch, ContentRefused, ContentUnavailable
 from tdmld.node.layout import Layout
+from tdmld.node.seal import ContentKeys
 from tdmld.train.digest import digest
-from tests.node.fake_stream import FakeHost, FakeStream, stream_pair
+from tests.node.contentkit import JOB, Node, random_text
+from tests.node.fake_stream import FakeStream, stream_pair
 
-JOB = b"j" * 32
 SLOT = Slot(JOB, 0, 1)
-ASKER, HOLDER = (KeyPair(bytes([n]) * 32).address for n in (1, 2))
-TEXT = os.urandom(content.CHUNK_BYTES * 2 + 12345)
-
-
-class World:
-    """A holder with content and an asker without, joined by streams in memory."""
-
-    def __init__(self, root: Path, nursery: trio.Nursery) -> None:
-        self.root = root
-        self.members = {JOB: frozenset({ASKER})}
-        self.growing: set[Item] = set()
-        self.layout = Layout(root / "holder")
-        self.mine = Layout(root / "asker")
-        for layout in (self.layout, self.mine):
-            layout.content.mkdir(parents=True)
-        self.store = ContentStore(self.layout, 1 << 30)
-        self.server = ContentServer(self.store, self.members, self.growing.__contains__)
-        self.asker_store = ContentStore(self.mine, 1 << 30)
-        host = FakeHost(ASKER)
-        host.nursery = nursery
-        host.routes[HOLDER] = self.server.handle  # type: ignore[assignment]
-        self.host = host
-        self.client = ContentClient(host, "content", self.asker_store)  # type: ignore[arg-type]
-
-    def put(self, path: Path, data: bytes) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-
-    async def fetch(self, item: Item, limit: int = 1 << 30, *, blob: bool = False) -> bytes:
-        target = self.mine.data_dir / "got"
-        await self.client.fetch(item, limit, [HOLDER], target, blob=blob)
-        return target.read_bytes()
-
-    def leftovers(self) -> list[str]:
-        return [path.name for path in self.mine.data_dir.glob("*.part")]
+TEXT = random_text(2)
+LIAR = KeyPair(b"3" * 32).address
 
 
 @pytest.fixture
-def world(tmp_path: Path, nursery: trio.Nursery) -> World:
-    return World(tmp_path, nursery)
+def holder(tmp_path: Path, nursery: trio.Nursery) -> Node:
+    return Node(tmp_path, 2, nursery)
 
 
-async def test_a_text_is_imported_as_shards_that_join_to_it(world: World) -> None:
-    path = world.root / "text"
+@pytest.fixture
+def asker(tmp_path: Path, nursery: trio.Nursery, holder: Node) -> Node:
+    node = Node(tmp_path, 1, nursery)
+    holder.serve(node)
+    return node
+
+
+def store_at(path: Path, quota: int) -> ContentStore:
+    return ContentStore(Layout(path), quota, ContentKeys(Layout(path), KeyPair(b"1" * 32)))
+
+
+async def test_a_text_is_imported_as_shards_that_join_to_it(
+    asker: Node, holder: Node, tmp_path: Path
+) -> None:
+    path = tmp_path / "text"
     path.write_bytes(TEXT)
-    shards = world.store.import_text(path)
+    shards = holder.store.import_text(path)
     assert [size for _, size in shards] == [1 << 20, 1 << 20, 12345]
-    parts = [await world.fetch(Blob(JOB, name), size, blob=True) for name, size in shards]
-    assert b"".join(parts) == TEXT
+    await asker.client.fetch_data(JOB, None, shards, [holder.session])
+    assert b"".join(asker.store.read(None, name) for name, _ in shards) == TEXT
+    fd = asker.store.text_memory(None, shards)
+    assert os.pread(fd, len(TEXT) + 1, 0) == TEXT
+    with pytest.raises(PermissionError):
+        os.pwrite(fd, b"x", 0)
+    os.close(fd)
 
 
 @pytest.mark.parametrize(
@@ -80,114 +68,139 @@ async def test_a_text_is_imported_as_shards_that_join_to_it(world: World) -> Non
         (ResultFile(JOB, "config.json"), "result/config.json"),
     ],
 )
+@pytest.mark.parametrize("data", [TEXT, TEXT[: 1 << 20], b"x", b""], ids=len)
 async def test_a_member_gets_states_frames_and_results(
-    world: World, item: Item, place: str
+    asker: Node, holder: Node, item: Item, place: str, data: bytes
 ) -> None:
-    world.put(world.layout.job(JOB) / place, TEXT)
-    assert await world.fetch(item) == TEXT
-    assert world.leftovers() == []
+    holder.put(place, data)
+    assert await asker.fetch(item, [holder]) == data
+    assert asker.had == (holder.session,)
+    assert asker.parts() == []
 
 
-async def test_a_stranger_gets_nothing(world: World) -> None:
-    world.put(world.layout.result(JOB) / "config.json", b"secret")
-    world.members[JOB] = frozenset()
+async def test_a_stranger_gets_nothing(asker: Node, holder: Node) -> None:
+    holder.put("result/config.json", b"secret")
+    holder.jobs[JOB] = JobContent(frozenset())
     with pytest.raises(ContentUnavailable, match="not a member"):
-        await world.fetch(ResultFile(JOB, "config.json"))
+        await asker.fetch(ResultFile(JOB, "config.json"), [holder])
     with pytest.raises(ContentUnavailable, match="not a member"):
-        await world.client.list_result(JOB, [HOLDER])
+        await asker.client.list_result(JOB, [holder.session])
 
 
-async def test_a_log_that_still_grows_is_not_given(world: World) -> None:
+async def test_who_ceases_to_be_a_member_gets_no_further_chunk(asker: Node, holder: Node) -> None:
+    holder.put("result/model", TEXT)
+    stream, _ = await asker.client._open(holder.session, ResultFile(JOB, "model"))
+    holder.jobs[JOB] = JobContent(frozenset())
+    await stream.send(wire.encode_request(wire.Want(0)))
+    with pytest.raises(ContentUnavailable, match="not a member"):
+        wire.decode_bytes(await stream.receive(wire.CHUNK_MESSAGE_BYTES))
+    await stream.close()
+
+
+async def test_a_log_that_still_grows_is_not_given(asker: Node, holder: Node) -> None:
     item = FramesFile(SLOT, 0, "up")
-    world.put(world.layout.slot(JOB, 0, 1) / "ring" / "0.up.sent", b"half")
-    world.growing.add(item)
+    holder.put("slot-0.1/ring/0.up.sent", b"half")
+    holder.growing.add(item)
     with pytest.raises(ContentUnavailable, match="not finished"):
-        await world.fetch(item)
+        await asker.fetch(item, [holder])
 
 
-async def test_more_than_the_limit_is_not_taken(world: World) -> None:
-    world.put(world.layout.result(JOB) / "config.json", b"x" * 100)
+async def test_more_than_the_limit_is_not_taken(asker: Node, holder: Node) -> None:
+    holder.put("result/config.json", b"x" * 100)
     with pytest.raises(ContentUnavailable, match="at most 99"):
-        await world.fetch(ResultFile(JOB, "config.json"), 99)
+        await asker.fetch(ResultFile(JOB, "config.json"), [holder], 99)
 
 
-async def test_a_damaged_shard_is_not_taken(world: World) -> None:
+async def test_a_damaged_shard_is_not_taken(asker: Node, holder: Node) -> None:
     name = digest(b"right")
-    world.put(world.layout.blob(name), b"wrong")
+    path = holder.layout.blob(name)
+    path.parent.mkdir()
+    path.write_bytes(b"wrong")
     with pytest.raises(ContentUnavailable, match="another content"):
-        await world.fetch(Blob(JOB, name), 5, blob=True)
+        await asker.client.fetch_data(JOB, None, [(name, 5)], [holder.session])
+    assert asker.parts() == []
 
 
-async def test_the_next_holder_is_tried(world: World) -> None:
-    world.put(world.layout.result(JOB) / "config.json", b"x")
-    liar = KeyPair(b"3" * 32).address
-
-    async def lie(stream: FakeStream) -> None:
-        await stream.receive(10_000)
-        await stream.send(msgspec.msgpack.encode(content.Located(digest(b"a"), 1)))
-        await stream.receive(10_000)
-        await stream.send(b"b")
-
-    world.host.routes[liar] = lie
-    target = world.root / "out" / "config.json"
-    item = ResultFile(JOB, "config.json")
-    assert await world.client.fetch(item, 10, [liar, HOLDER], target) == HOLDER
-    with pytest.raises(ContentUnavailable, match="announced hash"):
-        await world.client.fetch(item, 10, [liar], world.root / "out" / "other")
-    assert [path.name for path in (world.root / "out").iterdir()] == ["config.json"]
-
-
-async def test_without_holders_the_error_says_so(world: World) -> None:
+async def test_without_holders_the_error_says_so(asker: Node) -> None:
     with pytest.raises(ContentUnavailable, match="no holder"):
-        await world.client.fetch(Blob(JOB, bytes(32)), 1, [], world.root / "x")
+        await asker.fetch(ResultFile(JOB, "x"), [])
 
 
-@pytest.mark.parametrize("size", [0, content.CHUNK_BYTES + 1])
-async def test_a_chunk_of_a_wrong_size_is_refused(world: World, size: int) -> None:
-    liar = KeyPair(b"3" * 32).address
+def lie(located: wire.Located, *answers: bytes) -> object:
+    """A holder that announces something and then answers what it likes."""
 
-    async def lie(stream: FakeStream) -> None:
+    async def handle(stream: FakeStream) -> None:
         await stream.receive(10_000)
-        await stream.send(msgspec.msgpack.encode(content.Located(bytes(32), 1 << 22)))
-        await stream.receive(10_000)
-        await stream.send(bytes(size))
+        await stream.send(wire.encode_reply(located))
+        for answer in answers:
+            await stream.receive(10_000)
+            await stream.send(answer)
 
-    world.host.routes[liar] = lie
-    with pytest.raises(ContentUnavailable):
-        await world.client.fetch(Blob(JOB, bytes(32)), 1 << 22, [liar], world.root / "x")
+    return handle
+
+
+def located(size: int, digests: bytes) -> wire.Located:
+    return wire.Located(wire.content_of(size, digests), size, 0, b"", digests)
+
+
+@pytest.mark.parametrize(
+    ("announced", "answers", "named"),
+    [
+        (located(5, digest(b"right")), [b"\x00wrong"], "announced hash"),
+        (located(5, digest(b"right")), [b"\x00"], "0 bytes"),
+        (located(5, digest(b"right")), [b"\x00righter"], "7 bytes"),
+        (located(5, digest(b"right")), [b"right"], "bytes where an answer was due"),
+        (located(5, digest(b"right")), [], "closed"),
+        (wire.Located(bytes(32), 5, 0, b"", digest(b"right")), [], "list of chunks"),
+        (located(5, b""), [], "list of chunks"),
+        (located((wire.LIST_CHUNKS + 1) << 20, b""), [b"\x00"], "too short"),
+        (located((wire.LIST_CHUNKS + 1) << 20, bytes(1 << 16)), [b"\x00" + bytes(32)], "hash"),
+    ],
+)
+async def test_a_holder_that_lies_is_named_and_leaves_nothing(
+    asker: Node, announced: wire.Located, answers: list[bytes], named: str
+) -> None:
+    asker.host.routes[LIAR] = lie(announced, *answers)  # type: ignore[assignment]
+    with pytest.raises(ContentUnavailable, match=f"{LIAR}: .*{named}"):
+        await asker.fetch(ResultFile(JOB, "x"), [LIAR], 1 << 40)
+    assert not asker.target.exists()
 
 
 @pytest.mark.parametrize("raw", [b"", b"\xff" * 30, b"\x80", msgspec.msgpack.encode([1, 2])])
 async def test_a_malformed_request_is_answered_and_ends_the_stream(
-    world: World, nursery: trio.Nursery, raw: bytes
+    asker: Node, holder: Node, raw: bytes
 ) -> None:
-    mine, theirs = stream_pair(ASKER, HOLDER)
+    mine, theirs = stream_pair(asker.session, holder.session)
     await mine.send(raw)
-    await world.server.handle(theirs)  # type: ignore[arg-type]
-    reply = msgspec.msgpack.decode(await mine.receive(10_000))
-    assert "malformed" in reply["reason"]
+    await holder.server.handle(theirs)  # type: ignore[arg-type]
+    with pytest.raises(ContentUnavailable, match="malformed"):
+        wire.decode_reply(await mine.receive(10_000))
 
 
 @pytest.mark.parametrize("name", ["..", ".x", "a/b", "", "x" * 70])
 def test_a_file_name_with_a_way_in_it_is_no_file_of_a_result(name: str, tmp_path: Path) -> None:
-    store = ContentStore(Layout(tmp_path), 1)
     with pytest.raises(ContentUnavailable):
-        store.path(ResultFile(JOB, name))
+        store_at(tmp_path, 1).path(ResultFile(JOB, name))
 
 
-async def test_bytes_can_only_be_wanted_of_what_was_located(world: World) -> None:
-    mine, theirs = stream_pair(ASKER, HOLDER)
-    world.host.nursery.start_soon(world.server.handle, theirs)  # type: ignore[union-attr, arg-type]
-    await mine.send(msgspec.msgpack.encode(content.Want(0, 5)))
-    reply = msgspec.msgpack.decode(await mine.receive(10_000))
-    assert "located" in reply["reason"]
+async def test_chunks_can_only_be_wanted_of_what_was_located(
+    asker: Node, holder: Node, nursery: trio.Nursery
+) -> None:
+    mine, theirs = stream_pair(asker.session, holder.session)
+    nursery.start_soon(holder.server.handle, theirs)  # type: ignore[arg-type]
+    await mine.send(wire.encode_request(wire.Want(0)))
+    with pytest.raises(ContentUnavailable, match="located"):
+        wire.decode_bytes(await mine.receive(10_000))
     await mine.close()
 
 
-async def test_a_peer_may_not_hold_many_streams(world: World) -> None:
-    ends = [stream_pair(ASKER, HOLDER) for _ in range(content.STREAMS_PER_PEER + 1)]
+async def test_a_peer_may_not_hold_many_streams(
+    asker: Node, holder: Node, nursery: trio.Nursery
+) -> None:
+    count = contentserver.STREAMS_PER_PEER + 1
+    ends = [stream_pair(asker.session, holder.session) for _ in range(count)]
     for _, theirs in ends:
-        world.host.nursery.start_soon(world.server.handle, theirs)  # type: ignore[union-attr, arg-type]
+        nursery.start_soon(holder.server.handle, theirs)  # type: ignore[arg-type]
         await trio.testing.wait_all_tasks_blocked()
     refused = ends[-1][0]
     assert b"too many" in await refused.receive(10_000)
@@ -196,13 +209,12 @@ async def test_a_peer_may_not_hold_many_streams(world: World) -> None:
 
 
 def test_the_quota_is_kept(tmp_path: Path) -> None:
-    layout = Layout(tmp_path)
-    layout.content.mkdir()
+    Layout(tmp_path).content.mkdir()
     text = tmp_path / "text"
     text.write_bytes(b"x" * 1000)
     with pytest.raises(ContentRefused, match="do not fit"):
-        ContentStore(layout, 999).import_text(text)
-    assert len(ContentStore(layout, 1000).import_text(text)) == 1
+        store_at(tmp_path, 999).import_text(text)
+    assert len(store_at(tmp_path, 1000).import_text(text)) == 1
 
 
 @pytest.mark.parametrize("kind", ["empty", "directory"])
@@ -210,24 +222,48 @@ def test_only_a_regular_file_with_bytes_is_a_text(tmp_path: Path, kind: str) -> 
     path = tmp_path / "text"
     path.mkdir() if kind == "directory" else path.touch()
     with pytest.raises((ContentRefused, OSError)):
-        ContentStore(Layout(tmp_path), 1000).import_text(path)
+        store_at(tmp_path, 1000).import_text(path)
 
 
 def test_a_full_disk_refuses_new_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = SimpleNamespace(f_bavail=10, f_frsize=4096)
-    monkeypatch.setattr(content.os, "statvfs", lambda path: full)
+    monkeypatch.setattr(layout.os, "statvfs", lambda path: full)
     with pytest.raises(ContentRefused, match="full"):
-        ContentStore(Layout(tmp_path), 1000).make_room(5, blob=False)
+        store_at(tmp_path, 1000).make_room(5, blob=False)
 
 
-async def test_a_copy_of_ones_own_is_checked_for_size(world: World) -> None:
-    world.put(world.mine.result(JOB) / "config.json", b"x" * 10)
-    with pytest.raises(ContentMismatch):
-        world.client._copy(ResultFile(JOB, "config.json"), 9, world.root / "y")
+async def test_a_disk_that_fails_is_the_error_itself(
+    asker: Node, holder: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder.put("result/x", b"x")
+
+    def fail(*arguments: object) -> int:
+        raise OSError(5, "broken disk")
+
+    monkeypatch.setattr("tdmld.node.download.os.pwrite", fail)
+    with pytest.raises(OSError, match="broken disk"):
+        await asker.fetch(ResultFile(JOB, "x"), [holder])
+
+
+async def test_a_copy_of_ones_own_is_checked_for_size(asker: Node) -> None:
+    asker.put("result/config.json", b"x" * 10)
+    with pytest.raises(ContentUnavailable, match="at most 9"):
+        await asker.fetch(ResultFile(JOB, "config.json"), [asker], 9)
+    assert await asker.fetch(ResultFile(JOB, "config.json"), [asker]) == b"x" * 10
+
+
+def test_a_shard_that_is_not_what_its_name_says_is_not_handed_out(tmp_path: Path) -> None:
+    store, name = store_at(tmp_path, 1000), digest(b"right")
+    with pytest.raises(ContentUnavailable, match="data shard 0: not here; fetch_data"):
+        store.text_memory(None, [(name, 5)])
+    Layout(tmp_path).blob(name).parent.mkdir(parents=True)
+    Layout(tmp_path).blob(name).write_bytes(b"wrong")
+    with pytest.raises(ContentMismatch, match="shard 0"):
+        store.text_memory(None, [(name, 5)])
 
 
 def test_room_that_others_made_is_seen(tmp_path: Path) -> None:
-    store = ContentStore(Layout(tmp_path), 1000)
+    store = store_at(tmp_path, 1000)
     old = tmp_path / "content" / "ab" / ("ab" * 32)
     old.parent.mkdir(parents=True)
     old.write_bytes(bytes(900))
@@ -241,4 +277,4 @@ def test_room_that_others_made_is_seen(tmp_path: Path) -> None:
 def test_a_pipe_is_no_text_and_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ContentRefused, match="not a regular file"):
-        ContentStore(Layout(tmp_path), 1000).import_text(tmp_path / "pipe")
+        store_at(tmp_path, 1000).import_text(tmp_path / "pipe")

@@ -74,15 +74,15 @@ class Gate:
 
     async def _nowhere(self, _: Sequence[bytes]) -> None: ...
 
-    def announced(self, block: Block, proof: Certificate, **changes: object) -> bool:
+    def announced(self, block: Block, proof: Certificate, **changes: object) -> bool | None:
         notice = Announcement(block.header, block.signature, proof, block.transactions)
         raw = encode(msgspec.structs.replace(notice, **changes))
         return self.door.announcement(SOURCE, raw)
 
-    def sent(self, *raws: bytes) -> bool:
+    def sent(self, *raws: bytes) -> bool | None:
         return self.door.transactions(SOURCE, encode(Transactions(raws)))
 
-    def offered(self, offer: bytes, spec: bytes) -> bool:
+    def offered(self, offer: bytes, spec: bytes) -> bool | None:
         return self.door.offer(SOURCE, encode(OfferNotice(offer, spec)))
 
 
@@ -126,6 +126,23 @@ def test_one_block_is_not_passed_on_in_many_versions(gate: Gate) -> None:
     voters = [(0, 1, 2), (0, 1, 3), (0, 2, 3), (1, 2, 3), (0, 1, 2, 3)]
     proofs = [certificate(Kind.FINALIZE, block, some) for some in voters]
     assert [gate.announced(block, proof) for proof in proofs].count(True) == COPIES
+
+
+def test_only_what_no_honest_node_passes_on_is_its_forwarders_fault(gate: Gate) -> None:
+    """What hangs on what one has seen, or on what somebody can still pay, is nobody's."""
+    block = next_block(gate.store, [transfer(0, 0)])
+    final = certificate(Kind.FINALIZE, block)
+    assert gate.door.announcement(SOURCE, b"\x00") is False
+    assert gate.announced(block, final, signature=bytes(64)) is False
+    assert [gate.announced(block, final) for _ in range(COPIES + 1)] == [True] * COPIES + [None]
+    assert gate.door.transactions("mallory", b"\x00") is False
+    assert gate.sent(transfer(0, 10_000)) is None
+    assert gate.sent(bytes(64) + transfer(0, 0)[64:]) is False
+    assert gate.door.offer("mallory", b"\x00") is False
+    assert gate.offered(transfer(0, 0), b"{}") is None
+    while gate.door._admission.peers.charge("mallory", 1.0):
+        pass
+    assert gate.door.transactions("mallory", b"\x00") is None
 
 
 # ---- transactions --------------------------------------------------------------------------------

@@ -61,8 +61,11 @@ def test_nothing_unsettled_goes(tmp_path: Path) -> None:
 
 def test_a_standby_keeps_the_last_two(tmp_path: Path) -> None:
     fill(tmp_path, 11)
+    for unfinished in ("9.new", "12.new"):
+        (tmp_path / "state" / unfinished).mkdir()
     forget_older_states(tmp_path, 11)
     assert boundaries(tmp_path) == [10, 11]
+    assert sorted(path.name for path in (tmp_path / "state").glob("*.new")) == ["12.new"]
 
 
 def test_a_job_that_is_over_keeps_lists_and_result(tmp_path: Path) -> None:

@@ -253,10 +253,10 @@ async def drive(rig: Rig, frames: int = FRAMES) -> None:
     """Both workers, in step: the lower one answers each frame."""
     for seq in range(frames):
         data = payload(seq, "down")
-        rig.upper.server.produce(seq, memoryview(data))
+        await rig.upper.server.produce(seq, memoryview(data))
         await rig.lower.arrived.receive()
         back = payload(seq, "up")
-        rig.lower.server.produce(seq, memoryview(back))
+        await rig.lower.server.produce(seq, memoryview(back))
         await rig.upper.arrived.receive()
 
 
@@ -327,8 +327,8 @@ async def test_a_peer_that_was_away_is_served_from_disk(
     rig.host.nursery = nursery
     # Four frames are made while nobody listens; the ring keeps two of them in memory.
     for seq in range(4):
-        rig.upper.server.produce(seq, memoryview(payload(seq, "down")))
-        rig.lower.server.produce(seq, memoryview(payload(seq, "up")))
+        await rig.upper.server.produce(seq, memoryview(payload(seq, "down")))
+        await rig.lower.server.produce(seq, memoryview(payload(seq, "up")))
     nursery.start_soon(rig.upper.server.dial, rig.host, "link")
     for _ in range(4):
         await rig.lower.arrived.receive()
@@ -393,7 +393,7 @@ async def test_an_acknowledgement_that_comes_after_the_segment_was_forgotten_har
 ) -> None:
     rig = make_rig()
     for seq in range(6):
-        rig.lower.server.produce(seq, memoryview(b"gradient"))
+        await rig.lower.server.produce(seq, memoryview(b"gradient"))
         rig.lower.server.state.consume(seq, value(b"data"))
     signer = LinkSigner(rig.upper.key, CHAIN)
     root = rig.lower.server.state.roots(0)[0]

@@ -1,6 +1,8 @@
 """Machines with real carrier and worker processes: training, standby, audit, result, deaths."""
 
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -19,11 +21,13 @@ from tdmld.node import control
 from tdmld.node.errors import (
     AuditImpossible,
     CarrierUnavailable,
+    ContentMismatch,
     ContentRefused,
     ContentUnavailable,
     MachineError,
     WorkerFailed,
 )
+from tdmld.node.layout import Layout, state
 from tdmld.node.machine import (
     AuditTask,
     CarrierDown,
@@ -259,6 +263,9 @@ async def test_a_killed_worker_and_a_killed_carrier_are_reported_and_disturb_not
             await machine.open_slot(task)
         pid = machine.worker_pid(JOB, task.slot)
         assert pid is not None
+        assert machine.carrier_pid is not None
+        for process in (pid, machine.carrier_pid):
+            assert resource.prlimit(process, resource.RLIMIT_CORE) == (0, 0)
         os.kill(pid, signal.SIGKILL)
         failed = await wait_for(machine, SlotFailed)
         assert failed.slot == task.slot
@@ -280,8 +287,9 @@ async def test_a_killed_worker_and_a_killed_carrier_are_reported_and_disturb_not
         assert "carrier" in failed.reason
         up = await wait_for(machine, CarrierUp)
         assert (machine.session, up.addresses) == (session, addresses)
-        ((shard, size),) = await machine.import_text(tmp_path / "text")
-        path = await machine.fetch(JOB, shard, size, [])
+        ((shard, _),) = await machine.import_text(tmp_path / "text")
+        path = Layout(tmp_path / "0").blob(shard)
+        assert path.exists()
         await machine.drop_data({shard, bytes(32)})
         assert not path.exists()
 
@@ -339,10 +347,14 @@ async def test_a_worker_that_gives_up_fails_its_task_alone(tmp_path: Path) -> No
     text.write_bytes(TEXT)
     async with open_machine(tmp_path / "0", chain_id=CHAIN) as machine:
         ((shard, size),) = await machine.import_text(text)
-        path = await machine.fetch(JOB, shard, size, [])
-        path.write_bytes(bytes(size))
+        layout = Layout(tmp_path / "0")
+        state(layout.standby(JOB, 0, 0), 0).parent.mkdir(parents=True)
+        state(layout.standby(JOB, 0, 0), 0).write_text("where a directory should be")
         # The error itself, not a group: whoever called expects a MachineError.
-        with pytest.raises(WorkerFailed, match="shard 0 is not the one"):
+        with pytest.raises(WorkerFailed, match="File exists"):
+            await machine.genesis_roots(JOB, ONE_STAGE, SlotId(0, 0))
+        layout.blob(shard).write_bytes(bytes(size))
+        with pytest.raises(ContentMismatch, match="shard 0 is not the one"):
             await machine.genesis_roots(JOB, ONE_STAGE, SlotId(0, 0))
 
 
@@ -399,3 +411,42 @@ async def test_when_the_daemon_is_killed_its_processes_end(tmp_path: Path) -> No
     for child in children:
         await trio.lowlevel.wait_readable(child)
         os.close(child)
+
+
+async def test_a_download_goes_on_when_the_carrier_was_killed(tmp_path: Path) -> None:
+    data = os.urandom(1 << 20) * 256
+    async with (
+        open_machine(tmp_path / "0", chain_id=CHAIN) as holder,
+        open_machine(tmp_path / "1", chain_id=CHAIN) as asker,
+    ):
+        await holder.set_members(JOB, frozenset({asker.session}))
+        await asker.set_peers([PeerInfo(holder.session, holder.addresses)])
+        result = Layout(tmp_path / "0").result(JOB)
+        result.mkdir(parents=True)
+        (result / "model").write_bytes(data)
+        target = tmp_path / "got" / "model"
+
+        async def fetch() -> None:
+            item = control.ResultFile(JOB, "model")
+            await asker._carrier.call(
+                lambda n: control.FetchFile(n, item, 1 << 30, (holder.session,), str(target)),
+                control.Stored,
+            )
+
+        async def broken() -> None:
+            with pytest.raises(CarrierUnavailable):
+                await fetch()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(broken)
+            while not any(part.stat().st_size > 16 << 20 for part in target.parent.glob("*.part")):
+                await trio.testing.wait_all_tasks_blocked(0.001)
+            assert asker.carrier_pid is not None
+            os.kill(asker.carrier_pid, signal.SIGKILL)
+        await wait_for(asker, CarrierUp)
+        await asker.set_peers([PeerInfo(holder.session, holder.addresses)])
+        await fetch()
+        assert target.read_bytes() == data
+        assert [path.name for path in target.parent.iterdir()] == ["model"]
+        log = (tmp_path / "1" / "logs" / "carrier.jsonl").read_text()
+        assert re.search(r"model goes on: (\d\d+) of 256 chunks are here", log)

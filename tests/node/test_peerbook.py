@@ -10,7 +10,7 @@ import trio.testing
 from tdmld.chain.codec import encode
 from tdmld.chain.crypto import KeyPair
 from tdmld.chain.errors import DecodeError
-from tdmld.node import peers
+from tdmld.node import neighbours, peers
 from tdmld.node.peers import (
     PeerBook,
     PeerRecord,
@@ -30,7 +30,9 @@ ADDRESS = "/ip4/127.0.0.1/tcp/4001"
 
 
 def signed(key: KeyPair, sequence: int = 1, *addresses: str, signer: KeyPair | None = None) -> Any:
-    record = PeerRecord(key.public, sequence, addresses or (ADDRESS,), key.public, (ADDRESS,))
+    record = PeerRecord(
+        key.public, sequence, addresses or (ADDRESS,), key.public, (ADDRESS,), False
+    )
     raw = encode(record)
     return SignedRecord(raw, (signer or key).sign("peer", CHAIN, raw))
 
@@ -52,11 +54,38 @@ def test_a_newer_record_replaces_an_older_one_and_nothing_else_does() -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["nonsense", "/ip4/1.2.3.4", "/ip4/1.2.3.4/tcp/1/p2p/x", "/ip4/\x1b[2J/tcp/1", "/unix/a/tcp/1"],
+    [
+        "nonsense",
+        "/ip4/1.2.3.4",
+        "/ip4/1.2.3.4/tcp/1/p2p/x",
+        "/ip4/1.2.3.4/tcp/1\n",
+        "/ip4/\x1b[2J/tcp/1",
+        "/unix/a/tcp/1",
+        "/p2p-circuit",
+        f"{ADDRESS}/p2p/{FRIEND.address}",
+        f"{ADDRESS}/p2p/{'0' * 52}/p2p-circuit",
+        f"{ADDRESS}/p2p/{FRIEND.address}/p2p-circuit/p2p/{ME.address}",
+    ],
 )
 def test_what_is_no_address_is_no_record(address: str) -> None:
     with pytest.raises(DecodeError):
         PeerBook(CHAIN).add(signed(FRIEND, 1, address))
+
+
+def test_a_record_may_name_a_relay() -> None:
+    relayed = f"/dns4/relay.example.org/tcp/4001/p2p/{FRIEND.address}/p2p-circuit"
+    record = PeerBook(CHAIN).add(signed(FRIEND, 1, ADDRESS, relayed))
+    assert record is not None
+    assert record.addresses == (ADDRESS, relayed)
+
+
+def test_the_largest_records_fit_into_messages_and_books(tmp_path: Path) -> None:
+    longest = ["/dns/" + 243 * "x" + f"/tcp/{port}" for port in range(8)]
+    large = [signed(stranger(number), 1, *longest) for number in range(1, 65)]
+    assert len(encode(Records(tuple(large)))) <= peers.MAX_MESSAGE_BYTES
+    assert 4096 * 4 * len(encode(large[0])) // 3 < peers.MAX_BOOK_BYTES
+    save_book(tmp_path / "peers.json", large)
+    assert len(load_book(tmp_path / "peers.json", CHAIN).records()) == 64
 
 
 def test_strangers_cannot_keep_registered_nodes_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +118,7 @@ class FakeHost:
 
     def __init__(self) -> None:
         self.kept: list[str] = []
+        self.infos: dict[str, PeerInfo] = {}
         self.near: set[str] = set()
         self.opened = self.refusals = 0
 
@@ -111,14 +141,26 @@ class FakeHost:
     def add_peer(self, info: PeerInfo) -> None:
         if any(address.endswith("0") for address in info.addresses):
             raise AddressInvalid("nobody could dial that")
-        self.kept.append(info.peer_id)
+        self.infos[info.peer_id] = info
+        if info.peer_id not in self.kept:
+            self.kept.append(info.peer_id)
+
+    def remove_peer(self, peer_id: str) -> None:
+        self.kept.remove(peer_id)
 
 
 class Rig:
-    def __init__(self, path: Path, **options: Any) -> None:
+    def __init__(self, path: Path, bootstrap: list[PeerInfo] | None = None, **options: Any) -> None:
         self.host = FakeHost()
         self.path = path
-        self.service = PeerService(self.host, ME, CHAIN, path, [], **options)  # type: ignore[arg-type]
+        self.service = PeerService(
+            self.host,  # type: ignore[arg-type]
+            ME,
+            CHAIN,
+            path,
+            bootstrap or [],
+            **options,
+        )
         self.far, self.near = stream_pair(FRIEND.address, ME.address)
 
     async def say(self, *records: SignedRecord) -> None:
@@ -212,6 +254,52 @@ async def test_validators_are_kept_however_many_others_came_first(tmp_path: Path
     validators.add(elected.public)
     rig.service.validators_changed()
     assert rig.host.kept[-1] == elected.address
+
+
+async def test_who_is_away_gives_its_place_to_others_and_is_tried_again(
+    tmp_path: Path,
+    nursery: trio.Nursery,
+    mock_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def review(times: int) -> None:
+        for _ in range(times):
+            mock_clock.jump(peers.REVIEW_SECONDS)
+            await trio.testing.wait_all_tasks_blocked()
+
+    monkeypatch.setattr(peers, "MAX_KEPT_PEERS", 10)
+    rig = Rig(tmp_path / "peers.json")
+    nursery.start_soon(rig.service.run)
+    await trio.testing.wait_all_tasks_blocked()
+    nodes = [stranger(number) for number in range(1, 40)]
+    rig.service._learn("", Records(tuple(signed(node) for node in nodes)))
+    first = set(rig.host.kept)
+    assert len(first) == 10
+    rig.host.near = {node.address for node in nodes} - first
+    await review(4)
+    assert len(set(rig.host.kept) & rig.host.near) == 10 - neighbours.PROBES
+    assert len(rig.host.kept) == 10
+    tried: set[str] = set()
+    for _ in range(20):
+        await review(1)
+        tried |= first & set(rig.host.kept)
+    assert tried == first
+    rig.host.near = {node.address for node in nodes}
+    await review(2)
+    assert set(rig.host.kept) == first
+
+
+async def test_a_bootstrap_node_is_dialled_where_the_configuration_says_too(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    rig = Rig(tmp_path / "peers.json", bootstrap=[PeerInfo(FRIEND.address, (ADDRESS,))])
+    elsewhere = "/ip4/10.0.0.1/tcp/4001"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rig.service.run)
+        await trio.testing.wait_all_tasks_blocked()
+        rig.service._learn("", Records((signed(FRIEND, 1, elsewhere),)))
+        assert rig.host.infos[FRIEND.address].addresses == (ADDRESS, elsewhere)
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_peer_that_is_just_starting_is_asked_again_and_a_broken_exchange_renewed(

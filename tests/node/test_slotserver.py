@@ -56,6 +56,8 @@ class Rig:
 async def rig(tmp_path: Path, nursery: trio.Nursery) -> Rig:
     made = Rig(tmp_path)
     nursery.start_soon(made.server.serve, FakeHost(ME.address), "link")
+    made.server.grant(DIMS.rounds)
+    assert await made.hear() == channel.Granted(DIMS.rounds)
     return made
 
 
@@ -64,6 +66,16 @@ async def test_a_sent_frame_is_logged_and_its_place_freed(rig: Rig) -> None:
     assert await rig.hear() == channel.Free(rig.memory.outgoing("up")[0])
     assert rig.server.ring.read_sent("up", 0)[1] == b"frame"
     assert rig.server.ring.is_open(0, "up", "sent")
+
+
+async def test_a_frame_of_a_segment_that_was_not_granted_is_not_taken(rig: Rig) -> None:
+    """The ring never holds more than the D segments that the daemon grants."""
+    for seq in range(DIMS.segment_steps * DIMS.micro_batches):
+        await rig.make(seq)
+    assert not rig.told
+    await rig.make(DIMS.segment_steps * DIMS.micro_batches)
+    await rig.server.closed.wait()
+    assert "not granted" in rig.broken()
 
 
 async def test_frames_wait_when_the_worker_holds_every_place(rig: Rig) -> None:
@@ -134,7 +146,7 @@ async def test_a_full_disk_fails_the_slot_with_a_remedy_and_deletes_nothing(
 ) -> None:
     await rig.make(0)
 
-    def full(*arguments: object) -> None:
+    async def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(rig.server.ring, "append", full)

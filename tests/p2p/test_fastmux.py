@@ -133,6 +133,22 @@ async def test_a_writer_sends_its_window_and_then_waits_for_credit():
             assert (await peer.receive())[2] == 10
 
 
+@pytest.mark.parametrize("ending", ["close", "close_write"])
+async def test_the_end_does_not_overtake_data_that_are_being_written(ending: str):
+    async with muxer() as (mux, peer):
+        stream = await mux.open_stream()
+        assert (await peer.receive())[:2] == (OPEN, 2)
+        async with trio.open_nursery() as nursery:
+            await mux.turns.take(urgent=True)  # the line is busy
+            nursery.start_soon(stream.write, b"last words")
+            await trio.testing.wait_all_tasks_blocked()
+            await getattr(stream, ending)()
+            await trio.testing.wait_all_tasks_blocked()
+            mux.turns.release()
+            assert await peer.receive() == (DATA, 2, 10, b"last words")
+            assert await peer.receive() == (FIN, 2, 0, b"")
+
+
 async def test_a_peer_that_overruns_its_window_loses_the_connection():
     async with muxer() as (mux, peer):
         await peer.send(OPEN, 1)
@@ -155,6 +171,40 @@ async def test_what_is_read_is_granted_again_and_a_large_message_widens_the_wind
         await trio.testing.wait_all_tasks_blocked()
         assert len(await stream.read(4 * FRAME_BYTES)) == 4 * FRAME_BYTES
         assert await peer.receive() == (CREDIT, 1, 4 * FRAME_BYTES, b"")
+
+
+async def test_a_window_that_is_used_up_in_a_few_round_trips_is_doubled():
+    async with muxer() as (mux, peer):
+        await peer.send(OPEN, 1)
+        stream = await mux.accept_stream()
+
+        async def take_a_window() -> int:
+            granted = 0
+            for _ in range(WINDOW_BYTES // FRAME_BYTES):
+                await peer.data(1, bytes(FRAME_BYTES))
+                assert len(await stream.take(FRAME_BYTES)) == FRAME_BYTES
+                granted += (await peer.receive())[2]
+            return granted
+
+        assert await take_a_window() == WINDOW_BYTES
+        mux.round_trip = 60.0  # a very long line
+        await take_a_window()
+        assert await peer.receive() == (CREDIT, 1, WINDOW_BYTES, b"")
+
+
+async def test_a_cancelled_take_loses_nothing():
+    async with muxer() as (mux, peer):
+        await peer.send(OPEN, 1)
+        await peer.data(1, b"abc")
+        stream = await mux.accept_stream()
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.move_on_after(0):
+            await stream.take(6)
+        assert stream.partial
+        await peer.data(1, b"defgh")
+        assert await stream.take(6) == b"abcdef"
+        assert not stream.partial
+        assert await stream.read(9) == b"gh"
 
 
 @pytest.mark.parametrize(
@@ -206,13 +256,25 @@ async def test_data_before_a_clean_end_survive_a_reset_after_it():
             await stream.write(b"anybody there?")
 
 
-async def test_data_without_a_clean_end_are_void_after_a_reset():
+async def test_what_came_before_a_reset_can_be_read_and_then_the_reader_learns_of_it():
     async with muxer() as (mux, peer):
         await peer.send(OPEN, 1)
         await peer.data(1, b"half a mes")
         await peer.send(RST, 1)
         stream = await mux.accept_stream()
         await trio.testing.wait_all_tasks_blocked()
+        assert await stream.read(100) == b"half a mes"
+        with pytest.raises(MuxedStreamReset):
+            await stream.read(100)
+
+
+async def test_data_without_a_clean_end_are_void_when_the_connection_ends():
+    async with muxer() as (mux, peer):
+        await peer.send(OPEN, 1)
+        await peer.data(1, b"half a mes")
+        stream = await mux.accept_stream()
+        await trio.testing.wait_all_tasks_blocked()
+        await mux.close()
         with pytest.raises(MuxedStreamReset):
             await stream.read(100)
 

@@ -111,6 +111,7 @@ async def test_gossip_passes_between_ours_and_a_foreign_host():
         ours.add_peer(address_of(foreign))
         await pubsub.wait_for_subscription(ID.from_base58(ours.peer_id), "t")
         await until(lambda: bool(ours._gossip._pubsub.peer_topics.get("t")))
+        await until(lambda: bool(router.mesh.get("t")))
         with trio.fail_after(5):
             await pubsub.publish("t", b"from abroad")
             message = await messages.receive()

@@ -10,9 +10,9 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdmld.p2p import Limits, PeerConnected, PeerDisconnected, PeerInfo, Stream, open_host
+from tdmld.p2p import Host, Limits, PeerConnected, PeerDisconnected, PeerInfo, Stream, open_host
 from tdmld.p2p.connector import SIMULTANEOUS_SECONDS, decide
-from tdmld.p2p.errors import DialFailed, ListenFailed, ProtocolRefused, StreamBroken
+from tdmld.p2p.errors import DialFailed, ListenFailed, ProtocolRefused, StreamBroken, StreamError
 from tests.p2p.support import (
     ECHO,
     QUICK,
@@ -130,6 +130,39 @@ async def test_a_frozen_peer_is_noticed_and_comes_back():
             assert await says_hello(a, remote.info.peer_id)
 
 
+async def test_a_frozen_peer_is_noticed_within_20_s_and_its_link_comes_back():
+    """With the limits of every host; a link is a stream that is opened anew when it breaks."""
+    async with hosts(1) as (a,), RemoteHost(2) as remote, trio.open_nursery() as nursery:
+        peer, changes, answers = remote.info.peer_id, a.changes(), [0]
+        a.add_peer(remote.info)
+        nursery.start_soon(_keep_link, a, peer, answers)
+        assert await changes.receive() == PeerConnected(peer)
+        await until(lambda: answers[0] > 3)
+        remote.signal(signal.SIGSTOP)
+        with trio.fail_after(20):
+            assert await changes.receive() == PeerDisconnected(peer)
+        assert not a.peers()[0].connected
+        before = answers[0]
+        remote.signal(signal.SIGCONT)
+        with trio.fail_after(10):
+            assert await changes.receive() == PeerConnected(peer)
+        await until(lambda: answers[0] > before + 3)
+        assert a.peers()[0].score == 0
+        nursery.cancel_scope.cancel()
+
+
+async def _keep_link(host: Host, peer: str, answers: list[int]) -> None:
+    while True:
+        with suppress(DialFailed, ProtocolRefused, StreamError):
+            async with await host.open_stream(peer, ECHO) as stream:
+                while True:
+                    await stream.send(b"frame")
+                    assert await stream.receive(100) == b"frame"
+                    answers[0] += 1
+                    await trio.sleep(0.02)
+        await trio.sleep(0.02)
+
+
 async def test_a_busy_connection_is_not_taken_for_a_dead_one():
     limits = Limits(keepalive_seconds=0.05, keepalive_timeout_seconds=0.3)
     async with connected_pair(limits=limits) as (a, b), await a.open_stream(b.peer_id, ECHO) as s:
@@ -233,6 +266,7 @@ async def test_a_peer_may_open_only_so_many_streams():
                 await a.open_stream(b.peer_id, ECHO)
         await until(lambda: not b._inbound_streams)
         assert await says_hello(a, b.peer_id)
+        assert b.peers()[0].score > 0
 
 
 async def test_our_own_address_is_not_dialled():

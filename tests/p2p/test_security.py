@@ -8,6 +8,7 @@ import libp2p
 import pytest
 import trio
 import trio.testing
+from cryptography import x509
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.keys import KeyPair, KeyType, PrivateKey, PublicKey
 from libp2p.crypto.x25519 import create_new_key_pair as create_x25519
@@ -18,6 +19,7 @@ from libp2p.security.exceptions import HandshakeFailure
 from libp2p.security.insecure.transport import PLAINTEXT_PROTOCOL_ID, InsecureTransport
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as Noise
+from libp2p.security.tls.certificate import generate_certificate
 from libp2p.security.tls.transport import PROTOCOL_ID as TLS
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from libp2p.stream_muxer.yamux.yamux import Yamux
@@ -26,7 +28,7 @@ from multiaddr import Multiaddr
 from tdmld.p2p import Host, Limits, PeerInfo, open_host
 from tdmld.p2p.errors import AddressInvalid, DialFailed
 from tdmld.p2p.noise import ShieldedNoise
-from tdmld.p2p.tls import FastTls
+from tdmld.p2p.tls import FastTls, _certificate_template
 from tests.p2p.lockstep import raw_pair
 from tests.p2p.support import connected_pair, hosts, info, says_hello, seed
 
@@ -109,6 +111,13 @@ async def test_a_peer_with_another_identity_than_expected_is_refused_by_the_dial
         with pytest.raises(DialFailed, match=f"the peer there is {b.peer_id}, not {c.peer_id}"):
             await a.open_stream(c.peer_id, "/any")
         assert not a.connected()
+
+
+def test_the_certificates_first_extension_is_that_of_libp2p():
+    """js-libp2p looks at no other; the library puts one of X.509 before it."""
+    pem, _ = generate_certificate(VICTIM.private_key, _certificate_template())
+    certificate = x509.load_pem_x509_certificate(pem.encode())
+    assert certificate.extensions[0].oid.dotted_string == "1.3.6.1.4.1.53594.1.1"
 
 
 async def test_a_client_without_a_certificate_is_refused():

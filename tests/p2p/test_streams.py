@@ -44,7 +44,10 @@ async def test_a_payload_of_64_mib_comes_back_intact():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stream.send, payload)
             assert await stream.receive(len(payload)) == payload
-        assert a.peers()[0].bytes_out == a.peers()[0].bytes_in == len(payload)
+        [peer] = a.peers()
+        assert peer.messages_out == peer.messages_in == 1
+        for counted in (peer.bytes_out, peer.bytes_in):
+            assert len(payload) < counted < 1.01 * len(payload)
 
 
 async def test_many_tasks_may_send_on_one_stream_without_mixing_messages():
@@ -65,7 +68,7 @@ async def test_an_oversized_message_is_refused_before_its_body_is_read():
     async def greedy(stream: Stream) -> None:
         with pytest.raises(MessageTooLarge, match=r"announced 4000000 bytes .* 1000 are allowed"):
             await stream.receive(1000)
-        ended.append(host_b.peers()[0].bytes_in)
+        ended.append(host_b.peers()[0].messages_in)
         with pytest.raises(MessageTooLarge):
             await stream.receive(1000)
 
@@ -75,6 +78,7 @@ async def test_an_oversized_message_is_refused_before_its_body_is_read():
         with pytest.raises(StreamBroken):
             await stream.send(bytes(4_000_000))
         assert ended == [0]
+        assert host_b.peers()[0].score > 0
         assert await says_hello(a, host_b.peer_id)
 
 
@@ -213,6 +217,23 @@ async def test_small_messages_pass_while_a_bulk_message_waits_for_its_reader():
             await trio.testing.wait_all_tasks_blocked(0.01)
             assert await says_hello(a, b.peer_id)
             release.set()
+        with trio.fail_after(5):
+            await done.wait()
+
+
+async def test_a_reader_may_compute_for_longer_than_the_librarys_patience():
+    """Its muxer gives a stream up when the peer grants nothing for five seconds."""
+    done = trio.Event()
+
+    async def busy(stream: Stream) -> None:
+        await trio.sleep(6)
+        assert await stream.receive(MOST) == bytes(20_000_000)
+        done.set()
+
+    async with connected_pair() as (a, b):
+        b.set_handler(SINK, busy)
+        stream = await a.open_stream(b.peer_id, SINK)
+        await stream.send(bytes(20_000_000))
         with trio.fail_after(5):
             await done.wait()
 

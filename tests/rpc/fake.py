@@ -7,6 +7,15 @@ import msgspec
 import trio
 
 from tdmld.rpc.errors import NotFound, Refused
+from tdmld.rpc.nettypes import BanInfo, Connected
+from tdmld.rpc.reachtypes import (
+    NetReachability,
+    ProcessReach,
+    RelayingInfo,
+    RouterInfo,
+    TrialInfo,
+    WitnessInfo,
+)
 from tdmld.rpc.staketypes import (
     NodeKeyInfo,
     OffenceInfo,
@@ -52,6 +61,46 @@ OWNER = "12D3KooW" + "E" * 44
 JOB = "a91f" + "0" * 60
 CHAIN_ID = "c0" * 32
 GENESIS_MS = 1_767_225_600_000
+
+REACHABILITY = NetReachability(
+    daemon=ProcessReach(
+        state="open",
+        listening=("/ip4/0.0.0.0/tcp/4001",),
+        announced=("/ip4/203.0.113.7/tcp/4001",),
+        relayed=(),
+    ),
+    carrier=ProcessReach(
+        state="open",
+        listening=("/ip4/0.0.0.0/tcp/4002",),
+        announced=("/ip4/203.0.113.7/tcp/4002",),
+        relayed=(),
+    ),
+    settled=True,
+    witnesses=(
+        WitnessInfo(
+            node=NODES[1],
+            owner=OWNER,
+            seconds_ago=12.0,
+            seen_at="203.0.113.7",
+            clock_ms=35.0,
+            daemon=TrialInfo(reached=True, address="/ip4/203.0.113.7/tcp/4001"),
+            carrier=TrialInfo(reached=True, address="/ip4/203.0.113.7/tcp/4002"),
+        ),
+    ),
+    own=("192.168.1.5",),
+    router=RouterInfo(state="forwards", addresses=("/ip4/203.0.113.7/tcp/4002",)),
+    local=("192.168.1.5",),
+    relaying=RelayingInfo(on=True, members=6, reservations=2),
+    daemons=3,
+    daemons_relayed=0,
+    carriers=2,
+    carriers_relayed=0,
+    punched=0,
+    open_receipts=2,
+    pair_receipts=0,
+    wanted_receipts=2,
+)
+"""A node at home that can be dialled."""
 
 
 def head(height: int) -> Head:
@@ -266,6 +315,7 @@ class FakeBackend:
     outcome: str = "ok"
     submitted: list[str] = field(default_factory=list)
     published: list[tuple[str, str, str]] = field(default_factory=list)
+    banned: dict[str, BanInfo] = field(default_factory=dict)
     stopped: bool = False
     closed_generators: int = 0
     heads_limit: int | None = None
@@ -289,6 +339,9 @@ class FakeBackend:
             ),
         )
 
+    async def net_reachability(self, refresh: bool = False) -> NetReachability:
+        return REACHABILITY
+
     async def net_peers(self) -> tuple[PeerInfo, ...]:
         return (
             PeerInfo(
@@ -301,6 +354,28 @@ class FakeBackend:
             ),
             PeerInfo(node=NODES[2], addresses=("/ip4/127.0.0.1/tcp/4002",), connected=False),
         )
+
+    async def net_connect(self, address: str) -> Connected:
+        if not address.startswith("/ip4/127."):
+            raise Refused(f"cannot connect to {NODES[1]}: {address}: Connection refused")
+        return Connected(
+            node=NODES[1], address="/ip4/127.0.0.1/tcp/4001", path="direct", transport="/tls/1.0.0"
+        )
+
+    async def net_bans(self) -> tuple[BanInfo, ...]:
+        return tuple(self.banned.values())
+
+    async def net_ban(self, subject: str, seconds: int = 0, reason: str = "") -> BanInfo:
+        until = time_text(GENESIS_MS + 1000 * seconds) if seconds else ""
+        self.banned[subject] = BanInfo(
+            subject=subject, until=until, reason=reason, author="operator"
+        )
+        return self.banned[subject]
+
+    async def net_unban(self, subject: str) -> BanInfo:
+        if subject not in self.banned:
+            raise NotFound(f"{subject} is not banned")
+        return self.banned.pop(subject)
 
     async def chain_head(self) -> Head:
         return head(self.height)

@@ -113,7 +113,7 @@ class Friendly:
         return (1 - self.friends) * (1.0 if tainted else RATE / limits.RATE_ONE)
 
 
-ASK = StandingAsk(mark("session"), "cpu", 1 << 40, 1000, 4, 300, 900, 1)
+ASK = StandingAsk(mark("session"), "cpu", 1 << 40, 1000, 4, 300, 900, 0, (), 1)
 CANDIDATES = [
     market.Candidate(mark("node", n), mark("owner", n), ASK, limits.RATE_ONE, 1 << 40, 300)
     for n in range(6)

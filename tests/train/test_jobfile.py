@@ -75,10 +75,21 @@ def test_a_job_file_becomes_a_spec_and_money(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [line for line in JOB.splitlines() if "=" in line], ids=lambda line: line.split()[0]
+    "line",
+    [line for line in JOB.splitlines() if "=" in line and not line.startswith("privacy")],
+    ids=lambda line: line.split()[0],
 )
 def test_a_missing_key_is_named(place: Path, line: str) -> None:
     assert line.split()[0] in refusal(place, line + "\n", "")
+
+
+def test_a_job_is_sealed_unless_it_says_open(place: Path) -> None:
+    assert load_job_file(place / "job.toml").spec.privacy == "open"
+    (place / "job.toml").write_text(JOB.replace('privacy = "open"\n', ""))
+    job = load_job_file(place / "job.toml")
+    assert job.spec.privacy == "sealed"
+    assert b'"privacy":"sealed"' in job.raw
+    assert "privacy" in refusal(place, '"open"', '"split"')
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tdmld.train import limits
-from tdmld.train.data import Tokens, cut_shards, step_indices, window_index
+from tdmld.train.data import Tokens, step_indices, window_index
 from tdmld.train.draw import draw_normal, draw_weight
 from tdmld.train.errors import FileError, NumericsError
 from tdmld.train.numerics import check_environment, pinned_environment, program_hash
@@ -38,14 +38,12 @@ def test_windows_cross_shard_borders(tmp_path: Path) -> None:
     text = bytes(range(256)) * 5000
     document = spec_document(text)
     spec = make_spec(data=document["data"])
-    paths = []
-    for number, shard in enumerate(cut_shards(text)):
-        paths.append(tmp_path / str(number))
-        paths[-1].write_bytes(shard)
     whole = tmp_path / "text"
     whole.write_bytes(text)
     edge = limits.SHARD_BYTES
-    for tokens in (Tokens.from_files(spec, paths), Tokens.from_text(spec, whole)):
+    with whole.open("rb") as file:
+        mapped = Tokens.from_memory(spec, file.fileno())
+    for tokens in (mapped, Tokens.from_text(spec, whole)):
         assert tokens.window(edge - 5, 12) == text[edge - 5 : edge + 7]
         assert tokens.root.hex() == spec.data.root
         with pytest.raises(IndexError):

@@ -65,7 +65,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("seed", -1, "seed"),
     ("seed", 2**63, "seed"),
     ("init", {"kind": "file"}, "init"),
-    ("privacy", "sealed", "privacy"),
+    ("privacy", "split", "privacy"),
     ("class", "Any!", "class"),
     ("clip", {"kind": "global", "norm": "1"}, "clip"),
     ("clip", {"kind": "stage", "norm": "0"}, "clip.norm"),

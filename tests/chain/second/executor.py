@@ -16,7 +16,9 @@ from tests.chain.second.formats import (
     H,
     check,
     header_of,
+    signed,
     u32,
+    u64,
     unpack,
 )
 from tests.chain.second.genesis import first_state
@@ -124,8 +126,28 @@ class Executor(Work, Staking):
         rule(what["class_id"] not in ("", "any"), "ASK-3")
         rule(what["price"] <= 1 << 53 and what["memory"] <= 1 << 50, "ASK-3")
         rule(what["audit_capacity"] <= 1024, "ASK-3")
-        self.put(b"k" + signer, what, height=self.height)
+        opened, paths = self.receipts(signer, what)
+        kept = {name: value for name, value in what.items() if name != "receipts"}
+        self.put(b"k" + signer, {**kept, "open": opened, "paths": paths}, height=self.height)
         self.index(b"k", signer, True)
+
+    def receipts(self, signer: bytes, what: Record) -> tuple[int, list[bytes]]:
+        """ASK-6, ASK-7."""
+        rows = [named("witness kind height signature", row) or {} for row in what["receipts"]]
+        order = [(row["kind"], row["witness"]) for row in rows]
+        rule(len(rows) <= 8 and order == sorted(set(order)), "ASK-6")
+        mine = self.known(b"n" + signer)["owner"]
+        for row in rows:
+            witness = self.known(b"n" + row["witness"])
+            rule(row["kind"] in (1, 2) and witness["owner"] != mine, "ASK-6")
+            rule(witness["from_height"] <= self.height and not witness["revoked"], "ASK-6")
+            oldest = self.height - self.rules["epoch_blocks"]
+            rule(oldest <= row["height"] <= self.height, "ASK-6")
+            message = signer + what["session"] + bytes([row["kind"]]) + u64(row["height"])
+            good = signed(row["witness"], "dial", self.chain, message, row["signature"])
+            rule(good, "ASK-6")
+        dialled = {self.known(b"n" + row["witness"])["owner"] for row in rows if row["kind"] == 1}
+        return len(dialled), [row["witness"] for row in rows if row["kind"] == 2]
 
     def may_ask_again(self, old: Record) -> bool:
         """ASK-5."""
@@ -143,7 +165,7 @@ class Executor(Work, Staking):
         ):  # fmt: skip
             rule(1 <= value <= most, "OFFER-1")
         rule(2 * what["state_every"] <= what["unsettled"], "OFFER-1")
-        rule(what["class_id"] != "" and what["privacy"] == "open", "OFFER-1")
+        rule(what["class_id"] != "" and what["privacy"] in ("open", "sealed"), "OFFER-1")
         rule(max(what["slot_price_max"], what["standby_price"]) <= 1 << 53, "OFFER-1")
         rate, price, budget = what["audit_rate"], what["audit_price"], what["audit_budget"]
         rule(rate <= MILLION, "OFFER-1")
@@ -241,6 +263,8 @@ class Executor(Work, Staking):
             stage = job["stages"][slot % len(job["stages"])]
             lane = workers[slot - slot % len(job["stages"]) :]
             best = None
+            if not lane:
+                before = None
             for node, ask, record in rows:
                 price = ceil(ask["price"] * stage["parameters"] * job["tokens"], 10**9)
                 if (
@@ -248,14 +272,16 @@ class Executor(Work, Staking):
                     or record["owner"] in [w["owner"] for w in lane]
                     or ask["memory"] - record["memory_used"] < stage["memory"]
                     or price > job["slot_price_max"]
+                    or (before is not None and not self.path(before, (node, ask)))
                 ):
                     continue
                 order = price * self.weight(record["owner"]), lot(node, slot)
                 if best is None or order < best[0]:
-                    best = order, member(node, record["owner"], price)
+                    best = order, member(node, record["owner"], price), (node, ask)
             if best is None:
                 return None
             workers.append(best[1])
+            before = best[2]
         owners = {worker["owner"] for worker in workers}
         helpers = [
             ((ask["price"] * self.weight(record["owner"]), lot(node, STANDBY)), node, record)
@@ -267,6 +293,11 @@ class Executor(Work, Staking):
             return None
         _, node, record = min(helpers, key=lambda row: row[0])
         return workers, member(node, record["owner"], job["standby_price"])
+
+    def path(self, a: tuple[bytes, Record], b: tuple[bytes, Record]) -> bool:
+        """MATCH-3: between (node, ask) and (node, ask)."""
+        opened = max(a[1]["open"], b[1]["open"]) >= self.rules["dial_receipts"]
+        return bool(opened or b[0] in a[1]["paths"] or a[0] in b[1]["paths"])
 
     def weight(self, owner: bytes) -> int:
         """REP-1."""

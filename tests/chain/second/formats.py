@@ -44,7 +44,7 @@ PAYLOADS = {
     "class_id privacy slot_price_max standby_price audit_rate audit_price audit_budget deadline "
     "source session",
     "fetched": "job",
-    "ask": "session class_id memory price audit_capacity standby_slots until_height",
+    "ask": "session class_id memory price audit_capacity standby_slots until_height receipts",
     "accept": "job attempt slot session",
     "decline": "job attempt slot",
     "attest_genesis": "job slot shared lane data",
@@ -57,7 +57,11 @@ PAYLOADS = {
     "audit_fail": f"job {ROLES} missing",
     "attest_result": "job result",
 }
-ROWS = {"stages": ("parameters", "memory"), "links": ("link", "sent", "received")}
+ROWS = {
+    "stages": ("parameters", "memory"),
+    "links": ("link", "sent", "received"),
+    "receipts": ("witness", "kind", "height", "signature"),
+}
 OWNERS = set(
     ["transfer", "bond", "unbond", "withdraw", "register", "nominate", "revoke", "offer", "fetched"]
 )

@@ -24,7 +24,8 @@ FIELDS = {
     "a": "balance nonce vote_stake work_stake",
     "f": "segments audits proofs faults mismatches earned",
     "n": "owner from_height memory_used standby_used audits_open revoked convicted jailed",
-    "k": "session class_id memory price audit_capacity standby_slots until_height height",
+    "k": "session class_id memory price audit_capacity standby_slots until_height open paths "
+    "height",
     "j": "id submitter source source_session spec_id spec_bytes stages lanes rounds segment_steps "
     "unsettled state_every tokens class_wanted privacy slot_price_max standby_price audit_rate "
     "audit_price deadline escrow audit_budget fee_budget deposit offered status reason detail "
