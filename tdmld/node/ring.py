@@ -6,8 +6,9 @@ from the logs.
 
 How much it is (S3, S4): the chain lets a slot have D unsettled segments, the daemon grants its
 worker no more, `SlotServer` takes no frame of a segment that was not granted, and LINK-3 ties what
-comes in to what was sent. So there are never more than D + 1 segments of logs; at the bound the slot
-stalls, nothing is dropped. Settled segments are deleted by the daemon (`layout.discard_settled`).
+comes in to what was sent. So there are never more than D + 1 segments of logs; at the bound the
+slot stalls, nothing is dropped. Settled segments are deleted by the daemon
+(`jobfiles.discard_settled`).
 """
 
 import errno
