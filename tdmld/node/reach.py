@@ -136,7 +136,7 @@ class Reachability:
         self._own = interface_addresses()
         self._known_members: tuple[bytes, ...] = ()
         self._members_of, self._members_until = 0, -math.inf
-        Witness(host, key, chain_id, book, carrier, height)
+        Witness(host, key, chain_id, book, carrier, height, owner_of)
         outside = [text for text in host.listening if not is_loopback_text(text)]
         outside += [text for text in carrier.addresses if not is_loopback_text(text)]
         ports = tuple(dict.fromkeys(int(text.rpartition("/")[2]) for text in outside))
