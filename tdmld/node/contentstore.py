@@ -3,11 +3,13 @@
 import fcntl
 import os
 import stat
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from blake3 import blake3
 
@@ -24,7 +26,6 @@ from tdmld.node.errors import ContentError, ContentMismatch, ContentRefused, Con
 from tdmld.node.jobfiles import remove_tree
 from tdmld.node.layout import Layout, free_bytes, is_file_name
 from tdmld.node.seal import ContentKeys, KeyName, seal, sealed_size, unseal
-from tdmld.train.data import cut_shards
 from tdmld.train.digest import digest
 from tdmld.train.framelog import frame_log_name
 from tdmld.train.limits import SHARD_BYTES, TEXT_BYTES
@@ -55,6 +56,7 @@ class ContentStore:
         """Bytes in content/, or more: measured when it seems to be full."""
         self._lists: OrderedDict[tuple[str, int, int], ChunkList] = OrderedDict()
         self._lists_bytes = 0
+        self._remembering = threading.Lock()
 
     # what is here ----------------------------------------------------------------------------
 
@@ -116,11 +118,14 @@ class ContentStore:
         return known
 
     def _remember(self, key: tuple[str, int, int], found: ChunkList) -> None:
-        self._lists[key] = found
-        self._lists_bytes += DIGEST_BYTES + len(found.digests)
-        while self._lists_bytes > KNOWN_LISTS_BYTES:
-            _, oldest = self._lists.popitem(last=False)
-            self._lists_bytes -= DIGEST_BYTES + len(oldest.digests)
+        with self._remembering:
+            if key in self._lists:
+                return  # two streams asked for the same file at the same time
+            self._lists[key] = found
+            self._lists_bytes += DIGEST_BYTES + len(found.digests)
+            while self._lists_bytes > KNOWN_LISTS_BYTES:
+                _, oldest = self._lists.popitem(last=False)
+                self._lists_bytes -= DIGEST_BYTES + len(oldest.digests)
 
     def result_files(self, job: bytes) -> tuple[tuple[str, int], ...]:
         """(name, size) of a result; ContentUnavailable."""
@@ -182,20 +187,23 @@ class ContentStore:
                 raise ContentRefused(
                     f"{path} has {facts.st_size} bytes; a text has 1 to {TEXT_BYTES}"
                 )
-            needed = facts.st_size if sealed is None else sealed_size(facts.st_size)
-            self.make_room(needed, blob=True)
+            # Twice: what is there already needs no room, and what has none is not begun with.
+            sizes = {digest(shard): len(shard) for shard in _shards_of(file)}
+            missing = {c: size for c, size in sizes.items() if not self.has(sealed, c, size)}
+            stored = missing.values() if sealed is None else map(sealed_size, missing.values())
+            self.make_room(sum(stored), blob=True)
+            file.seek(0)
             shards = []
-            while block := file.read(SHARD_BYTES):
-                for shard in cut_shards(block):
-                    content = digest(shard)
-                    shards.append((content, len(shard)))
-                    if self.has(sealed, content, len(shard)):
-                        continue
-                    if sealed is None:
-                        _keep(self._layout.blob(content), shard)
-                    else:
-                        target = self._layout.sealed_blob(sealed, *name, content)
-                        _keep(target, seal(key, sealed, name.epoch, content, shard))
+            for shard in _shards_of(file):
+                content = digest(shard)
+                shards.append((content, len(shard)))
+                if missing.pop(content, None) is None:
+                    continue
+                if sealed is None:
+                    _keep(self._layout.blob(content), shard)
+                else:
+                    target = self._layout.sealed_blob(sealed, *name, content)
+                    _keep(target, seal(key, sealed, name.epoch, content, memoryview(shard)))
             return shards
 
     def rekey(self, spec: bytes) -> int:
@@ -253,6 +261,11 @@ class ContentStore:
             os.close(fd)
             raise
         return fd
+
+
+def _shards_of(file: BinaryIO) -> Iterator[bytes]:
+    while shard := file.read(SHARD_BYTES):
+        yield shard
 
 
 def _keep(path: Path, data: Buffer | Iterator[bytes]) -> None:

@@ -24,6 +24,8 @@ AHEAD = 4
 """Chunks that a holder is asked for before the first of them came."""
 STEAL_SECONDS = 1.0
 PART_SUFFIX = ".part"
+KEPT_PARTS = 3
+"""Of one target: each liar that announced another content may have left one."""
 
 
 class Download:
@@ -54,6 +56,10 @@ class Download:
     def open(self) -> None:
         """Open the partial file and look what is in it. Blocks."""
         self.part.parent.mkdir(parents=True, exist_ok=True)
+        others = [path for path in other_parts(self._target) if path != self.part]
+        others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        for stale in others[KEPT_PARTS - 1 :]:
+            stale.unlink()
         self._fd = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         os.ftruncate(self._fd, min(os.fstat(self._fd).st_size, self.located.size))
         there = os.fstat(self._fd).st_size
