@@ -7,6 +7,7 @@ be, and nothing in it is believed: when a download goes on after a broken stream
 chunk that is there is hashed again.
 """
 
+import errno
 import os
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from blake3 import blake3
 from tdmld.files import sync_directory
 from tdmld.node import contentwire as wire
 from tdmld.node.errors import ContentMismatch
+from tdmld.node.layout import free_bytes
 from tdmld.p2p import Stream
 
 AHEAD = 4
@@ -141,6 +143,9 @@ class Download:
     def _write(self, chunk: int, data: memoryview) -> bool:
         if not self._fits(chunk, data):
             return False
+        if free_bytes(self.part.parent) < len(data):
+            # There was room when it began: other downloads, rings and states share the disk.
+            raise OSError(errno.ENOSPC, "the disk is full; free some space", str(self.part))
         at = chunk * wire.CHUNK_BYTES
         while data:
             written = os.pwrite(self._fd, data, at)

@@ -2,12 +2,13 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
 import trio.testing
 
-from tdmld.node import content, contentserver, contentstore, download
+from tdmld.node import content, contentserver, contentstore, download, layout
 from tdmld.node import contentwire as wire
 from tdmld.node.contentserver import JobContent
 from tdmld.node.control import ResultFile
@@ -132,6 +133,23 @@ async def test_downloads_of_one_job_do_not_wait_for_those_of_another(
         await asker.client.fetch_file(item, 100, [good.session], targets[0])
     assert targets[0].read_bytes() == b"of the other job"
     nursery.cancel_scope.cancel()
+
+
+async def test_downloads_at_once_leave_the_disk_its_reserve(
+    asker: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There was room when it began; others have used it meanwhile."""
+    node = holder(asker, 2)
+    tap = Tap(asker, node)
+
+    def filling(path: Path) -> object:
+        left = layout.DISK_RESERVE_BYTES + (100 if tap.chunks else 1 << 30)
+        return SimpleNamespace(f_bavail=left, f_frsize=1)
+
+    monkeypatch.setattr(layout.os, "statvfs", filling)
+    with pytest.raises(OSError, match="full"):
+        await asker.fetch(ITEM, [node])
+    assert asker.parts() == []
 
 
 async def test_a_file_that_is_identified_twice_at_once_is_counted_once(
