@@ -13,6 +13,7 @@ from tdmld.chain.transactions import DIAL_OPEN, DIAL_PAIR, sign_receipt
 from tdmld.node import reach
 from tdmld.node.errors import CarrierUnavailable
 from tdmld.node.peers import PeerRecord
+from tdmld.node.reachask import is_near
 from tdmld.node.reachwire import (
     MAX_REACH_BYTES,
     Answer,
@@ -199,3 +200,21 @@ async def test_a_carrier_that_is_being_restarted_has_dialled_nobody() -> None:
         answer = await a.ask(b, DialBack(a.session.public, a.carrier.addresses))
         assert isinstance(answer, Refused)
         assert not answer.tried
+
+
+@pytest.mark.parametrize(
+    ("us", "witness", "near"),
+    [
+        ("8.8.8.8", "9.9.9.9", False),
+        ("8.8.8.8", "8.8.8.8", True),
+        ("192.168.1.2", "192.168.1.3", True),
+        ("127.0.0.1", "127.0.0.1", True),
+        ("100.64.0.9", "9.9.9.9", True),
+        ("2a00:1::1", "2a00:1::2", True),
+        ("2a00:1::1", "2a00:1:0:1::2", False),
+        ("2a00:1::1", "", False),
+        ("8.8.8.8", "2a00:1::1", False),
+    ],
+)
+def test_who_stands_on_our_side_of_the_router(us: str, witness: str, near: bool) -> None:
+    assert is_near(us, witness) == near
