@@ -1,6 +1,7 @@
 """Content on this machine's disk: by name, by hash, and sealed. Methods block: use a thread."""
 
 import fcntl
+import logging
 import os
 import stat
 import threading
@@ -30,6 +31,8 @@ from tdmld.train.digest import digest
 from tdmld.train.framelog import frame_log_name
 from tdmld.train.limits import SHARD_BYTES, TEXT_BYTES
 from tdmld.train.statefile import part_file
+
+log = logging.getLogger(__name__)
 
 KNOWN_LISTS_BYTES = 64 << 20
 """Of digests of served files, kept so that a file is hashed once."""
@@ -215,7 +218,11 @@ class ContentStore:
         older = self._keys.names(spec)
         name, key = self._keys.make(spec, last[0].epoch + 1)
         for content in sorted({content for was in older for content in self._shards(spec, was)}):
-            data = self.read(spec, content)
+            try:
+                data = self.read(spec, content)
+            except ContentError as error:
+                log.warning("a shard of a sealed text cannot be sealed anew: %s", error)
+                continue
             self.make_room(sealed_size(len(data)), blob=True)
             target = self._layout.sealed_blob(spec, *name, content)
             _keep(target, seal(key, spec, name.epoch, content, memoryview(data)))
@@ -229,13 +236,18 @@ class ContentStore:
                 yield bytes.fromhex(path.name)
 
     def read(self, sealed: bytes | None, content: bytes) -> bytes:
-        """A shard's plaintext, in memory alone. ContentUnavailable, ContentMismatch."""
+        """A shard's plaintext, in memory alone. ContentUnavailable; ContentMismatch when the disk
+        spoiled it, which then is here no longer and can be fetched again."""
         path, name, key = self._shard(sealed, content)
         data = path.read_bytes()
-        if sealed is not None and name is not None:
-            return unseal(key, sealed, name.epoch, content, data)
-        if digest(data) != content:
-            raise ContentMismatch("it is not what its name says")
+        try:
+            if sealed is not None and name is not None:
+                return unseal(key, sealed, name.epoch, content, data)
+            if digest(data) != content:
+                raise ContentMismatch("it is not what its name says")
+        except ContentMismatch:
+            path.unlink(missing_ok=True)
+            raise
         return data
 
     def text_memory(self, sealed: bytes | None, shards: Sequence[tuple[bytes, int]]) -> int:
