@@ -36,7 +36,9 @@ RETRY_SECONDS = (0.2, 1.0)
 SETTLE_SECONDS = 0.5
 """So long after the first holder answered the others may still join it."""
 DOWNLOADS_AT_ONCE = 4
-"""Of one job: those of another one do not wait for its holders."""
+"""Of one job: when its holders stall, another one still gets its turn."""
+ALL_DOWNLOADS = 8
+"""Of all jobs together: no more than one holder gives to one peer (`DOWNLOADS_PER_PEER`)."""
 PATIENCE_SECONDS = 30.0
 """And a second for each chunk: a group that needs longer makes room for others who have it."""
 _FAILURES = (P2PError, ContentUnavailable, ContentMismatch, trio.TooSlowError)
@@ -57,7 +59,8 @@ class ContentClient:
         self._layout = layout
         self._store = store
         self._keys = keys
-        self._slots = WeakValueDictionary[bytes, trio.Semaphore]()
+        self._slots = trio.Semaphore(ALL_DOWNLOADS)
+        self._job_slots = WeakValueDictionary[bytes, trio.Semaphore]()
         self._busy: dict[object, trio.Event] = {}
 
     # what is asked for -----------------------------------------------------------------------
@@ -195,7 +198,8 @@ class ContentClient:
         others = [h for h in dict.fromkeys(holders) if h != self._host.peer_id]
         asked = set[str]()
         job = wire.job_of(item)
-        async with self._slots.setdefault(job, trio.Semaphore(DOWNLOADS_AT_ONCE)):
+        alike = self._job_slots.setdefault(job, trio.Semaphore(DOWNLOADS_AT_ONCE))
+        async with alike, self._slots:
             while left := [h for h in others if h not in asked and h not in answers]:
                 sources = _Sources()
                 try:

@@ -128,6 +128,7 @@ async def test_downloads_of_one_job_do_not_wait_for_those_of_another(
         nursery.start_soon(asker.client.fetch_file, ITEM, 1 << 30, [slow.session], target)
     await trio.testing.wait_all_tasks_blocked(0.05)
     assert len(asker.host.opened) == content.DOWNLOADS_AT_ONCE
+    assert content.DOWNLOADS_AT_ONCE < content.ALL_DOWNLOADS <= contentserver.DOWNLOADS_PER_PEER
     with trio.fail_after(PATIENCE_SECONDS):
         item = ResultFile(OTHER_JOB, "model")
         await asker.client.fetch_file(item, 100, [good.session], targets[0])
