@@ -43,7 +43,8 @@ PATIENCE_SECONDS = 30.0
 """And a second for each chunk: a group that needs longer makes room for others who have it."""
 _FAILURES = (P2PError, ContentUnavailable, ContentMismatch, trio.TooSlowError)
 
-Place = Callable[[wire.Located], Path]
+Place = Callable[[wire.Located], tuple[Path, Path]]
+"""Where it is to lie, and beside which path its partial file does."""
 Check = Callable[[Download, Sequence[str]], Awaitable[None]]
 """Given a complete download and who had it."""
 
@@ -82,7 +83,9 @@ class ContentClient:
                     return (self._host.peer_id,)
                 except (ContentUnavailable, ContentMismatch) as error:
                     answers[self._host.peer_id] = str(error)
-            return await self._bring(item, limit, holders, lambda _: target, _accept, answers)
+            return await self._bring(
+                item, limit, holders, lambda _: (target, target), _accept, answers
+            )
 
     async def fetch_data(
         self,
@@ -125,10 +128,12 @@ class ContentClient:
             elif download.located.digests != content:
                 raise ContentMismatch("another content than was asked for")
 
-        def place(located: wire.Located) -> Path:
+        def place(located: wire.Located) -> tuple[Path, Path]:
             if sealed is None:
-                return self._layout.blob(content)
-            return self._layout.sealed_blob(sealed, *_key_of(located), content)
+                return self._layout.blob(content), self._layout.blob(content)
+            # Aside: a key that somebody made up shall not even leave a directory.
+            aside = self._layout.sealed(sealed) / content.hex()
+            return self._layout.sealed_blob(sealed, *_key_of(located), content), aside
 
         async with self._alone((sealed, content)):
             if not await trio.to_thread.run_sync(self._store.has, sealed, content, size):
@@ -300,7 +305,7 @@ class ContentClient:
     async def _download(
         self,
         item: Item,
-        target: Path,
+        where: tuple[Path, Path],
         located: wire.Located,
         group: Sequence[str],
         sources: "_Sources",
@@ -311,7 +316,8 @@ class ContentClient:
     ) -> None:
         digests = await self._all_digests(located, group, sources, answers)
         await trio.to_thread.run_sync(lambda: self._store.make_room(located.size, blob=blob))
-        download = Download(target, located, digests)
+        target, beside = where
+        download = Download(target, located, digests, beside)
         failure: OSError | None = None
         wrong = True
         """Whether what is there is of no use: a broken download is, and stays."""

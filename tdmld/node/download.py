@@ -33,10 +33,13 @@ KEPT_PARTS = 3
 class Download:
     """The state of one download; `pull` runs once for each holder. Use inside one trio loop."""
 
-    def __init__(self, target: Path, located: wire.Located, digests: bytes) -> None:
+    def __init__(
+        self, target: Path, located: wire.Located, digests: bytes, beside: Path | None = None
+    ) -> None:
+        """The partial file lies beside `target`, or beside another path and named after that."""
         self.located = located
-        self.part = part_path(target, located.content)
-        self._target = target
+        self._target, self._beside = target, beside or target
+        self.part = part_path(self._beside, located.content)
         self._digests = digests
         self._done = bytearray(wire.chunk_count(located.size))
         self._left = len(self._done)
@@ -58,7 +61,7 @@ class Download:
     def open(self) -> None:
         """Open the partial file and look what is in it. Blocks."""
         self.part.parent.mkdir(parents=True, exist_ok=True)
-        others = [path for path in other_parts(self._target) if path != self.part]
+        others = [path for path in other_parts(self._beside) if path != self.part]
         others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
         for stale in others[KEPT_PARTS - 1 :]:
             stale.unlink()
@@ -159,9 +162,10 @@ class Download:
     def finish(self) -> None:
         """Give the complete file its name, durably. Blocks."""
         os.fsync(self._fd)
+        self._target.parent.mkdir(parents=True, exist_ok=True)
         self.part.replace(self._target)
         sync_directory(self._target.parent)
-        for stale in other_parts(self._target):
+        for stale in other_parts(self._beside):
             stale.unlink(missing_ok=True)
 
     def discard(self) -> None:

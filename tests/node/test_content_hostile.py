@@ -14,7 +14,7 @@ from tdmld.node.contentserver import JobContent
 from tdmld.node.control import ResultFile
 from tdmld.node.errors import ContentUnavailable
 from tdmld.train.digest import digest
-from tests.node.contentkit import JOB, Node, Tap, random_text
+from tests.node.contentkit import JOB, SPEC_ID, Node, Tap, random_text
 from tests.node.fake_stream import FakeStream, stream_pair
 
 ITEM = ResultFile(JOB, "model")
@@ -75,6 +75,33 @@ async def test_partial_files_of_a_liar_are_few(
         with pytest.raises(ContentUnavailable):
             await asker.fetch(ITEM, ["liar"])
         assert len(asker.parts()) == min(number + 1, download.KEPT_PARTS)
+
+
+async def test_made_up_keys_leave_nothing_but_few_partial_files(
+    asker: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(content, "RETRY_SECONDS", ())
+    for number in range(2 * download.KEPT_PARTS):
+        first = os.urandom(wire.CHUNK_BYTES)
+        digests = digest(first) + bytes(32)
+        whole = wire.content_of(wire.CHUNK_BYTES + 32, digests)
+        located = wire.Located(whole, wire.CHUNK_BYTES + 32, number, os.urandom(16), digests)
+
+        async def lie(
+            stream: FakeStream, located: wire.Located = located, first: bytes = first
+        ) -> None:
+            await stream.receive(10_000)
+            await stream.send(wire.encode_reply(located))
+            await stream.receive(10_000)
+            await stream.send(wire.BYTES, first)
+            await stream.reset()
+
+        asker.host.routes["liar"] = lie  # type: ignore[assignment]
+        with pytest.raises(ContentUnavailable):
+            await asker.client.fetch_data(JOB, SPEC_ID, [(bytes(32), 1 << 20)], ["liar"])
+    left = list(asker.layout.sealed(SPEC_ID).iterdir())
+    assert sorted(left) == asker.parts()
+    assert len(left) == download.KEPT_PARTS
 
 
 async def test_a_list_of_chunks_in_tiny_pieces_is_not_taken(asker: Node) -> None:
