@@ -168,7 +168,6 @@ class Agent:
                 if not isinstance(todo, duty.CloseJob):
                     action = self._performer.action(state, job, todo)
                 elif job_id in self._known:
-                    self._known.discard(job_id)
                     action = partial(self._close_job, job)
                 else:
                     continue
@@ -239,7 +238,7 @@ class Agent:
 
     async def _publish_ask(self) -> None:
         assert self.ask is not None
-        policy = self.ask
+        policy, counted = self.ask, self.chain.genesis.parameters.dial_receipts
         await self._performer.submit(
             Ask(
                 session=self._session,
@@ -249,7 +248,7 @@ class Agent:
                 audit_capacity=policy.audit_capacity,
                 standby_slots=policy.standby_slots,
                 until_height=self.chain.height + self.ask_blocks,
-                receipts=self.witnessed.receipts(),
+                receipts=self.witnessed.receipts() if counted else (),
             )
         )
 
@@ -263,8 +262,9 @@ class Agent:
         await self._drop_data(job)
         self._performer.forget(job.id)
         self._stages.pop(job.id, None)
-        if self._parties.pop(job.id, None) is not None:
-            self._served.append(job.id)
+        self._parties.pop(job.id, None)
+        self._served.append(job.id)
+        self._known.discard(job.id)
         while len(self._served) > SERVED_JOBS:
             await self.machine.set_members(self._served.popleft(), frozenset())
 

@@ -201,7 +201,7 @@ class Carrier:
                 if slot in self._slots:
                     self._slots[slot].discard(segment)
             case _:
-                return await self._net.carry_out(request, frozenset(self._kept))
+                return await self._net.carry_out(request, lambda: self._kept)
         return control.Done(request.id)
 
     def _set_peers(self, request: control.SetPeers) -> None:

@@ -1,7 +1,8 @@
 """The carrier's part in being reached: dials for receipts, direct paths, relays of its own, and
 what it relays for others. The daemon decides, see `reach`; here it is done."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Sequence
 
 import trio
 
@@ -43,9 +44,13 @@ class CarrierNet:
         self._host = host
         self._prober = Prober(seed)
         self._relaying = relaying
+        self._seeking: Counter[str] = Counter()
+        """Sessions with which direct paths are sought now, by how many."""
 
-    async def carry_out(self, request: ReachRequest, kept: frozenset[str]) -> control.Reply:
-        """The reply; DialFailed, AddressInvalid. `kept`: sessions that stay when this is over."""
+    async def carry_out(
+        self, request: ReachRequest, kept: Callable[[], Container[str]]
+    ) -> control.Reply:
+        """The reply; DialFailed, AddressInvalid. `kept()`: sessions that jobs need now."""
         match request:
             case control.DialBack(number, session, addresses):
                 return control.Dialled(number, await self._prober.probe(session, addresses))
@@ -60,15 +65,20 @@ class CarrierNet:
                 return self._network(number)
         return control.Done(request.id)
 
-    async def _direct(self, info: PeerInfo, seconds: float, kept: frozenset[str]) -> bool:
-        if info.peer_id in kept:
-            return await self._host.connect_direct(info.peer_id, seconds)
-        self._host.add_peer(info)
+    async def _direct(
+        self, info: PeerInfo, seconds: float, kept: Callable[[], Container[str]]
+    ) -> bool:
+        if info.peer_id not in kept():
+            self._host.add_peer(info)
+        self._seeking[info.peer_id] += 1
         try:
             return await self._host.connect_direct(info.peer_id, seconds)
         finally:
-            # The connection stays as long as somebody uses it; we do not dial it again.
-            self._host.remove_peer(info.peer_id)
+            self._seeking[info.peer_id] -= 1
+            self._seeking += Counter()  # drops the zeros
+            if info.peer_id not in self._seeking and info.peer_id not in kept():
+                # The connection stays as long as somebody uses it; we do not dial it again.
+                self._host.remove_peer(info.peer_id)
 
     def _network(self, number: int) -> control.Network:
         peers = [peer for peer in self._host.peers() if peer.connected]

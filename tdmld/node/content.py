@@ -9,9 +9,11 @@ open to it. Content keys come the same way, each in a box for this session (`sea
 """
 
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import trio
 
@@ -34,9 +36,15 @@ RETRY_SECONDS = (0.2, 1.0)
 SETTLE_SECONDS = 0.5
 """So long after the first holder answered the others may still join it."""
 DOWNLOADS_AT_ONCE = 4
+"""Of one job: when its holders stall, another one still gets its turn."""
+ALL_DOWNLOADS = 8
+"""Of all jobs together: no more than one holder gives to one peer (`DOWNLOADS_PER_PEER`)."""
+PATIENCE_SECONDS = 30.0
+"""And a second for each chunk: a group that needs longer makes room for others who have it."""
 _FAILURES = (P2PError, ContentUnavailable, ContentMismatch, trio.TooSlowError)
 
-Place = Callable[[wire.Located], Path]
+Place = Callable[[wire.Located], tuple[Path, Path]]
+"""Where it is to lie, and beside which path its partial file does."""
 Check = Callable[[Download, Sequence[str]], Awaitable[None]]
 """Given a complete download and who had it."""
 
@@ -52,7 +60,8 @@ class ContentClient:
         self._layout = layout
         self._store = store
         self._keys = keys
-        self._slots = trio.Semaphore(DOWNLOADS_AT_ONCE)
+        self._slots = trio.Semaphore(ALL_DOWNLOADS)
+        self._job_slots = WeakValueDictionary[bytes, trio.Semaphore]()
         self._busy: dict[object, trio.Event] = {}
 
     # what is asked for -----------------------------------------------------------------------
@@ -74,7 +83,9 @@ class ContentClient:
                     return (self._host.peer_id,)
                 except (ContentUnavailable, ContentMismatch) as error:
                     answers[self._host.peer_id] = str(error)
-            return await self._bring(item, limit, holders, lambda _: target, _accept, answers)
+            return await self._bring(
+                item, limit, holders, lambda _: (target, target), _accept, answers
+            )
 
     async def fetch_data(
         self,
@@ -117,10 +128,12 @@ class ContentClient:
             elif download.located.digests != content:
                 raise ContentMismatch("another content than was asked for")
 
-        def place(located: wire.Located) -> Path:
+        def place(located: wire.Located) -> tuple[Path, Path]:
             if sealed is None:
-                return self._layout.blob(content)
-            return self._layout.sealed_blob(sealed, *_key_of(located), content)
+                return self._layout.blob(content), self._layout.blob(content)
+            # Aside: a key that somebody made up shall not even leave a directory.
+            aside = self._layout.sealed(sealed) / content.hex()
+            return self._layout.sealed_blob(sealed, *_key_of(located), content), aside
 
         async with self._alone((sealed, content)):
             if not await trio.to_thread.run_sync(self._store.has, sealed, content, size):
@@ -189,16 +202,31 @@ class ContentClient:
         """Locate, group, download, check. `answers` collects what each holder said instead."""
         others = [h for h in dict.fromkeys(holders) if h != self._host.peer_id]
         asked = set[str]()
-        async with self._slots:
+        job = wire.job_of(item)
+        alike = self._job_slots.setdefault(job, trio.Semaphore(DOWNLOADS_AT_ONCE))
+        async with alike, self._slots:
             while left := [h for h in others if h not in asked and h not in answers]:
                 sources = _Sources()
                 try:
                     await self._locate(item, limit, left, sources, answers)
                     asked |= sources.located.keys()
-                    for located, group in sources.groups():
+                    unasked = any(h not in asked and h not in answers for h in others)
+                    groups = sources.groups()
+                    for number, (located, group) in enumerate(groups, 1):
+                        patience = math.inf
+                        if unasked or number < len(groups):
+                            patience = PATIENCE_SECONDS + wire.chunk_count(located.size)
                         try:
                             await self._download(
-                                item, place(located), located, group, sources, check, answers, blob
+                                item,
+                                place(located),
+                                located,
+                                group,
+                                sources,
+                                check,
+                                answers,
+                                blob,
+                                patience,
                             )
                         except _FAILURES as error:
                             for holder in group:
@@ -277,17 +305,19 @@ class ContentClient:
     async def _download(
         self,
         item: Item,
-        target: Path,
+        where: tuple[Path, Path],
         located: wire.Located,
         group: Sequence[str],
         sources: "_Sources",
         check: Check,
         answers: dict[str, str],
         blob: bool,
+        patience: float,
     ) -> None:
         digests = await self._all_digests(located, group, sources, answers)
         await trio.to_thread.run_sync(lambda: self._store.make_room(located.size, blob=blob))
-        download = Download(target, located, digests)
+        target, beside = where
+        download = Download(target, located, digests, beside)
         failure: OSError | None = None
         wrong = True
         """Whether what is there is of no use: a broken download is, and stays."""
@@ -296,28 +326,29 @@ class ContentClient:
             if download.resumed:
                 count = wire.chunk_count(located.size)
                 log.info("%s goes on: %d of %d chunks are here", target, download.resumed, count)
-            async with trio.open_nursery() as nursery:
+            with trio.move_on_after(patience):
+                async with trio.open_nursery() as nursery:
 
-                async def pull(holder: str) -> None:
-                    nonlocal failure
-                    try:
-                        reason = await self._pull(holder, item, download, sources)
-                    except OSError as error:
-                        # Our disk, raised below: the nursery would put it into a group.
-                        failure = error
-                    else:
-                        if reason:
-                            answers[holder] = reason
-                    if failure is not None or download.complete:
-                        nursery.cancel_scope.cancel()
+                    async def pull(holder: str) -> None:
+                        nonlocal failure
+                        try:
+                            reason = await self._pull(holder, item, download, sources)
+                        except OSError as error:
+                            # Our disk, raised below: the nursery would put it into a group.
+                            failure = error
+                        else:
+                            if reason:
+                                answers[holder] = reason
+                        if failure is not None or download.complete:
+                            nursery.cancel_scope.cancel()
 
-                for holder in group:
-                    nursery.start_soon(pull, holder)
+                    for holder in group:
+                        nursery.start_soon(pull, holder)
             if failure is not None:
                 raise failure
             if not download.complete:
                 wrong = False
-                raise ContentUnavailable("all who had it failed")
+                raise ContentUnavailable("all who had it failed, or were too slow")
             await check(download, group)
             await trio.to_thread.run_sync(download.finish)
             wrong = False
@@ -375,7 +406,7 @@ class ContentClient:
                         await stream.send(wire.encode_request(wire.MoreDigests(first)))
                         raw = await stream.receive(wire.REPLY_BYTES)
                     piece = wire.decode_bytes(raw)
-                    if not piece:
+                    if len(piece) < min(wire.LIST_CHUNKS, count - first) * wire.DIGEST_BYTES:
                         raise ContentMismatch("its list of chunks is too short")
                     found += piece
                 wire.check_digests(located, bytes(found))

@@ -15,7 +15,7 @@ import trio
 from tdmld.chain.crypto import public_key
 from tdmld.node import contentwire as wire
 from tdmld.node.contentstore import ChunkList, ContentStore
-from tdmld.node.control import FramesFile, Item, StateFile
+from tdmld.node.control import Item
 from tdmld.node.errors import ContentError, ContentRefused, ContentUnavailable
 from tdmld.node.seal import ContentKeys, KeyName, key_box
 from tdmld.p2p import Stream
@@ -104,6 +104,10 @@ class ContentServer:
     async def handle(self, stream: Stream) -> None:
         """Serve one stream until the peer closes it, or says nothing for IDLE_SECONDS."""
         peer = stream.peer_id
+        if not any(peer in content.sessions for content in self._jobs.values()):
+            # Not even a place among the streams: those are for members.
+            await self._answer(stream, wire.Refuse("you are not a member of any job here"))
+            return
         if self._streams[peer] >= STREAMS_PER_PEER or self._streams.total() >= STREAMS:
             await self._answer(stream, wire.Refuse("too many streams; try again later"))
             return
@@ -169,9 +173,9 @@ class ContentServer:
         return key_box(public_key(peer), spec, name.epoch, key)
 
     async def _locate(self, peer: str, item: Item, opened: _Opened) -> wire.Located:
-        sealed = self._content(peer, job_of(item)).sealed
+        sealed = self._content(peer, wire.job_of(item)).sealed
         opened.close()
-        opened.job = job_of(item)
+        opened.job = wire.job_of(item)
         opened.chunks = _NOTHING
         if self._is_open(item):
             raise ContentUnavailable("not finished yet")
@@ -215,8 +219,3 @@ class ContentServer:
         if content is None or peer not in content.sessions:
             raise ContentRefused("you are not a member of this job here")
         return content
-
-
-def job_of(item: Item) -> bytes:
-    """The job that an item belongs to."""
-    return item.slot.job if isinstance(item, StateFile | FramesFile) else item.job

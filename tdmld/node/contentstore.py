@@ -1,13 +1,16 @@
 """Content on this machine's disk: by name, by hash, and sealed. Methods block: use a thread."""
 
 import fcntl
+import logging
 import os
 import stat
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from blake3 import blake3
 
@@ -24,11 +27,12 @@ from tdmld.node.errors import ContentError, ContentMismatch, ContentRefused, Con
 from tdmld.node.jobfiles import remove_tree
 from tdmld.node.layout import Layout, free_bytes, is_file_name
 from tdmld.node.seal import ContentKeys, KeyName, seal, sealed_size, unseal
-from tdmld.train.data import cut_shards
 from tdmld.train.digest import digest
 from tdmld.train.framelog import frame_log_name
 from tdmld.train.limits import SHARD_BYTES, TEXT_BYTES
 from tdmld.train.statefile import part_file
+
+log = logging.getLogger(__name__)
 
 KNOWN_LISTS_BYTES = 64 << 20
 """Of digests of served files, kept so that a file is hashed once."""
@@ -55,6 +59,7 @@ class ContentStore:
         """Bytes in content/, or more: measured when it seems to be full."""
         self._lists: OrderedDict[tuple[str, int, int], ChunkList] = OrderedDict()
         self._lists_bytes = 0
+        self._remembering = threading.Lock()
 
     # what is here ----------------------------------------------------------------------------
 
@@ -116,11 +121,14 @@ class ContentStore:
         return known
 
     def _remember(self, key: tuple[str, int, int], found: ChunkList) -> None:
-        self._lists[key] = found
-        self._lists_bytes += DIGEST_BYTES + len(found.digests)
-        while self._lists_bytes > KNOWN_LISTS_BYTES:
-            _, oldest = self._lists.popitem(last=False)
-            self._lists_bytes -= DIGEST_BYTES + len(oldest.digests)
+        with self._remembering:
+            if key in self._lists:
+                return  # two streams asked for the same file at the same time
+            self._lists[key] = found
+            self._lists_bytes += DIGEST_BYTES + len(found.digests)
+            while self._lists_bytes > KNOWN_LISTS_BYTES:
+                _, oldest = self._lists.popitem(last=False)
+                self._lists_bytes -= DIGEST_BYTES + len(oldest.digests)
 
     def result_files(self, job: bytes) -> tuple[tuple[str, int], ...]:
         """(name, size) of a result; ContentUnavailable."""
@@ -182,20 +190,23 @@ class ContentStore:
                 raise ContentRefused(
                     f"{path} has {facts.st_size} bytes; a text has 1 to {TEXT_BYTES}"
                 )
-            needed = facts.st_size if sealed is None else sealed_size(facts.st_size)
-            self.make_room(needed, blob=True)
+            # Twice: what is there already needs no room, and what has none is not begun with.
+            sizes = {digest(shard): len(shard) for shard in _shards_of(file)}
+            missing = {c: size for c, size in sizes.items() if not self.has(sealed, c, size)}
+            stored = missing.values() if sealed is None else map(sealed_size, missing.values())
+            self.make_room(sum(stored), blob=True)
+            file.seek(0)
             shards = []
-            while block := file.read(SHARD_BYTES):
-                for shard in cut_shards(block):
-                    content = digest(shard)
-                    shards.append((content, len(shard)))
-                    if self.has(sealed, content, len(shard)):
-                        continue
-                    if sealed is None:
-                        _keep(self._layout.blob(content), shard)
-                    else:
-                        target = self._layout.sealed_blob(sealed, *name, content)
-                        _keep(target, seal(key, sealed, name.epoch, content, shard))
+            for shard in _shards_of(file):
+                content = digest(shard)
+                shards.append((content, len(shard)))
+                if missing.pop(content, None) is None:
+                    continue
+                if sealed is None:
+                    _keep(self._layout.blob(content), shard)
+                else:
+                    target = self._layout.sealed_blob(sealed, *name, content)
+                    _keep(target, seal(key, sealed, name.epoch, content, memoryview(shard)))
             return shards
 
     def rekey(self, spec: bytes) -> int:
@@ -207,7 +218,11 @@ class ContentStore:
         older = self._keys.names(spec)
         name, key = self._keys.make(spec, last[0].epoch + 1)
         for content in sorted({content for was in older for content in self._shards(spec, was)}):
-            data = self.read(spec, content)
+            try:
+                data = self.read(spec, content)
+            except ContentError as error:
+                log.warning("a shard of a sealed text cannot be sealed anew: %s", error)
+                continue
             self.make_room(sealed_size(len(data)), blob=True)
             target = self._layout.sealed_blob(spec, *name, content)
             _keep(target, seal(key, spec, name.epoch, content, memoryview(data)))
@@ -221,13 +236,18 @@ class ContentStore:
                 yield bytes.fromhex(path.name)
 
     def read(self, sealed: bytes | None, content: bytes) -> bytes:
-        """A shard's plaintext, in memory alone. ContentUnavailable, ContentMismatch."""
+        """A shard's plaintext, in memory alone. ContentUnavailable; ContentMismatch when the disk
+        spoiled it, which then is here no longer and can be fetched again."""
         path, name, key = self._shard(sealed, content)
         data = path.read_bytes()
-        if sealed is not None and name is not None:
-            return unseal(key, sealed, name.epoch, content, data)
-        if digest(data) != content:
-            raise ContentMismatch("it is not what its name says")
+        try:
+            if sealed is not None and name is not None:
+                return unseal(key, sealed, name.epoch, content, data)
+            if digest(data) != content:
+                raise ContentMismatch("it is not what its name says")
+        except ContentMismatch:
+            path.unlink(missing_ok=True)
+            raise
         return data
 
     def text_memory(self, sealed: bytes | None, shards: Sequence[tuple[bytes, int]]) -> int:
@@ -253,6 +273,11 @@ class ContentStore:
             os.close(fd)
             raise
         return fd
+
+
+def _shards_of(file: BinaryIO) -> Iterator[bytes]:
+    while shard := file.read(SHARD_BYTES):
+        yield shard
 
 
 def _keep(path: Path, data: Buffer | Iterator[bytes]) -> None:

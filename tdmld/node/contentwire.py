@@ -21,7 +21,7 @@ from typing import Annotated
 import msgspec
 from blake3 import blake3
 
-from tdmld.node.control import Count, FileName, Id32, Item, Size
+from tdmld.node.control import Count, FileName, FramesFile, Id32, Item, Size, StateFile
 from tdmld.node.errors import ContentMismatch, ContentUnavailable
 
 CHUNK_BYTES = 1 << 20
@@ -153,6 +153,11 @@ def decode_bytes(raw: bytes) -> memoryview:
         decode_reply(raw)
         raise ContentUnavailable("an answer to something else")
     return memoryview(raw)[1:]
+
+
+def job_of(item: Item) -> bytes:
+    """The job that an item belongs to."""
+    return item.slot.job if isinstance(item, StateFile | FramesFile) else item.job
 
 
 def chunk_count(size: int) -> int:

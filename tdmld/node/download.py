@@ -7,6 +7,7 @@ be, and nothing in it is believed: when a download goes on after a broken stream
 chunk that is there is hashed again.
 """
 
+import errno
 import os
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -18,21 +19,27 @@ from blake3 import blake3
 from tdmld.files import sync_directory
 from tdmld.node import contentwire as wire
 from tdmld.node.errors import ContentMismatch
+from tdmld.node.layout import free_bytes
 from tdmld.p2p import Stream
 
 AHEAD = 4
 """Chunks that a holder is asked for before the first of them came."""
 STEAL_SECONDS = 1.0
 PART_SUFFIX = ".part"
+KEPT_PARTS = 3
+"""Of one target: each liar that announced another content may have left one."""
 
 
 class Download:
     """The state of one download; `pull` runs once for each holder. Use inside one trio loop."""
 
-    def __init__(self, target: Path, located: wire.Located, digests: bytes) -> None:
+    def __init__(
+        self, target: Path, located: wire.Located, digests: bytes, beside: Path | None = None
+    ) -> None:
+        """The partial file lies beside `target`, or beside another path and named after that."""
         self.located = located
-        self.part = part_path(target, located.content)
-        self._target = target
+        self._target, self._beside = target, beside or target
+        self.part = part_path(self._beside, located.content)
         self._digests = digests
         self._done = bytearray(wire.chunk_count(located.size))
         self._left = len(self._done)
@@ -54,6 +61,10 @@ class Download:
     def open(self) -> None:
         """Open the partial file and look what is in it. Blocks."""
         self.part.parent.mkdir(parents=True, exist_ok=True)
+        others = [path for path in other_parts(self._beside) if path != self.part]
+        others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        for stale in others[KEPT_PARTS - 1 :]:
+            stale.unlink()
         self._fd = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         os.ftruncate(self._fd, min(os.fstat(self._fd).st_size, self.located.size))
         there = os.fstat(self._fd).st_size
@@ -135,6 +146,9 @@ class Download:
     def _write(self, chunk: int, data: memoryview) -> bool:
         if not self._fits(chunk, data):
             return False
+        if free_bytes(self.part.parent) < len(data):
+            # There was room when it began: other downloads, rings and states share the disk.
+            raise OSError(errno.ENOSPC, "the disk is full; free some space", str(self.part))
         at = chunk * wire.CHUNK_BYTES
         while data:
             written = os.pwrite(self._fd, data, at)
@@ -148,9 +162,10 @@ class Download:
     def finish(self) -> None:
         """Give the complete file its name, durably. Blocks."""
         os.fsync(self._fd)
+        self._target.parent.mkdir(parents=True, exist_ok=True)
         self.part.replace(self._target)
         sync_directory(self._target.parent)
-        for stale in other_parts(self._target):
+        for stale in other_parts(self._beside):
             stale.unlink(missing_ok=True)
 
     def discard(self) -> None:

@@ -26,5 +26,12 @@ def die_with_parent(channel: int) -> None:
 
 
 def leave_no_core() -> None:
-    """In a child that holds plaintext or keys: a crash writes no memory to the disk."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    """In a child that holds plaintext or keys: a crash writes no memory to the disk.
+
+    A limit of 0 bytes is for files alone; a program that core_pattern names would get the core all
+    the same (core(5)). With 1 byte Linux gives it none either. Who may not raise a limit of 0 keeps
+    that.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_CORE)
+    limit = 0 if most == 0 else 1
+    resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))

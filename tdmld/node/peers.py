@@ -327,10 +327,11 @@ class PeerService:
                 self._keep_record(record)
 
     def _keep_record(self, record: PeerRecord) -> None:
-        if not self._keep(PeerInfo(address(record.node), record.addresses)):
+        hearsay = record.node not in self._validators
+        if not self._keep(PeerInfo(address(record.node), record.addresses), patient=hearsay):
             self._unusable[record.node] = record.sequence
 
-    def _keep(self, info: PeerInfo) -> bool:
+    def _keep(self, info: PeerInfo, *, patient: bool = False) -> bool:
         """Whether it can be dialled. Addresses from the configuration stay good."""
         if info.peer_id == self._host.peer_id:
             return True
@@ -338,8 +339,9 @@ class PeerService:
             info = PeerInfo(
                 info.peer_id, tuple(dict.fromkeys((*configured.addresses, *info.addresses)))
             )
+            patient = False
         try:
-            self._host.add_peer(info)
+            self._host.add_peer(info, patient=patient)
         except P2PError as error:
             log.warning("the addresses of %s cannot be used: %s", info.peer_id, error)
             return False

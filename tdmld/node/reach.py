@@ -42,7 +42,7 @@ from tdmld.node.reachwitness import PAIR_SECONDS, Witness
 from tdmld.node.receipts import Receipts
 from tdmld.p2p import Host, PeerConnected, PeerInfo
 from tdmld.p2p.errors import AddressInvalid
-from tdmld.p2p.interfaces import expand, interface_addresses, is_global
+from tdmld.p2p.interfaces import expand, interface_addresses
 from tdmld.p2p.upnp import PortMapper
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class Reachability:
         self._own = interface_addresses()
         self._known_members: tuple[bytes, ...] = ()
         self._members_of, self._members_until = 0, -math.inf
-        Witness(host, key, chain_id, book, carrier, height)
+        Witness(host, key, chain_id, book, carrier, height, owner_of)
         outside = [text for text in host.listening if not is_loopback_text(text)]
         outside += [text for text in carrier.addresses if not is_loopback_text(text)]
         ports = tuple(dict.fromkeys(int(text.rpartition("/")[2]) for text in outside))
@@ -159,7 +159,7 @@ class Reachability:
         return self.carrier_state == "closed"
 
     def _verdict(self, trial: Callable[[Finding], Trial]) -> State:
-        return verdict([(trial(f), is_global(f.seen_at)) for f in self.findings.values()])
+        return verdict([(trial(f), not f.near) for f in self.findings.values()])
 
     @property
     def daemon_addresses(self) -> tuple[str, ...]:
@@ -211,7 +211,7 @@ class Reachability:
     def receipts(self) -> tuple[DialReceipt, ...]:
         """As an ask takes them (`Receipts.fresh`)."""
         tried = (f for f in self.findings.values() if f.carrier.reached is not None)
-        return self._receipts.fresh(outside=any(is_global(f.seen_at) for f in tried))
+        return self._receipts.fresh(outside=any(not f.near for f in tried))
 
     def _counts(self, witness: bytes) -> bool:
         """Whether the chain takes the word of a node for us."""
@@ -376,7 +376,7 @@ class Reachability:
             log.info("%s does not say whether we can be reached: %s", witness, finding.failure)
         if finding.carrier.reached is False:
             self._receipts.drop(DIAL_OPEN, key_of(witness))
-        self._keep(finding.receipt, near=not is_global(finding.seen_at))
+        self._keep(finding.receipt, near=finding.near)
         self._answered.set()
         self._answered = trio.Event()
         self._wake.set()

@@ -31,9 +31,12 @@ from tdmld.node.reachwire import (
     Refused,
     Request,
     protocol,
+    seen_at,
 )
 from tdmld.p2p import Host
+from tdmld.p2p.accounting import network_of
 from tdmld.p2p.errors import P2PError, StreamBroken
+from tdmld.p2p.interfaces import is_global
 
 OBSERVE_SECONDS = 10.0
 """For an answer that needs no dial."""
@@ -69,6 +72,9 @@ class Finding:
     """When it was asked, on trio's clock."""
     seen_at: str = ""
     """The IP address that it sees us at; empty when it does not say."""
+    near: bool = False
+    """It is on our local network, or behind our router: how others are seen from there says nothing
+    of the world."""
     clock_ms: float | None = None
     """How far its clock is ahead of ours."""
     daemon: Trial = UNTRIED
@@ -129,6 +135,7 @@ class Asker:
             witness,
             begun,
             seen_at=seen.ip,
+            near=is_near(seen.ip, seen_at(witness, self._host.peers())),
             clock_ms=seen.time_ms - asked - took / 2,
             daemon=_trial(found.get("daemon")),
             carrier=_trial(answer),
@@ -179,6 +186,11 @@ class Asker:
             and receipt.kind == kind
             and verify(receipt.witness, DIAL_DOMAIN, self._chain_id, message, receipt.signature)
         )
+
+
+def is_near(us: str, witness: str) -> bool:
+    """Whether a witness at an IP address that sees us at another stands on our side of a router."""
+    return not is_global(us) or (bool(witness) and network_of(us) == network_of(witness))
 
 
 def _where(request: Request) -> tuple[str, ...]:

@@ -4,8 +4,9 @@
 **closed**   they cannot: others reach us through relays and punched holes only.
 **unknown**  nobody has tried.
 
-Once one witness sees us at an address of the Internet, those that see us on a local network say
-nothing about the others any more and do not count. One voice an owner is the caller's business.
+Once one witness sees us from the Internet, those on our own side of a router (a local address, the
+same IP address, the same /64 of IPv6) say nothing about the others any more and do not count. One
+voice an owner is the caller's business.
 Nothing that costs anybody anything rests on this: the chain counts receipts of other owners.
 """
 
@@ -21,7 +22,7 @@ MAX_ANNOUNCED = 8
 
 
 def verdict(trials: Sequence[tuple[Trial, bool]]) -> State:
-    """Of trials, each with whether its witness sees us at an address of the Internet."""
+    """Of trials, each with whether its witness sees us from the Internet."""
     done = [(trial, public) for trial, public in trials if trial.reached is not None]
     if any(public for _, public in done):
         done = [(trial, public) for trial, public in done if public]

@@ -16,7 +16,7 @@ from tdmld.chain.codec import decode, encode
 from tdmld.chain.crypto import KeyPair, address, public_key
 from tdmld.chain.errors import DecodeError
 from tdmld.chain.transactions import DIAL_OPEN, DIAL_PAIR, sign_receipt
-from tdmld.node.errors import MachineError
+from tdmld.node.errors import CarrierUnavailable, MachineError
 from tdmld.node.fairness import Allowance, Meter
 from tdmld.node.peers import PeerBook, PeerRecord
 from tdmld.node.reachbook import is_relayed
@@ -66,7 +66,8 @@ class CarrierDials(Protocol):
 
 
 class Witness:
-    """Serves the reach protocol of one chain. `height()` is the finalized height."""
+    """Serves the reach protocol of one chain. `height()` is the finalized height; `owner_of(node)`
+    is None for who is not registered."""
 
     def __init__(
         self,
@@ -76,6 +77,7 @@ class Witness:
         book: PeerBook,
         carrier: CarrierDials,
         height: Callable[[], int],
+        owner_of: Callable[[bytes], bytes | None],
     ) -> None:
         self._host = host
         self._key = key
@@ -83,6 +85,7 @@ class Witness:
         self._book = book
         self._carrier = carrier
         self._height = height
+        self._owner_of = owner_of
         self._prober = Prober(key.seed)
         self._per_peer = Meter(PER_PEER)
         self._per_address = Meter(PER_ADDRESS)
@@ -126,6 +129,8 @@ class Witness:
                     return await self._dial_back(peer_id, ip, session, addresses)
                 case Pair(session):
                     return await self._pair(peer_id, ip, session)
+        except CarrierUnavailable as error:
+            return _refused(str(error))
         except (MachineError, P2PError) as error:
             return _refused(str(error), tried=True)
         finally:
@@ -160,7 +165,9 @@ class Witness:
         record = self._record(peer_id, session)
         if record is None:
             return _not_theirs(session)
-        known = {r.session: r for r in self._book.records() if r.relays}
+        # Not of strangers: anybody may sign a record that names somebody else's address.
+        relays = (r for r in self._book.records() if r.relays)
+        known = {r.session: r for r in relays if self._owner_of(r.node) is not None}
         at = [text for text in record.session_addresses if _may_dial(text, ip, known)]
         if not await self._carrier.connect_direct(address(session), at, PAIR_SECONDS):
             return _refused("our carriers have no direct connection", tried=True)

@@ -106,6 +106,8 @@ def unseal(key: bytes, spec: bytes, epoch: int, content: bytes, sealed: bytes) -
         bound, nonce = _bind(key, spec, epoch, content, index, len(places))
         piece = bytes(view[at : at + CHUNK_BYTES])
         try:
+            if len(piece) < TAG_BYTES:
+                raise CryptoError  # the binding would fail otherwise
             pieces.append(crypto_aead_xchacha20poly1305_ietf_decrypt(piece, bound, nonce, key))
         except CryptoError as error:
             raise ContentMismatch(

@@ -67,6 +67,9 @@ _RENEW_MOST_SECONDS = 1800.0
 _RETRY_FIRST_SECONDS = 1.0
 _RETRY_LAST_SECONDS = 300.0
 """Back-off of one relay that refused us or could not be reached."""
+_PROVEN_SECONDS = 60.0
+"""A reservation that lasted shorter does not reset it: whenever one comes or goes, our addresses
+change, and the whole network is told."""
 _HANDSHAKES_PER_SOURCE = 2
 """At a time: `Limits.pending_per_address` holds for all that one relay brings, and a single peer
 shall not take all of that."""
@@ -118,6 +121,8 @@ class _Candidate:
     addresses: tuple[TcpAddress, ...]
     taken: trio.CancelScope | None = None
     """Set while a task tries it or holds a reservation on it; cancel it to let go."""
+    since: float = math.inf
+    """When the present reservation was made."""
     failures: int = 0
     retry_at: float = 0.0
 
@@ -246,9 +251,15 @@ class Circuits:
                 due.taken = None
                 if self._held.pop(due.id, None) is not None:
                     self._tell()
-            due.failures += 1
-            delay = min(_RETRY_FIRST_SECONDS * 2.0 ** (due.failures - 1), _RETRY_LAST_SECONDS)
-            due.retry_at = trio.current_time() + delay * random.uniform(0.5, 1.0)
+            now = trio.current_time()
+            if now - due.since > _PROVEN_SECONDS:
+                due.failures = 0
+            due.failures, due.since = due.failures + 1, math.inf
+            # The power ends where a float does: some days of a dead relay.
+            delay = min(
+                _RETRY_FIRST_SECONDS * 2.0 ** min(due.failures - 1, 32), _RETRY_LAST_SECONDS
+            )
+            due.retry_at = now + delay * random.uniform(0.5, 1.0)
 
     async def _hold(self, relay: _Candidate) -> None:
         """Reserve, announce and renew until the relay is lost or refuses; errors of the library,
@@ -258,7 +269,7 @@ class Circuits:
             if rawstream.is_relayed(conn.muxed_conn):
                 raise DialFailed("it can be reached only through a relay itself")
             reservation = await self._reserve(conn)
-            relay.failures = 0
+            relay.since = min(relay.since, trio.current_time())
             addresses = relay.addresses or tuple(direct_addresses(reservation.addrs))
             await self._look_over(conn, addresses)
             fresh = tuple(relayed_through(a, relay.id) for a in addresses[:_ANNOUNCED_PER_RELAY])

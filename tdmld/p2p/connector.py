@@ -199,13 +199,15 @@ class Connector:
             if scope.cancelled_caught:
                 log.debug("handshake with %s took too long", host)
                 # Not when it was us who had no time.
-                if meter.waited > self._limits.handshake_seconds / 2:
+                if meter.waited > self._limits.handshake_seconds / 2 and client_of is None:
                     self._registry.blame_address(host, Offence.SILENCE)
         except Exception as error:
             # Boundary: whatever a stranger's bytes do to the handshake ends this socket only.
             log.debug("refused a connection from %s: %s", host, error)
             offence = Offence.CROWDING if meter.ended else Offence.GARBAGE
-            self._registry.blame_address(host, offence)
+            # Two clients understand nothing: somebody else came from where a peer was expected.
+            if client_of is None:
+                self._registry.blame_address(host, offence)
         finally:
             self._pending[host] -= 1
             if not self._pending[host]:

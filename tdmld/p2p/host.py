@@ -218,9 +218,10 @@ class Host:
 
     # Peers
 
-    def add_peer(self, info: PeerInfo) -> None:
-        """Remember a peer and keep connected to it until `remove_peer`. AddressInvalid."""
-        self._peers.add(info)
+    def add_peer(self, info: PeerInfo, *, patient: bool = False) -> None:
+        """Remember a peer and keep connected to it until `remove_peer`. `patient`: the addresses
+        are hearsay; redial seldom until they have led to the peer. AddressInvalid."""
+        self._peers.add(info, patient=patient)
 
     def remove_peer(self, peer_id: str) -> None:
         """Keep it no longer. A present connection stays; see `disconnect`."""

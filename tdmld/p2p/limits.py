@@ -37,6 +37,9 @@ class Limits:
     redial_first_seconds: float = 0.1
     redial_last_seconds: float = 5.0
     """Exponential back-off of redials of a kept peer, with jitter."""
+    redial_patient_seconds: float = 60.0
+    """The last one of a peer whose addresses are hearsay, until one of them has led to it: they may
+    be those of a victim, and all of us would knock there."""
     relays: int = 2
     """Relays that we keep a reservation on, when we were given candidates: one may die."""
     shutdown_seconds: float = 1.5

@@ -65,6 +65,8 @@ class _Peer:
     text: str
     addresses: tuple[Address, ...] = ()
     kept: trio.CancelScope | None = None
+    patient: bool = False
+    """The addresses are hearsay, and have not led to the peer yet."""
     conn: INetConn | None = None
     connected_at: float = 0.0
     """Unix time."""
@@ -115,7 +117,7 @@ class Peers:
 
     # Whom we keep
 
-    def add(self, info: PeerInfo) -> None:
+    def add(self, info: PeerInfo, *, patient: bool = False) -> None:
         """Keep a peer connected; a second call replaces its addresses. Ourselves are ignored.
 
         Raises AddressInvalid, and then changes nothing.
@@ -125,6 +127,7 @@ class Peers:
         if peer_id == self._me:
             return
         peer = self.entry(peer_id)
+        peer.patient = patient and (peer.patient or addresses != peer.addresses)
         peer.addresses = addresses
         peer.touch()
         if peer.kept is None and self._nursery is not None:
@@ -172,7 +175,11 @@ class Peers:
                         log.debug("%s", error)
                 with trio.move_on_after(delay * random.uniform(0.5, 1.0)):
                     await changed.wait()
-                delay = min(delay * 2, self._limits.redial_last_seconds)
+                    while peer.patient and self.live(peer) is None:
+                        await peer.changed.wait()  # new addresses are no better than the old ones
+                patient, limits = peer.patient, self._limits
+                last = limits.redial_patient_seconds if patient else limits.redial_last_seconds
+                delay = min(delay * 2, last)
 
     async def connect_to(self, peer_id: ID, addresses: Sequence[Address]) -> INetConn:
         """Like `connect`, at these addresses instead of those that we know."""
@@ -287,6 +294,8 @@ class Peers:
         peer = self.entry(conn.muxed_conn.peer_id)
         was_here = self.live(peer) is not None
         peer.conn = conn
+        if conn.muxed_conn.is_initiator:
+            peer.patient = False
         peer.connected_at = time.time()
         peer.latency = None
         peer.last_error = ""

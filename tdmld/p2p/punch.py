@@ -86,6 +86,8 @@ _PRIVATE = tuple(
         "fe80::/10",
     )
 )
+_IPV6_PUBLIC = ipaddress.ip_network("2000::/3")
+_IPV6_6TO4 = ipaddress.ip_network("2002::/16")
 
 
 def is_private(host: str) -> bool:
@@ -93,6 +95,12 @@ def is_private(host: str) -> bool:
     4193, 4291), loopback excluded."""
     address = ipaddress.ip_address(host)
     return any(address.version == net.version and address in net for net in _PRIVATE)
+
+
+def _is_disguised(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """An IPv6 address that leads to an IPv4 one, or nowhere (RFC 4291, 6052, 3056)."""
+    public = ip in _IPV6_PUBLIC and ip not in _IPV6_6TO4
+    return ip.version == 6 and not (ip.is_loopback or is_private(str(ip)) or public)
 
 
 def worth_dialling(theirs: Sequence[TcpAddress], ours: Sequence[TcpAddress]) -> list[TcpAddress]:
@@ -107,7 +115,9 @@ def worth_dialling(theirs: Sequence[TcpAddress], ours: Sequence[TcpAddress]) -> 
         if family_of(address.host) is None or address.port < _LOWEST_PORT:
             continue
         ip = ipaddress.ip_address(address.host)
-        if ip.is_unspecified or ip.is_multicast or (address.host, address.port) in own:
+        if ip.is_unspecified or ip.is_multicast or _is_disguised(ip):
+            continue
+        if (address.host, address.port) in own:
             continue
         if ip.is_loopback:
             if not loopback:

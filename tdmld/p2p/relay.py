@@ -40,6 +40,7 @@ from libp2p.relay.circuit_v2.pb.circuit_pb2 import (
 from multiaddr import Multiaddr
 
 from tdmld.p2p import rawstream
+from tdmld.p2p.accounting import network_of
 from tdmld.p2p.circuit import STOP
 from tdmld.p2p.errors import StreamBroken
 from tdmld.p2p.muxstream import FastMuxStream
@@ -97,7 +98,7 @@ class RelayPolicy:
     strangers: CircuitQuota = STRANGERS
     reservations: int = 256
     reservations_per_address: int = 8
-    """From one IP address: a household, or a small office."""
+    """From one IP address, or /64 of IPv6: a household, or a small office."""
     reservation_seconds: float = 3600.0
     circuits: int = 64
     circuits_per_peer: int = 16
@@ -224,7 +225,7 @@ class Relay:
         if not quota.bytes:
             raise _Refused(Status.PERMISSION_DENIED, "a stranger")
         remote = stream.get_remote_address()
-        address = remote[0] if remote is not None else ""
+        address = str(network_of(remote[0])) if remote is not None else ""
         self._forget_ended()
         others = [place for other, place in self._places.items() if other != peer]
         if len(others) >= policy.reservations:

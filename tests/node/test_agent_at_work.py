@@ -11,7 +11,7 @@ from tdmld.chain.codec import encode
 from tdmld.chain.crypto import KeyPair, address
 from tdmld.chain.records import JobStatus
 from tdmld.chain.transactions import AuditFail, Decline
-from tdmld.node.agent import PUBLISHED_SECONDS, Agent
+from tdmld.node.agent import PUBLISHED_SECONDS, RETRY_BLOCKS, Agent
 from tdmld.node.errors import ControlError, WorkerFailed
 from tdmld.node.machine import GenesisRoots, SlotFailed, SlotId, StepDone
 from tdmld.node.peers import PeerBook, PeerRecord, SignedRecord
@@ -80,6 +80,8 @@ class FakeMachine:
         self.dropped |= contents
 
     async def close_job(self, job: bytes, reason: str) -> None:
+        if self.broken is not None:
+            raise self.broken("the disk does not answer")
         self.closed.append(job)
         self.heard.set()
 
@@ -294,3 +296,18 @@ async def test_the_text_of_a_job_that_is_over_goes_when_no_other_needs_it(
     rig.agent._known.add(third)
     await rig.play(third)
     assert rig.machine.dropped == shards
+
+
+async def test_a_job_that_could_not_be_closed_is_closed_later(world: World, serve: Any) -> None:
+    job = submit(world)
+    rig = await serve(world, worker_of(world, job, 0))
+    rig.machine.broken = ControlError
+    await rig.play(job)
+    assert rig.machine.closed == []
+    rig.machine.broken = None
+    for _ in range(RETRY_BLOCKS + 1):
+        await rig.block()
+    assert rig.machine.closed == [job]
+    for _ in range(RETRY_BLOCKS + 1):
+        await rig.block()
+    assert rig.machine.closed == [job]

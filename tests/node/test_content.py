@@ -258,8 +258,10 @@ def test_a_shard_that_is_not_what_its_name_says_is_not_handed_out(tmp_path: Path
         store.text_memory(None, [(name, 5)])
     Layout(tmp_path).blob(name).parent.mkdir(parents=True)
     Layout(tmp_path).blob(name).write_bytes(b"wrong")
+    assert store.has(None, name, 5)
     with pytest.raises(ContentMismatch, match="shard 0"):
         store.text_memory(None, [(name, 5)])
+    assert not store.has(None, name, 5), "or nobody would fetch it again"
 
 
 def test_room_that_others_made_is_seen(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ class FakeHost:
         self.far, near = stream_pair(peer_id, ME.address)
         return near
 
-    def add_peer(self, info: PeerInfo) -> None:
+    def add_peer(self, info: PeerInfo, *, patient: bool = False) -> None:
         if any(address.endswith("0") for address in info.addresses):
             raise AddressInvalid("nobody could dial that")
         self.infos[info.peer_id] = info

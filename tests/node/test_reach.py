@@ -240,7 +240,7 @@ async def test_a_flood_of_requests_is_refused_and_others_are_served(
 
 async def test_many_identities_share_what_their_address_may() -> None:
     async with nodes(1) as (a,):
-        witness = Witness(a.host, a.key, CHAIN, a.book, a.carrier, lambda: 1)
+        witness = Witness(a.host, a.key, CHAIN, a.book, a.carrier, lambda: 1, lambda node: node)
         peers = [f"identity {number}" for number in range(400)]
         granted = sum(witness._allowed(peer, "203.0.113.7", 100, dials=True) for peer in peers)
         assert 60 <= granted <= 70

@@ -1,6 +1,7 @@
 """What a witness that lies, or does half of what it is asked, does to the asker."""
 
 import time
+from collections.abc import Sequence
 
 import msgspec
 import pytest
@@ -10,7 +11,9 @@ from tdmld.chain.codec import decode, encode
 from tdmld.chain.crypto import KeyPair
 from tdmld.chain.transactions import DIAL_OPEN, DIAL_PAIR, sign_receipt
 from tdmld.node import reach
+from tdmld.node.errors import CarrierUnavailable
 from tdmld.node.peers import PeerRecord
+from tdmld.node.reachask import is_near
 from tdmld.node.reachwire import (
     MAX_REACH_BYTES,
     Answer,
@@ -18,12 +21,14 @@ from tdmld.node.reachwire import (
     DialDaemon,
     Observe,
     Observed,
+    Pair,
     Reached,
     Receipt,
     Refused,
     Request,
     protocol,
 )
+from tdmld.node.reachwitness import Witness
 from tdmld.p2p import Stream
 from tests.node.test_reach import CHAIN, RELAYED, Node, nodes
 from tests.p2p.support import free_port, until
@@ -154,3 +159,62 @@ async def test_who_moves_to_another_network_is_dialled_anew(
         await b.host.disconnect(a.key.address)
         await until(lambda: b.carrier.dials == 3, 5)
         nursery.cancel_scope.cancel()
+
+
+# Witnesses that are asked
+
+
+async def test_whoever_calls_itself_a_relay_is_not_dialled_for_a_pair() -> None:
+    """Anybody may sign a record that names a victim's address."""
+    async with nodes(3) as (a, b, relay):
+        claims = msgspec.structs.replace(
+            relay.record(relays=True), session_addresses=("/ip4/127.0.0.9/tcp/25",)
+        )
+        b.book.add(relay.book.sign(relay.key, claims))
+        through = f"/ip4/127.0.0.9/tcp/25/p2p/{relay.session.address}/p2p-circuit"
+        b.book.add(
+            a.book.sign(a.key, msgspec.structs.replace(a.record(), session_addresses=(through,)))
+        )
+        dialled: list[str] = []
+
+        async def note(session: str, addresses: Sequence[str], seconds: float) -> bool:
+            dialled.extend(addresses)
+            return False
+
+        b.carrier.connect_direct = note  # type: ignore[method-assign]
+        owners: dict[bytes, bytes] = {}
+        Witness(b.host, b.key, CHAIN, b.book, b.carrier, lambda: 1, owners.get)
+        for expected in ([], [through]):
+            await a.ask(b, Pair(a.session.public))
+            assert dialled == expected
+            owners[relay.key.public] = b"an owner"
+
+
+async def test_a_carrier_that_is_being_restarted_has_dialled_nobody() -> None:
+    async with nodes(2) as (a, b):
+
+        async def gone(session: str, addresses: Sequence[str]) -> str:
+            raise CarrierUnavailable("the carrier process is being restarted; try again soon")
+
+        b.carrier.dial_back = gone  # type: ignore[method-assign]
+        answer = await a.ask(b, DialBack(a.session.public, a.carrier.addresses))
+        assert isinstance(answer, Refused)
+        assert not answer.tried
+
+
+@pytest.mark.parametrize(
+    ("us", "witness", "near"),
+    [
+        ("8.8.8.8", "9.9.9.9", False),
+        ("8.8.8.8", "8.8.8.8", True),
+        ("192.168.1.2", "192.168.1.3", True),
+        ("127.0.0.1", "127.0.0.1", True),
+        ("100.64.0.9", "9.9.9.9", True),
+        ("2a00:1::1", "2a00:1::2", True),
+        ("2a00:1::1", "2a00:1:0:1::2", False),
+        ("2a00:1::1", "", False),
+        ("8.8.8.8", "2a00:1::1", False),
+    ],
+)
+def test_who_stands_on_our_side_of_the_router(us: str, witness: str, near: bool) -> None:
+    assert is_near(us, witness) == near

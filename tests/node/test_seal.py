@@ -81,6 +81,8 @@ def test_chunks_cannot_be_swapped_dropped_repeated_or_changed() -> None:
     assert rest
     wrongs = [second + first + rest, first + second, first + first + rest, closed[:-1], b""]
     wrongs.append(closed[:-1] + bytes([closed[-1] ^ 1]))
+    wrongs += [closed[: size + length] for length in (1, 15, 16, 17)]
+    wrongs += [bytes(length) for length in (1, 15, 16, 17)]
     for wrong in wrongs:
         with pytest.raises(ContentMismatch):
             unseal(KEY, SPEC_ID, 0, digest(data), wrong)
@@ -249,12 +251,45 @@ async def test_a_key_that_an_earlier_session_kept_is_asked_for_again(world: Worl
     assert world.worker.keys.get(SPEC_ID, name) == key
 
 
+async def test_a_shard_that_the_disk_spoiled_is_fetched_or_imported_again(world: World) -> None:
+    await world.bring(world.worker, world.submitter)
+    content, _ = world.shards[1]
+    for node in (world.worker, world.submitter):
+        path = node.layout.sealed_blob(SPEC_ID, *world.key[0], content)
+        path.write_bytes(bytes(path.stat().st_size))
+        with pytest.raises(ContentMismatch, match="cannot be opened"):
+            node.store.text_memory(SPEC_ID, world.shards)
+        if node is world.submitter:
+            text = node.layout.data_dir.parent / "text"
+            assert node.store.import_text(text, SPEC_ID) == world.shards
+            assert node.store.read(SPEC_ID, content) == LONG[1 << 20 :]
+        else:
+            assert await world.bring(node, world.submitter) == LONG
+
+
+async def test_a_rekey_is_not_kept_from_its_end_by_a_shard_that_is_spoiled(world: World) -> None:
+    (first, _), (second, _) = world.shards
+    world.submitter.layout.sealed_blob(SPEC_ID, *world.key[0], first).write_bytes(b"spoiled")
+    assert world.submitter.store.rekey(SPEC_ID) == 1
+    (only,) = world.submitter.layout.sealed(SPEC_ID).iterdir()
+    assert sorted(path.name for path in only.iterdir()) == sorted(["key", second.hex()])
+
+
 async def test_a_submitter_with_a_new_session_publishes_under_a_new_key(world: World) -> None:
     (name, _), text = world.key, world.submitter.layout.data_dir.parent / "text"
     world.submitter.layout.content_key(SPEC_ID, *name).write_bytes(b"")
     assert world.submitter.store.import_text(text, SPEC_ID) == world.shards
     assert world.key[0] != name
     assert world.submitter.store.read(SPEC_ID, world.shards[1][0]) == LONG[1 << 20 :]
+
+
+async def test_a_holder_of_less_than_a_tag_is_passed_over(world: World) -> None:
+    await world.bring(world.worker, world.submitter)
+    for content, _ in world.shards:
+        world.worker.layout.sealed_blob(SPEC_ID, *world.key[0], content).write_bytes(b"short")
+    with pytest.raises(ContentUnavailable, match="cannot be opened"):
+        await world.bring(world.auditor, world.worker)
+    assert await world.bring(world.auditor, world.worker, world.submitter) == LONG
 
 
 async def test_what_does_not_open_is_not_kept(world: World) -> None:

@@ -169,6 +169,7 @@ async def test_the_answers_of_a_node_with_a_store(tmp_path: Path) -> None:
             machine=None,  # type: ignore[arg-type]
             agent=SimpleNamespace(),  # type: ignore[arg-type]
             peers=SimpleNamespace(now_ms=lambda: 0),  # type: ignore[arg-type]
+            reach=None,  # type: ignore[arg-type]
             data_dir=tmp_path,
             stop=trio.Event(),
         )

@@ -14,7 +14,7 @@ from tdmld.p2p.addresses import RelayedAddress, TcpAddress, parse_address, parse
 from tdmld.p2p.connector import SIMULTANEOUS_SECONDS, decide
 from tdmld.p2p.errors import AddressInvalid, DialFailed, StreamBroken
 from tests.p2p.relays import OPEN, connect, path, relayed_hosts, relayed_only, reserve
-from tests.p2p.support import ECHO, echo, hosts, info, says_hello, until
+from tests.p2p.support import ECHO, echo, free_port, hosts, info, says_hello, until
 
 RELAY_ID = "12D3KooWK99VoVxNE7XzyBwXEzW7xhK7Gpv85r9F3V3fyKSUKPH5"
 
@@ -280,3 +280,32 @@ class _Tap:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
+
+
+async def test_a_relay_that_takes_us_and_drops_us_is_troubled_less_and_less(monkeypatch):
+    """Each time our addresses change, and everybody is told."""
+    monkeypatch.setattr(circuit, "_RETRY_FIRST_SECONDS", 0.05)
+    async with relayed_hosts(1, OPEN) as ([relay], [host]):
+        for flaps in range(1, 5):
+            await reserve(host, relay)
+            [candidate] = host._circuits._candidates.values()
+            await relay.disconnect(host.peer_id)
+            await until(lambda: not relayed_only(host).addresses)
+            assert candidate.failures == flaps
+        monkeypatch.setattr(circuit, "_PROVEN_SECONDS", 0.1)
+        await until(lambda: bool(relayed_only(host).addresses))
+        await trio.sleep(0.2)
+        await relay.disconnect(host.peer_id)
+        await until(lambda: not relayed_only(host).addresses)
+        assert candidate.failures == 1
+
+
+async def test_a_relay_that_is_dead_for_days_ends_nothing():
+    async with relayed_hosts(1, OPEN) as ([relay], [host]):
+        dead = PeerInfo(RELAY_ID, (f"/ip4/127.0.0.1/tcp/{free_port()}",))
+        host.set_relays([dead])
+        [candidate] = host._circuits._candidates.values()
+        candidate.failures = 5000
+        await until(lambda: candidate.failures == 5001)
+        host.set_relays([dead, info(relay)])
+        await until(lambda: bool(relayed_only(host).addresses))

@@ -9,7 +9,9 @@ import trio
 import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
+from libp2p.peer.id import ID
 
+from tdmld.chain.crypto import KeyPair
 from tdmld.p2p import Host, Limits, PeerConnected, PeerDisconnected, PeerInfo, Stream, open_host
 from tdmld.p2p.connector import SIMULTANEOUS_SECONDS, decide
 from tdmld.p2p.errors import DialFailed, ListenFailed, ProtocolRefused, StreamBroken, StreamError
@@ -348,3 +350,42 @@ def _name(number: int) -> str:
     from tdmld.chain.crypto import KeyPair
 
     return KeyPair(seed(number)).address
+
+
+async def test_addresses_that_are_hearsay_are_dialled_less_and_less():
+    """They may be a victim's, and what one node is told all are told."""
+    limits = Limits(redial_first_seconds=0.01, redial_last_seconds=0.02)
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    victim = f"/ip4/127.0.0.1/tcp/{listener.socket.getsockname()[1]}"
+    knocks = 0
+
+    async def knock(stream):
+        nonlocal knocks
+        knocks += 1
+        await stream.aclose()
+
+    async with trio.open_nursery() as nursery, open_host(seed(1), limits=limits) as a:
+        nursery.start_soon(trio.serve_listeners, knock, [listener])
+        liar = PeerInfo(KeyPair(seed(9)).address, (victim,))
+        for number in range(40):
+            # A new record each time changes nothing.
+            a.add_peer(PeerInfo(liar.peer_id, (victim,) * (1 + number % 2)), patient=True)
+            await trio.sleep(0.05)
+        assert knocks <= 25
+        knocks = 0
+        a.add_peer(liar)
+        await until(lambda: knocks > 20, 5)
+        nursery.cancel_scope.cancel()
+
+
+async def test_where_hearsay_has_led_to_the_peer_it_is_redialled_soon():
+    limits = Limits(redial_first_seconds=0.01, redial_last_seconds=0.02)
+    async with open_host(seed(1), limits=limits) as a, open_host(seed(2)) as b:
+        entry = a._peers.entry(ID.from_base58(b.peer_id))
+        a.add_peer(info(b), patient=True)
+        assert entry.patient
+        await until(lambda: b.peer_id in a.connected())
+        a.add_peer(info(b), patient=True)
+        assert not entry.patient
+        a.add_peer(PeerInfo(b.peer_id, ("/ip4/127.0.0.1/tcp/9",)), patient=True)
+        assert entry.patient

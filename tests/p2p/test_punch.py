@@ -9,9 +9,10 @@ from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 from multiaddr import Multiaddr
 
+from tdmld.chain.crypto import KeyPair
 from tdmld.p2p import PeerInfo, open_host, punch, rawstream
 from tdmld.p2p.addresses import TcpAddress, parse_address
-from tdmld.p2p.errors import ListenFailed, StreamBroken
+from tdmld.p2p.errors import DialFailed, ListenFailed, StreamBroken
 from tdmld.p2p.punch import DCUTR, worth_dialling
 from tests.p2p.relays import OPEN, connect, path, relayed_hosts, relayed_only, reserve
 from tests.p2p.support import connected_pair, count_tasks, says_hello, seed, until
@@ -52,6 +53,10 @@ def test_the_peers_public_address_is_dialled():
         "169.254.169.254:8080",
         "fd00::9:4001",
         "203.0.113.2:4001",
+        "::ffff:127.0.0.1:4001",
+        "::ffff:192.168.0.9:4001",
+        "64:ff9b::7f00:1:4001",
+        "2002:7f00:1::1:4001",
     ],
 )
 def test_what_no_punch_can_lead_to_is_not_dialled(address):
@@ -288,6 +293,18 @@ async def test_addresses_are_expected_no_longer_than_the_attempt():
         assert ("203.0.113.3", 5000) in b._connector.punching
         await rawstream.reset(stream)
         await until(lambda: not b._connector.punching)
+
+
+async def test_who_comes_while_another_is_expected_is_blamed_for_nothing():
+    """Behind one router there are many; and a peer may name addresses of others."""
+    async with open_host(seed(1), LOOPBACK) as a, open_host(seed(2), LOOPBACK) as b:
+        stranger = ID.from_base58(KeyPair(seed(3)).address)
+        b._connector.punching["127.0.0.1", 0] = stranger
+        blamed = []
+        b._peers.blame_address = lambda host, offence: blamed.append((host, offence))
+        with pytest.raises(DialFailed):
+            await a._connector.dial(ID.from_base58(b.peer_id), [parse_address(b.addresses[0])])
+        assert blamed == []
 
 
 # The port

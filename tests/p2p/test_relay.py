@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import trio
 import trio.testing
+from libp2p.network.stream.net_stream import NetStream
 from libp2p.peer.envelope import unmarshal_envelope
 from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Status, Voucher
@@ -97,6 +98,23 @@ async def test_places_of_one_address_are_limited():
     async with relayed_hosts(2, policy) as ([relay], [a, b]):
         await reserve(a, relay)
         assert (await ask(b, relay, RESERVE)).status == Status.RESERVATION_REFUSED
+
+
+@pytest.mark.parametrize(
+    ("second", "status"),
+    [("2001:db8::2", Status.RESERVATION_REFUSED), ("2001:db8:0:1::1", Status.OK)],
+)
+async def test_of_ipv6_the_64_is_the_address(monkeypatch, second, status):
+    policy = replace(OPEN, reservations_per_address=1)
+    async with relayed_hosts(2, policy) as ([relay], [a, b]):
+        at = {a.peer_id: "2001:db8::1", b.peer_id: second}
+
+        def remote(stream):
+            return at[str(stream.muxed_conn.peer_id)], 4001
+
+        monkeypatch.setattr(NetStream, "get_remote_address", remote)
+        await reserve(a, relay)
+        assert (await ask(b, relay, RESERVE)).status == status
 
 
 async def test_a_place_is_lost_when_its_time_is_over():
