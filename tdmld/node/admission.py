@@ -12,6 +12,7 @@ or can never be.
 """
 
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 
@@ -111,6 +112,8 @@ class Admission:
         self.turns = Turns(first=OURS)
         self.peers = Meter(PEERS)
         """What peers have cost, also at the door of the gossip."""
+        self.spent: Callable[[str, float], None] = lambda peer, seconds: None
+        """Told how long we worked for what a peer sent us directly; for its account."""
         self._validators = Meter(VALIDATORS)
         self._waiting: Counter[str] = Counter()
         self._waiting_bytes: Counter[str] = Counter()
@@ -216,6 +219,7 @@ class Admission:
 
     def _look(self, raws: Sequence[bytes], source: str, meter: Meter | None) -> list[Transaction]:
         """Those that are new, and that somebody could pay for."""
+        began = time.perf_counter()
         state, parameters = State(self._store.get), self._store.genesis.parameters
         candidates, refused = [], 0
         for raw in raws:
@@ -233,6 +237,8 @@ class Admission:
                 refused += 1
         if meter is not None:
             meter.charge(source, LOOK * (len(raws) + (REFUSED - 1) * refused))
+        if meter is self.peers:
+            self.spent(source, time.perf_counter() - began)
         return candidates
 
     async def _admit(
@@ -247,7 +253,7 @@ class Admission:
         for transaction in transactions:
             if self._known(transaction.id):
                 continue
-            work, times = LOOK, 1
+            work, times, began = LOOK, 1, time.perf_counter()
             try:
                 if self._finality.limbo and self._replaces_final(transaction):
                     raise InvalidTransaction(
@@ -267,6 +273,8 @@ class Admission:
                 log.debug("not admitted: %s", error)
             else:
                 admitted.append(transaction)
+            if meter is self.peers:
+                self.spent(source, time.perf_counter() - began)
             if meter is not None and not meter.charge(source, work * times):
                 log.debug("%s has used up its allowance", source)
                 break

@@ -109,6 +109,7 @@ class ChainService:
         self._protocols = Protocols(store.chain_id)
         self._finality = Finality(store)
         self._admission = Admission(self._finality, Mempool(genesis), self._spread, self._grown)
+        self._admission.spent = host.spent
         self._hand_over = HandOver(self._deliver_to)
         self._specs = Specs(store)
         self._snapshots = SnapshotServer(self._finality)

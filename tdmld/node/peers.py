@@ -404,7 +404,7 @@ class PeerService:
             await stream.send(encode(Records(batch)))
 
     def _learn(self, sender: str, message: Records) -> None:
-        new: list[SignedRecord] = []
+        new, began = list[SignedRecord](), time.perf_counter()
         try:
             for signed in message.records:
                 record = self._take(signed)
@@ -419,6 +419,7 @@ class PeerService:
                 self._review()
                 self._changed.set()
                 self._spread(new, sender)
+            self._host.spent(sender, time.perf_counter() - began)
 
     def _take(self, signed: SignedRecord) -> PeerRecord | None:
         """A record that is new, and not one more of a node that floods us."""

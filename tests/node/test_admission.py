@@ -267,3 +267,12 @@ async def test_who_pays_for_its_flood_is_outbid(door: Door) -> None:
     assert door.admission.select(())[0].raw == honest
     with pytest.raises(InvalidTransaction, match="a fee of 11 or more may find a place"):
         await door.admission.submit(transfer(3, 0))
+
+
+async def test_what_a_peer_costs_is_told(door: Door) -> None:
+    told = dict[str, float]()
+    door.admission.spent = told.__setitem__
+    await door.admission.receive([from_nobody(1), b"garbage"], spread=False, source="peer")
+    assert told["peer"] > 0
+    await door.admission.receive([from_nobody(2)], spread=False)
+    assert list(told) == ["peer"]

@@ -120,9 +120,13 @@ class FakeHost:
         self.kept: list[str] = []
         self.infos: dict[str, PeerInfo] = {}
         self.near: set[str] = set()
+        self.worked: dict[str, float] = {}
         self.opened = self.refusals = 0
 
     def set_handler(self, protocol: str, handler: object) -> None: ...
+
+    def spent(self, peer_id: str, seconds: float) -> None:
+        self.worked[peer_id] = self.worked.get(peer_id, 0.0) + seconds
 
     def changes(self) -> trio.MemoryReceiveChannel[object]:
         self._send, receive = trio.open_memory_channel[object](1)
@@ -247,6 +251,7 @@ async def test_validators_are_kept_however_many_others_came_first(tmp_path: Path
         rig.service._learn("", Records((signed(stranger(number)),)))
     assert len(rig.host.kept) == peers.MAX_KEPT_STRANGERS
     rig.service._learn("", Records((signed(validator),)))
+    assert rig.host.worked[""] > 0
     assert rig.host.kept[-1] == validator.address
     rig.service._learn("", Records((signed(elected),)))
     rig.service.validators_changed()
