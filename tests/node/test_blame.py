@@ -10,7 +10,7 @@ import pytest
 
 from tdmld.chain.crypto import KeyPair
 from tdmld.node.chainlinks import Links
-from tdmld.node.contentserver import ContentServer
+from tdmld.node.contentserver import ContentServer, JobContent
 from tdmld.node.peers import PeerService
 from tdmld.node.sync import SyncServer
 from tdmld.p2p import Host, open_host
@@ -58,7 +58,8 @@ def records(host: Host) -> Any:
 
 def content(_: Host) -> Any:
     nothing = cast(Any, SimpleNamespace())
-    return ContentServer(nothing, nothing, cast(Any, {}), lambda item: False).handle
+    jobs = {bytes(32): JobContent(frozenset({PEER.address}), None)}  # others are not listened to
+    return ContentServer(nothing, nothing, jobs, lambda item: False).handle
 
 
 @pytest.mark.parametrize("serve", [sync, links, records, content])
