@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 WINDOWS = {"interval_ms": 200, "segment_window": 100, "activate_window": 600, "audit_window": 400}
 SUBMITTER, OPEN, LEFT, RIGHT = range(4)
 PLACES = {SUBMITTER: "203.0.113.10", OPEN: "203.0.113.11", LEFT: "10.0.1.2", RIGHT: "10.0.2.2"}
+STATE_BYTES = 100_000
+"""Less than the moments of one stage take; a relay's other business is far below it."""
 NO_MEMORY = {"ask.memory": 0}
 """It is matched to no slot: it stands by and audits."""
 _REASON = forbidden()
@@ -42,7 +44,11 @@ class Town:
 
     def tdmld(self, index: int, *arguments: object) -> Any:
         """Run a command of tdmld where node `index` is; its document."""
-        where = ("--data-dir", self.network.data_dir(index), "--json")
+        return self.call(index, *arguments, "--json")
+
+    def call(self, index: int, *arguments: object) -> Any:
+        """The same, of a command that always gives a document."""
+        where = ("--data-dir", self.network.data_dir(index))
         words = [sys.executable, "-m", "tdmld", *map(str, (*arguments, *where))]
         done = subprocess.run(
             self.net.argv(str(index), words),
@@ -173,6 +179,9 @@ def test_a_node_with_no_open_port_stands_by_and_audits_through_a_relay(tmp_path:
         assert set(made.names([audit["auditor"] for audit in passed])) == {RIGHT}
         assert {audit["stage"] for audit in passed} == {0, 1}
         made.fetched(job, tmp_path / "model")
+        relays = [made.call(index, "rpc", "net_reachability") for index in (SUBMITTER, OPEN)]
+        carried = sum(found["relaying"]["carried"] for found in relays)
+        assert carried > STATE_BYTES, "the copies came through a relay"
 
 
 def test_two_nodes_with_no_open_port_train_when_a_hole_is_punched(tmp_path: Path) -> None:
@@ -187,3 +196,5 @@ def test_two_nodes_with_no_open_port_train_when_a_hole_is_punched(tmp_path: Path
         found = made.finished(job)
         assert sorted(made.names([slot["worker"] for slot in found["slots"]])) == [LEFT, RIGHT]
         made.fetched(job, tmp_path / "model")
+        for index in (LEFT, RIGHT):
+            assert made.call(index, "rpc", "net_reachability")["punched"] >= 1
