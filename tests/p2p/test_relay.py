@@ -12,7 +12,7 @@ from libp2p.peer.envelope import unmarshal_envelope
 from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Status, Voucher
 
-from tdmld.p2p import CircuitQuota, RelayPolicy, rawstream
+from tdmld.p2p import CircuitQuota, Host, RelayPolicy, rawstream
 from tdmld.p2p import relay as relaying
 from tdmld.p2p.circuit import HOP
 from tdmld.p2p.errors import StreamBroken, StreamError
@@ -224,18 +224,26 @@ async def test_circuits_of_one_peer_and_in_all_are_limited():
         assert (await ask(e, relay, connect_to(f.peer_id))).status == Status.OK
 
 
+async def open_circuits(
+    stack: AsyncExitStack, host: Host, relay: Host, target: Host, count: int
+) -> list[int]:
+    """What the relay answers to each; they stay open as long as the stack."""
+    answers = []
+    for _ in range(count):
+        stream = await rawstream.negotiate(connection(host, relay), HOP)
+        stack.push_async_callback(rawstream.reset, stream)
+        await rawstream.send(stream, connect_to(target.peer_id))
+        answers.append((await rawstream.receive(stream, HopMessage)).status)
+    return answers
+
+
 async def test_one_peer_cannot_take_all_circuits_of_another():
     async with relayed_hosts(3, OPEN) as ([relay], [flooder, b, c]):
         relayed = await reserve(b, relay)
         flooder.add_peer(info(relay))
         await until(lambda: relay.peer_id in flooder.connected())
         async with AsyncExitStack() as stack:
-            answers = []
-            for _ in range(4):
-                stream = await rawstream.negotiate(connection(flooder, relay), HOP)
-                stack.push_async_callback(rawstream.reset, stream)
-                await rawstream.send(stream, connect_to(b.peer_id))
-                answers.append((await rawstream.receive(stream, HopMessage)).status)
+            answers = await open_circuits(stack, flooder, relay, b, 4)
             assert answers == [Status.OK] * 2 + [Status.RESOURCE_LIMIT_EXCEEDED] * 2
             await connect(c, relayed)
             assert await says_hello(c, b.peer_id)
@@ -248,12 +256,7 @@ async def test_who_is_relayed_to_waits_for_few_handshakes_of_one_peer(monkeypatc
         flooder.add_peer(info(relay))
         await until(lambda: relay.peer_id in flooder.connected())
         async with AsyncExitStack() as stack:
-            answers = []
-            for _ in range(4):
-                stream = await rawstream.negotiate(connection(flooder, relay), HOP)
-                stack.push_async_callback(rawstream.reset, stream)
-                await rawstream.send(stream, connect_to(b.peer_id))
-                answers.append((await rawstream.receive(stream, HopMessage)).status)
+            answers = await open_circuits(stack, flooder, relay, b, 4)
             assert answers == [Status.OK] * 2 + [Status.CONNECTION_FAILED] * 2
             await connect(c, relayed)
         await until(lambda: not [k for k in b._circuits._handshakes if k[1]])
