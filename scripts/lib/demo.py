@@ -7,12 +7,14 @@ only types what a person would type and looks at what comes out. It checks, at t
     the model against `tdmld reference` (one process, unsplit model): every state root of every
     segment that the chain knows, and the exported bytes; the held-out loss; that the exported
     ledger of a stopped node sums to the supply; that the submitter paid what others got plus burns.
+
+The faults change nothing of that. A killed worker or carrier is made good by its own daemon; a
+killed node, and a worker that an audit convicts, by the standby.
 """
 
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -22,50 +24,39 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import trio
+from jobrun import (
+    RunFailed,
+    client,
+    same_files,
+    same_roots,
+    submitter,
+    tdmld,
+    wait_for_asks,
+    watch,
+)
+from report import ROOT, Report, say
 
 from tdmld import devnet
 from tdmld.errors import UserError
 from tdmld.node.ledgerfile import read_ledger
 from tdmld.node.provenance import check
-from tdmld.rpc.access import read_access
-from tdmld.rpc.client import Client
 from tdmld.rpc.errors import RpcError
-from tdmld.rpc.types import FINAL_JOB_STATES, AccountInfo, JobDetail, NodeStatus
+from tdmld.rpc.types import FINAL_JOB_STATES, AccountInfo, JobDetail
 from tdmld.train.jobfile import load_job_file
 
-ROOT = Path(__file__).resolve().parents[2]
 NODES, VALIDATORS, SUBMITTER, BYSTANDER = 7, 4, 0, 1
 """Node 1 validates and takes no work: the one to kill."""
 ASKS = range(2, NODES)
 ROUND_OF_THE_KILL = 5
-POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 900.0
 HELDOUT_BOUND = 2.45
 """Nats a byte; counting pairs of letters gives 2.5."""
 PLAIN = ROOT / "scripts" / "lib" / "plain_loss.py"
 FLIP = ROOT / "tests" / "faults" / "flip_gradient.py"
-
-
-class DemoFailed(Exception):
-    """A check did not hold; the text says which."""
-
-
-def say(text: str = "") -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def tdmld(*arguments: str | Path) -> dict[str, Any]:
-    """Run a command of tdmld with --json; its document."""
-    command = [sys.executable, "-m", "tdmld", *map(str, arguments), "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=sys.stderr, cwd=ROOT, check=False)
-    if done.returncode != 0:
-        raise DemoFailed(f"`tdmld {' '.join(map(str, arguments))}` exited {done.returncode}")
-    return dict(json.loads(done.stdout))
 
 
 def short(text: str) -> str:
@@ -79,9 +70,10 @@ class Demo:
         self.options = options
         self.directory = directory
         self.job_file: Path = self._audited(options.job) if options.cheater else options.job
+        self.lied = directory / "lied"
         settings: dict[str, object] = {"ask.standby_slots": 4}
         if options.cheater:
-            settings["launcher"] = [sys.executable, str(FLIP)]
+            settings["launcher"] = [sys.executable, str(FLIP), str(self.lied)]
         self.network = devnet.make_network(
             directory / "network",
             nodes=NODES,
@@ -93,6 +85,10 @@ class Demo:
         self.names = {node.node: node.name for node in self.network.nodes}
         self.names |= {node.owner: node.name for node in self.network.nodes}
         self.killed = False
+        self.standby = ""
+        """The node that stood by first."""
+        self.daemons: dict[int, str] = {}
+        """Owners by the process id of their daemon."""
         self.shown = ""
         self.told: set[str] = set()
 
@@ -111,10 +107,14 @@ class Demo:
         with network:
             network.start_all()
             network.wait_ready(timeout_seconds=120)
+            for index, node in enumerate(network.nodes):
+                if process := network.process(index):
+                    self.daemons[process.pid] = node.owner
             before = trio.run(self._balances)
-            trio.run(self._asked)
+            trio.run(wait_for_asks, network, ASKS)
+            say(f"{len(ASKS)} nodes ask for work, and others can dial them")
             job = self._submit()
-            detail = trio.run(self._watch, job)
+            detail = trio.run(watch, network, SUBMITTER, job, PATIENCE_SECONDS, self._look)
             found: dict[str, Any] = {"job": job}
             if detail.result is not None:
                 found |= self._fetch(job)
@@ -128,61 +128,37 @@ class Demo:
         return found
 
     def _submit(self) -> str:
-        where = ("--data-dir", self.network.data_dir(SUBMITTER))
-        password = ("--password-file", self.network.password_file(SUBMITTER))
-        job = str(tdmld("job", "submit", self.job_file, *where, *password)["job"])
+        said = submitter(self.network, SUBMITTER)
+        job = str(tdmld("job", "submit", self.job_file, *said)["job"])
         say(f"job {job[:12]} is on the chain")
         return job
 
-    async def _client(self, index: int) -> Client:
-        return Client(read_access(self.network.data_dir(index)))
-
     async def _balances(self) -> dict[str, int]:
-        async with await self._client(SUBMITTER) as client:
+        async with client(self.network, SUBMITTER) as node:
             found = {}
-            for node in self.network.nodes:
-                account = await client.call("chain_account", {"address": node.owner}, AccountInfo)
-                found[node.owner] = int(account.balance)
+            for row in self.network.nodes:
+                account = await node.call("chain_account", {"address": row.owner}, AccountInfo)
+                found[row.owner] = int(account.balance)
             return found
 
-    async def _asked(self) -> None:
-        """Wait until everybody who wants work has said so: a matching looks at the asks that stand,
-        once. Each has others dial it first, so that its neighbours are sure to reach it."""
-        with trio.fail_after(120):
-            for index in ASKS:
-                async with await self._client(index) as client:
-                    while True:
-                        status = await client.call("node_status", {}, NodeStatus)
-                        if status.ask is not None and status.ask.open:
-                            break
-                        await trio.sleep(POLL_SECONDS)
-        say(f"{len(ASKS)} nodes ask for work, and others can dial them")
-
-    async def _watch(self, job: str) -> JobDetail:
-        """Show the job until its result is known or it is over."""
-        with trio.fail_after(PATIENCE_SECONDS):
-            async with await self._client(SUBMITTER) as client:
-                while True:
-                    detail = await client.call("job_status", {"id": job}, JobDetail)
-                    status = await client.call("node_status", {}, NodeStatus)
-                    self._show(detail, status)
-                    over = detail.summary.state in FINAL_JOB_STATES
-                    if over or (detail.result is not None and len(detail.result.holders) > 1):
-                        return detail
-                    await trio.to_thread.run_sync(self._maybe_kill, detail)
-                    await trio.sleep(POLL_SECONDS)
+    def _look(self, detail: JobDetail) -> None:
+        """Once a second while the job runs."""
+        if not self.standby and detail.standbys:
+            self.standby = detail.standbys[0].node
+        self._show(detail)
+        self._maybe_kill(detail)
 
     async def _settled(self, job: str) -> JobDetail:
         """The job's last state, once it is final."""
         with trio.fail_after(60):
-            async with await self._client(SUBMITTER) as client:
+            async with client(self.network, SUBMITTER) as node:
                 while True:
-                    detail = await client.call("job_status", {"id": job}, JobDetail)
+                    detail = await node.call("job_status", {"id": job}, JobDetail)
                     if detail.summary.state in FINAL_JOB_STATES:
                         return detail
                     await trio.sleep(0.2)
 
-    def _show(self, detail: JobDetail, status: NodeStatus) -> None:
+    def _show(self, detail: JobDetail) -> None:
         brief = detail.summary
         for audit in detail.audits:
             who = self.names.get(audit.auditor, "an auditor to be found")
@@ -211,7 +187,7 @@ class Demo:
         )
         if told + loss != self.shown:
             self.shown = told + loss
-            say(f"block {status.height:4}  {told}{loss}")
+            say(f"            {told}{loss}")
 
     # faults ----------------------------------------------------------------------------------
 
@@ -231,9 +207,13 @@ class Demo:
             return
         slot = detail.slots[0]
         index = [node.node for node in self.network.nodes].index(slot.worker)
+        if kind == "node":
+            say(f"killing {self.network.nodes[index].name} with -9, for good")
+            self.network.kill(index)
+            return
         victims = list(self._children(index, f"tdmld.node.{kind}"))
         if not victims:
-            raise DemoFailed(f"no {kind} process of {self.network.nodes[index].name} to kill")
+            raise RunFailed(f"no {kind} process of {self.network.nodes[index].name} to kill")
         say(f"killing the {kind} of {self.network.nodes[index].name} with -9")
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
@@ -253,14 +233,18 @@ class Demo:
             if parent == daemon.pid and module.encode() in words:
                 yield int(entry.name)
 
+    def _liar(self) -> str:
+        """Owner of the node whose worker flipped a bit; "" when none did."""
+        if not self.lied.exists():
+            return ""
+        return self.daemons.get(int(self.lied.read_text()), "")
+
     # what came out ---------------------------------------------------------------------------
 
     def _fetch(self, job: str) -> dict[str, Any]:
         out = self.options.out / "model"
         shutil.rmtree(out, ignore_errors=True)
-        where = ("--data-dir", self.network.data_dir(SUBMITTER))
-        password = ("--password-file", self.network.password_file(SUBMITTER))
-        fetched = tdmld("job", "fetch", job, out, *where, *password)
+        fetched = tdmld("job", "fetch", job, out, *submitter(self.network, SUBMITTER))
         say(f"fetched the model into {fetched['directory']}")
         return {"export_dir": str(out), "provenance": str(out / "provenance.json")}
 
@@ -288,7 +272,10 @@ class Demo:
             "burned": ledger.burned,
             "spent_is_paid_plus_burned": exact,
             "supply_conserved": ledger.total == ledger.supply,
-            "convicted": [],
+            "convicted": self._convicted(detail),
+            "liar": self._liar(),
+            "first_standby": self.standby,
+            "replacement": detail.slots[0].worker,
             "workers": sorted({slot.worker for slot in detail.slots}),
             "owners": {node.node: node.owner for node in self.network.nodes},
             "standby": [standby.node for standby in detail.standbys],
@@ -304,12 +291,9 @@ class Demo:
         made = tdmld("reference", self.job_file, "--out", reference)
         record = check(Path(found["provenance"]).read_bytes())
         export = Path(found["export_dir"])
-        equal = record["result"] == made["result_id"] and self._same_roots(
-            record, json.loads(Path(made["roots"]).read_bytes())
-        )
-        for name in ("model.safetensors", "config.json"):
-            same = (export / name).read_bytes() == (Path(made["export_dir"]) / name).read_bytes()
-            equal = equal and same
+        roots = json.loads(Path(made["roots"]).read_bytes())
+        equal = record["result"] == made["result_id"] and same_roots(record, roots)
+        equal = equal and same_files(export, Path(made["export_dir"]))
         sample = tdmld("evaluate", export, "--job", self.job_file, "--length", "240")
         return {
             "bitwise_reference": equal,
@@ -329,22 +313,8 @@ class Demo:
             [sys.executable, str(PLAIN), *arguments], capture_output=True, text=True, check=False
         )
         if done.returncode != 0:
-            raise DemoFailed(f"plain Python cannot load the model: {done.stderr[-500:]}")
+            raise RunFailed(f"plain Python cannot load the model: {done.stderr[-500:]}")
         return float(done.stdout)
-
-    @staticmethod
-    def _same_roots(record: dict[str, Any], reference: dict[str, Any]) -> bool:
-        """Whether every committed state root is the reference's."""
-        compared = 0
-        for slot in record["slots"]:
-            name = f"{slot['lane']}.{slot['stage']}"
-            for segment in slot["segments"]:
-                expected = reference["boundaries"][segment["segment"] + 1][name]
-                if expected != [segment["end_shared"], segment["end_lane"]]:
-                    return False
-                compared += 1
-        everything = (len(reference["boundaries"]) - 1) * len(reference["boundaries"][0])
-        return compared == everything
 
 
 def checks(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[tuple[str, bool]]:
@@ -355,13 +325,13 @@ def checks(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[tuple
         found["spent_is_paid_plus_burned"],
     )
     if options.cheater:
-        yield "the job was refunded", found["state"] == "refunded"
-        yield "an audit found the flipped bit", found["audits_mismatched"] > 0
-        return
-    if options.kill in ("worker", "carrier"):
-        yield "the job was refunded", found["state"] == "refunded"
-        yield "the reason is clear", bool(found["reason"])
-        return
+        yield (
+            "an audit found the flipped bit, and named who flipped it",
+            (found["convicted"] == [found["liar"]]),
+        )
+        yield "who cheated was paid nothing", found["liar"] not in found["paid"]
+    if options.cheater or options.kill == "node":
+        yield "the standby took the place", found["replacement"] == found["first_standby"]
     yield "the job is closed", found["state"] == "closed"
     yield "there is a model", "export_dir" in found
     if "export_dir" not in found:
@@ -370,7 +340,7 @@ def checks(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[tuple
     yield "at least two audits passed", found["audits_passed"] >= 2
     yield "at least two auditors", found["auditors"] >= 2
     owners = found["owners"]
-    earners = {owners[node] for node in [*found["workers"], *found["standby"]]}
+    earners = {owners[node] for node in [*found["workers"], found["first_standby"]]}
     yield "workers and standby were paid", earners <= set(found["paid"])
     if options.bound:
         yield f"held-out loss below {HELDOUT_BOUND}", found["loss_heldout"] < HELDOUT_BOUND
@@ -384,26 +354,6 @@ def checks(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[tuple
     )
 
 
-def environment() -> dict[str, Any]:
-    """The keys that every document of our scripts carries."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "command": " ".join(["scripts/demo", *sys.argv[1:]]),
-        "version": described.stdout.strip() or version("tdmld"),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
-    }
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
     parser.add_argument("--json", type=Path, help="write one JSON document there")
@@ -412,9 +362,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--tui", action="store_true", help="show the dashboard meanwhile")
     parser.add_argument(
-        "--cheater", action="store_true", help="every worker flips one bit of one gradient, once"
+        "--cheater", action="store_true", help="a worker flips one bit of one gradient, once"
     )
-    parser.add_argument("--kill", choices=["validator", "worker", "carrier"])
+    parser.add_argument("--kill", choices=["validator", "worker", "carrier", "node"])
     parser.add_argument("--kill-round", type=int, default=ROUND_OF_THE_KILL, help=argparse.SUPPRESS)
     parser.add_argument(
         "--job", type=Path, default=ROOT / "examples" / "plays-3m.toml", help="another job file"
@@ -464,8 +414,7 @@ def keep_network(demo: Demo, out: Path) -> None:
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    document = environment()
-    started = time.monotonic()
+    report = Report("scripts/demo")
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="tdmld-demo-", ignore_cleanup_errors=True) as temporary:
         demo = Demo(options, Path(temporary))
@@ -476,11 +425,10 @@ def main(arguments: list[str]) -> int:
                     raise found["error"]
             else:
                 found = demo.run()
-        except (DemoFailed, RpcError, UserError, trio.TooSlowError) as error:
+        except (RunFailed, RpcError, UserError, trio.TooSlowError) as error:
             say(f"the demo failed: {error or type(error).__name__}")
             keep_network(demo, options.out)
             return 1
-        seconds = time.monotonic() - started
         results = list(checks(options, found))
         if not all(holds for _, holds in results):
             keep_network(demo, options.out)
@@ -497,14 +445,14 @@ def main(arguments: list[str]) -> int:
     for who, amount in sorted(found["paid"].items(), key=lambda row: -row[1]):
         say(f"  {'paid':16} {amount} to {demo.names.get(who, '?')} ({short(who)})")
     say(f"  {'burned':16} {found['burned']} in fees")
-    say(f"  seconds          {seconds:.1f}")
+    say(f"  seconds          {report.seconds:.1f}")
     if "sample" in found:
         say("\n  the model writes:\n")
         say("    " + found["sample"].replace("\n", "\n    "))
-    document |= found | {"seconds": round(seconds, 3), "ok": all(holds for _, holds in results)}
-    if options.json is not None:
-        options.json.write_text(json.dumps(document, indent=2, default=str) + "\n")
-    return 0 if document["ok"] else 1
+    passed = all(holds for _, holds in results)
+    report.document |= found | {"ok": passed}
+    report.write(options.json)
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -51,13 +51,23 @@ class Report:
             "load_before": round(os.getloadavg()[0], 2),
         }
 
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken."""
+        return time.monotonic() - self._began
+
     def finish(self, path: Path | None) -> None:
         """Print the table, and write the document when a path is given."""
-        self.document["seconds"] = round(time.monotonic() - self._began, 1)
+        self.document["seconds"] = round(self.seconds, 1)
         width = max(map(len, self.document))
         for name, value in self.document.items():
             shown = f"{value:,.6g}" if isinstance(value, float) else value
             print(f"{name:{width}}  {shown}")
+        self.write(path)
+
+    def write(self, path: Path | None) -> None:
+        """Write the document when a path is given."""
+        self.document["seconds"] = round(self.seconds, 1)
         if path is not None:
             path.write_text(json.dumps(self.document, indent=2) + "\n")
 

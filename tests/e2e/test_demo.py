@@ -50,18 +50,21 @@ def test_a_validator_that_is_killed_and_comes_back_changes_nothing(tmp_path: Pat
     assert found["supply_conserved"] is True
 
 
-@pytest.mark.parametrize("victim", ["worker", "carrier"])
-def test_a_killed_process_of_a_slot_ends_in_a_refund(tmp_path: Path, victim: str) -> None:
-    found = demo(tmp_path, "--kill", victim, "--kill-round", "1")
-    assert found["state"] == "refunded"
-    assert "commit" in found["reason"]
+@pytest.mark.parametrize("victim", ["worker", "carrier", "node"])
+def test_a_killed_process_of_a_slot_is_made_good(tmp_path: Path, victim: str) -> None:
+    found = demo(tmp_path, "--kill", victim, "--kill-round", "2")
+    assert found["state"] == "closed"
+    assert found["bitwise_reference"] is True
     assert found["supply_conserved"] is True
-    assert found["spent_is_paid_plus_burned"] is True
+    assert found["convicted"] == []
 
 
-def test_one_flipped_bit_is_found_and_the_job_refunded(tmp_path: Path) -> None:
+def test_one_flipped_bit_is_found_its_author_named_unpaid_and_replaced(tmp_path: Path) -> None:
     found = demo(tmp_path, "--cheater")
-    assert found["state"] == "refunded"
-    assert found["audits_mismatched"] == 1
+    assert found["state"] == "closed"
+    assert found["convicted"] == [found["liar"]]
+    assert found["liar"] not in found["paid"]
+    assert found["replacement"] == found["first_standby"]
+    assert found["bitwise_reference"] is True
     assert found["supply_conserved"] is True
     assert found["spent_is_paid_plus_burned"] is True
