@@ -112,7 +112,7 @@ class Gatherer:
             raise AuditImpossible(f"start state: {error}") from error
         frames = spec.pipeline.segment_steps * spec.train.micro_batches
         limit = frames * (spec.frame_bytes + FRAME_OVERHEAD_BYTES)
-        for link in spec.links(task.slot.stage):
+        for link in spec.links(task.slot.lane, task.slot.stage):
             if link not in task.links:
                 raise AuditImpossible(f"frames of link {link}: no root and holder are known")
             source = task.links[link]

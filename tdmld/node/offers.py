@@ -10,7 +10,8 @@ from tdmld.chain.records import Job
 from tdmld.chain.transactions import Stage
 from tdmld.train.budget import stage_disk, stage_memory, standby_disk
 from tdmld.train.errors import SpecError
-from tdmld.train.spec import SeedInit, Spec, stage_parameters
+from tdmld.train.spec import Spec, stage_parameters
+from tdmld.train.specfields import SeedInit
 
 
 class OfferRefused(Exception):

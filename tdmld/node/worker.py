@@ -72,7 +72,7 @@ def run_task(task: Task, end: socket.socket, memory_fd: int | None, text_fd: int
     tokens = None if text_fd is None else receive_text(spec, text_fd)
     memory = None
     if memory_fd is not None:
-        memory = FrameMemory(memory_fd, spec.links(task.stage), spec.stages, spec.frame_bytes)
+        memory = FrameMemory(memory_fd, spec.links(task.lane, task.stage), spec.stages, spec.frame_bytes)
     channel = WorkerChannel(end, memory)
     slot = Slot.create(spec, task.stage, task.lane, tokens)
     directory = Path(task.directory)
@@ -113,7 +113,7 @@ def _replay(task: Task, spec: Spec, slot: "Slot", directory: Path, channel: Work
     from tdmld.train.runner import run_segment
 
     slot.load(state(directory, task.segment))
-    links = spec.links(task.stage)
+    links = spec.links(task.lane, task.stage)
     with LogChannel(directory, task.segment, links, spec.frame_bytes) as frames:
         record = run_segment(slot, task.segment, frames, lambda report: None)
     path = list_file(directory, task.segment)

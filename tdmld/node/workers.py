@@ -48,7 +48,7 @@ class LiveSlot:
         self.closing = False
         self.announced = False
         """`open_slot` has returned: failures are events from now on."""
-        links = spec.links(slot.stage)
+        links = spec.links(slot.lane, slot.stage)
         self._memory = FrameMemory.create(len(links), spec.stages, spec.frame_bytes)
         self._carrier_end, self._worker_end = socket.socketpair(
             socket.AF_UNIX, socket.SOCK_SEQPACKET

@@ -18,13 +18,13 @@ def stage_memory(spec: Spec, stage: int) -> int:
     keeps at hand, digests of what is not settled, and the process itself. An estimate that errs
     upwards.
     """
-    train, links = spec.train, len(spec.links(stage))
-    open_batches = min(spec.ahead - stage, spec.train.micro_batches)
+    train, links = spec.train, len(spec.links(0, stage))
+    open_batches = min(spec.ahead - stage, max(map(spec.micro_batches, range(spec.lanes))))
     activations = spec.model.activation_bytes(
         spec.config, spec.part(stage), train.micro_batch_size, spec.data.sequence
     )
     frames = 3 * links * (2 * spec.stages + 2) * spec.frame_bytes
-    windows = train.micro_batches * train.micro_batch_size
+    windows = train.micro_batches * max(spec.lane_weights) * train.micro_batch_size
     sides = spec.has_input(stage) + spec.has_loss(stage)
     # A byte and an int64 for each token, one more int64 for each of inputs and labels.
     text = windows * (100 + (spec.data.sequence + 1) * (9 + 8 * sides)) if sides else 0
@@ -61,8 +61,10 @@ KEPT_STATES = 2
 
 def _segment_frames(spec: Spec, stage: int) -> int:
     """Frames that a stage sends and receives in a segment."""
-    batches = spec.pipeline.segment_steps * spec.train.micro_batches
-    return 2 * len(spec.links(stage)) * batches
+    return max(
+        sum(2 * spec.link_frames(lane, stage, link) for link in spec.links(lane, stage))
+        for lane in range(spec.lanes)
+    )
 
 
 def stage_disk(spec: Spec, stage: int) -> int:

@@ -1,11 +1,13 @@
 """Data: the text as content-addressed shards, and which window each sequence reads.
 
-A token is a byte. Windows are drawn from all tokens but the held-out last part:
+A token is a byte, or an unsigned little-endian number of 2 or 4 bytes. Windows are drawn from all
+tokens but the held-out last part:
 
     index = u64(BLAKE3("tdmld data 1" ‖ seed ‖ lane ‖ step ‖ micro-batch ‖ sequence)[:8])
             mod (training tokens - sequence length)                  (all u64, big-endian)
 
-Inputs are the tokens from there, labels the same shifted by one. Of images the number of a record
+Inputs are the tokens from there, labels the same shifted by one. Places are told in bytes, here
+and wherever a window begins: token number x width. Of images the number of a record
 is drawn in the same way, mod (training records); a record is a label byte, then the pixels, channel
 by channel and row by row, a byte each.
 """
@@ -43,7 +45,7 @@ def shard_file(path: Path) -> Iterator[tuple[bytes, int]]:
 
 
 def window_index(spec: Spec, lane: int, step: int, micro_batch: int, sequence: int) -> int:
-    """Where the window of one sequence begins."""
+    """At which byte the window of one sequence begins."""
     seed = digest(DATA_DOMAIN, struct.pack("!5Q", spec.seed, lane, step, micro_batch, sequence))
     return spec.window(int.from_bytes(seed[:8], "big"))
 
@@ -52,7 +54,7 @@ def step_indices(spec: Spec, lane: int, step: int) -> tuple[int, ...]:
     """The window indices of a step, in order of micro-batch and sequence."""
     return tuple(
         window_index(spec, lane, step, micro_batch, sequence)
-        for micro_batch in range(spec.train.micro_batches)
+        for micro_batch in range(spec.micro_batches(lane))
         for sequence in range(spec.train.micro_batch_size)
     )
 
@@ -92,9 +94,9 @@ class Tokens:
         return cls(spec, list(cut_shards(memoryview(mapped))))
 
     def window(self, start: int, length: int) -> bytes:
-        """`length` tokens from `start`, across shard borders. IndexError beyond the text."""
+        """`length` bytes from `start`, across shard borders. IndexError beyond the text."""
         if start < 0 or start + length > self.count:
-            raise IndexError(f"tokens {start} to {start + length} of {self.count}")
+            raise IndexError(f"bytes {start} to {start + length} of {self.count}")
         pieces: list[memoryview] = []
         while length > 0:
             number, offset = divmod(start, limits.SHARD_BYTES)

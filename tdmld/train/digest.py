@@ -8,8 +8,9 @@ Everything is BLAKE3-256. Integers inside hashed bytes are big-endian, of the wi
     steps root      merkle(step leaves)
     link root       merkle(seq u64 ‖ digest) of one direction of one link, in order of seq
     list root       H(job ‖ lane u32 ‖ stage u32 ‖ segment u64 ‖ start shared ‖ start lane ‖
-                      end shared ‖ end lane ‖ for "up", then "down", where the slot has it: sent
-                      root ‖ received root ‖ steps root); the chain computes the same
+                      end shared ‖ end lane ‖ for each link that the slot has, in the order "up",
+                      "down", "lane0", "lane1", ..: sent root ‖ received root ‖ id of the
+                      contribution, where one is made ‖ steps root); the chain computes the same
     state root      merkle(leaf) over the tensors of one part sorted by name, leaf = part, name,
                       dtype, shape, H(bytes); every string u16 length + ASCII, shape u8 count + u64
 
@@ -24,9 +25,6 @@ from blake3 import blake3
 
 DIGEST_BYTES = 32
 ZERO_DIGEST = bytes(DIGEST_BYTES)
-LINKS = ("up", "down")
-"""The links of a slot: to the stage before it and to the stage after it."""
-
 Buffer = bytes | bytearray | memoryview
 
 
@@ -84,14 +82,21 @@ def list_root(
     end: tuple[bytes, bytes],
     links: Mapping[str, tuple[bytes, bytes]],
     steps: bytes,
+    contribution: bytes = b"",
 ) -> bytes:
     """The one value that an audit compares.
 
-    `start` and `end` are (shared root, lane root); `links` maps "up" and "down", where the slot
-    has them, to (sent root, received root).
+    `start` and `end` are (shared root, lane root); `links` maps the links that the slot has to
+    (sent root, received root); `contribution` is an id or nothing.
     """
-    roots = [root for link in LINKS if link in links for root in links[link]]
-    return digest(job, struct.pack("!IIQ", lane, stage, segment), *start, *end, *roots, steps)
+    roots = [root for link in sorted(links, key=link_order) for root in links[link]]
+    place = struct.pack("!IIQ", lane, stage, segment)
+    return digest(job, place, *start, *end, *roots, contribution, steps)
+
+
+def link_order(link: str) -> int:
+    """Where a link stands among those of its slot: up, down, then the lanes by number."""
+    return ("up", "down").index(link) if link in ("up", "down") else 2 + int(link[len("lane") :])
 
 
 @dataclass(frozen=True, order=True)

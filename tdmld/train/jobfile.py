@@ -18,20 +18,18 @@ from tdmld.train.digest import data_root
 from tdmld.train.errors import SpecError
 from tdmld.train.families import family_of
 from tdmld.train.pretrained import Pretrained
-from tdmld.train.spec import (
+from tdmld.train.spec import Spec, spec_bytes, typed_error
+from tdmld.train.speccheck import check_spec
+from tdmld.train.specfields import (
     Data,
     DecimalText,
     GivenInit,
     NoClip,
     Pipeline,
     SeedInit,
-    Spec,
     StageClip,
     Train,
-    check_spec,
     decimal,
-    spec_bytes,
-    typed_error,
 )
 
 _Price = Annotated[int, msgspec.Meta(ge=0, le=limits.AMOUNT)]
@@ -78,7 +76,7 @@ class _MoneySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deadline_blocks: Annotated[int, msgspec.Meta(ge=1, le=limits.DEADLINE_BLOCKS)]
 
 
-class _TrainSection(Train, frozen=True, forbid_unknown_fields=True):
+class _TrainSection(Train, frozen=True, kw_only=True, forbid_unknown_fields=True):
     clip: NoClip | StageClip
 
 

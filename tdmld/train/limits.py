@@ -9,6 +9,12 @@ TEXT_BYTES = 700 * 1024 * 1024
 SHARD_BYTES = 1024 * 1024
 
 STAGES = 64
+SLOTS = 256
+"""Lanes x stages, as the chain has it."""
+LANES = 16
+LANE_WEIGHT = 64
+LANE_FRAME_BYTES = 4 * 1024 * 1024
+"""Gradients travel between lanes in parts of this size at most."""
 LAYERS = 1024
 WIDTH = 65_536
 """Hidden, intermediate and head sizes."""
@@ -39,3 +45,8 @@ SOURCE_FILES = 1024
 STATE_FILE_BYTES = 2**40
 LIST_BYTES = 16 * 1024 * 1024
 """A segment's digest list: 34 bytes a frame, 4 frames a micro-batch, 110 bytes a step."""
+MANIFEST_BYTES = 64 * 1024
+TOKENIZER_BYTES = 64 * 1024 * 1024
+"""A tokenizer.json; the largest published ones have about 35 MB."""
+DOCUMENT_BYTES = 64 * 1024 * 1024
+"""One line of JSON or one row: it is in memory as a whole."""

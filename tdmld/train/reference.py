@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,7 +28,8 @@ from tdmld.train.export import Result, write_result
 from tdmld.train.model import mean_cross_entropy, pixel_values, whole_model
 from tdmld.train.schedule import step_scalars
 from tdmld.train.segment import OnStep, StepReport
-from tdmld.train.spec import GivenInit, Spec, StageClip, spec_bytes, spec_id
+from tdmld.train.spec import Spec, spec_bytes, spec_id
+from tdmld.train.specfields import GivenInit, StageClip
 from tdmld.train.statefile import TensorData
 from tdmld.train.wire import round_to_wire, tensor_bytes
 
@@ -209,14 +211,17 @@ def _groups(
     return groups
 
 
-def _forward(model: nn.Module, spec: Spec, rows: list[bytes]) -> torch.Tensor:
+def _forward(model: nn.Module, spec: Spec, rows: list[bytes], step: int) -> torch.Tensor:
     """The loss of one micro-batch."""
     if spec.model.images:
         raw = torch.tensor([list(row[1:]) for row in rows], dtype=torch.uint8)
         pixels = pixel_values(raw, int(str(spec.config["num_channels"])))
         labels = torch.tensor([row[0] for row in rows])
         return mean_cross_entropy(model(pixel_values=pixels).logits, labels)
-    tokens = torch.tensor([list(row) for row in rows], dtype=torch.long)
+    numbers = np.frombuffer(b"".join(rows), dtype=f"<u{spec.data.width}").astype(np.int64)
+    tokens = torch.from_numpy(numbers).view(len(rows), -1)
+    if (most := int(tokens.max())) >= int(str(spec.config["vocab_size"])):
+        raise SegmentFault("token", step, f"the data have a token {most}")
     logits = model(input_ids=tokens[:, :-1].contiguous(), use_cache=False).logits
     return mean_cross_entropy(logits, tokens[:, 1:].contiguous())
 
@@ -231,13 +236,13 @@ def _step(
 ) -> tuple[float, float]:
     """One optimizer step; (loss, largest gradient norm of a stage)."""
     total: torch.Tensor | None = None
-    length = spec.data.sequence
     for micro_batch in range(spec.train.micro_batches):
         starts = [
             window_index(spec, 0, step, micro_batch, sequence)
             for sequence in range(spec.train.micro_batch_size)
         ]
-        loss = _forward(model, spec, [data.window(start, length + 1) for start in starts])
+        rows = [data.window(start, spec.window_bytes) for start in starts]
+        loss = _forward(model, spec, rows, step)
         loss.backward()  # type: ignore[no-untyped-call]
         total = loss.detach() if total is None else total + loss.detach()
     assert total is not None

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -17,7 +18,7 @@ from tdmld.train.channel import Channel
 from tdmld.train.data import step_indices
 from tdmld.train.digest import ZERO_DIGEST, digest, indices_root, link_root, merkle_root
 from tdmld.train.errors import SegmentFault
-from tdmld.train.model import mean_cross_entropy, pixel_values
+from tdmld.train.model import mean_cross_entropy, pixel_values, token_rows, vocabulary
 from tdmld.train.schedule import operations, step_scalars, traffic
 from tdmld.train.segment import (
     LinkRoots,
@@ -28,15 +29,25 @@ from tdmld.train.segment import (
     loss_bits,
 )
 from tdmld.train.slot import Slot
-from tdmld.train.spec import StageClip
+from tdmld.train.specfields import StageClip
 from tdmld.train.wire import decode, encode, tensor_bytes
 from tdmld.train.wireformat import WireError
 
 
 def run_segment(
-    slot: Slot, segment: int, channel: Channel, on_step: OnStep | None = None
+    slot: Slot,
+    segment: int,
+    channel: Channel,
+    on_step: OnStep | None = None,
+    *,
+    included: Sequence[int] = (),
+    contributions: Path | None = None,
 ) -> SegmentRecord:
     """Run the K steps of `segment` and return its record; the slot stands at the end state.
+
+    In a `diloco` job `included` names the lanes of the round before that enter the outer step
+    (ascending; none in segment 0), and `contributions` is the directory that holds their
+    contributions as `<round>.<lane>` and gets this slot's own (`contribution_name`).
 
     The slot must stand at the segment's first step (ValueError). `on_step` is called after each
     step, in the same thread. SegmentFault when the program refuses an input or meets a value that
@@ -48,7 +59,7 @@ def run_segment(
     start = slot.roots()
     frames: dict[tuple[str, str], list[tuple[int, bytes]]] = {
         (link, direction): []
-        for link in slot.spec.links(slot.stage)
+        for link in slot.spec.links(slot.lane, slot.stage)
         for direction in ("sent", "received")
     }
     steps = []
@@ -67,7 +78,7 @@ def run_segment(
         end_lane=end[1],
         link_roots=tuple(
             LinkRoots(link, link_root(frames[link, "sent"]), link_root(frames[link, "received"]))
-            for link in slot.spec.links(slot.stage)
+            for link in slot.spec.links(slot.lane, slot.stage)
         ),
         has_loss=slot.spec.has_loss(slot.stage),
         steps=tuple(steps),
@@ -125,8 +136,8 @@ class _Step:
         step = slot.step
         inputs, labels, data = self._data(step)
         open_batches: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for kind, number in operations(spec, slot.stage):
-            seq = step * spec.train.micro_batches + number
+        for kind, number in operations(spec, slot.lane, slot.stage):
+            seq = step * spec.micro_batches(slot.lane) + number
             into, out = traffic(spec, slot.stage, kind)
             received = None if into is None else self._receive(into, seq)
             if kind == "F":
@@ -162,15 +173,17 @@ class _Step:
             return [], [], ZERO_DIGEST
         indices = step_indices(spec, self.slot.lane, step)
         length, size = spec.data.sequence + 1, spec.train.micro_batch_size
-        raw = bytearray(b"".join(tokens.window(index, length) for index in indices))
-        windows = torch.frombuffer(raw, dtype=torch.uint8).view(-1, size, length)
+        raw = b"".join(tokens.window(index, spec.window_bytes) for index in indices)
+        windows = token_rows(raw, spec).view(-1, size, length)
         if spec.model.images:
             channels = int(str(spec.config["num_channels"]))
             inputs = [pixel_values(window[:, 1:], channels) for window in windows] if first else []
-            labels = [window[:, 0].long() for window in windows] if last else []
+            labels = [window[:, 0].contiguous() for window in windows] if last else []
         else:
-            inputs = [window[:, :-1].long() for window in windows] if first else []
-            labels = [window[:, 1:].long() for window in windows] if last else []
+            if (most := int(windows.max())) >= (known := vocabulary(spec)):
+                raise SegmentFault("token", step, f"the data have a token {most} of {known}")
+            inputs = [window[:, :-1].contiguous() for window in windows] if first else []
+            labels = [window[:, 1:].contiguous() for window in windows] if last else []
         return inputs, labels, indices_root(indices)
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -184,7 +197,7 @@ class _Step:
         """Average, root, clip, optimize; returns the gradient root."""
         slot, spec = self.slot, self.slot.spec
         gradients = collect_gradients(slot)
-        optimizer.average_gradients(gradients, spec.train.micro_batches)
+        optimizer.average_gradients(gradients, spec.micro_batches(slot.lane))
         began = time.perf_counter()
         root = merkle_root(tensor_bytes(gradient) for gradient in gradients)
         self.verifying += time.perf_counter() - began

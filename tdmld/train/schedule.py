@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 from tdmld.train.spec import Spec
 
 Kind = Literal["F", "B", "H"]
+Direction = Literal["sent", "received"]
 Operation = tuple[Kind, int]
 """Forward or backward of a micro-batch, or forward and backward of the head that closes a ring."""
 
@@ -43,9 +44,9 @@ def ring_start(stages: int, micro_batches: int) -> tuple[Operation, ...]:
     return tuple(order)
 
 
-def operations(spec: Spec, stage: int) -> tuple[Operation, ...]:
-    """The order of work of a stage in each step."""
-    batches = spec.train.micro_batches
+def operations(spec: Spec, lane: int, stage: int) -> tuple[Operation, ...]:
+    """The order of work of a slot in each step."""
+    batches = spec.micro_batches(lane)
     if spec.is_ring:
         return (
             ring_start(spec.stages, batches)
@@ -60,7 +61,7 @@ def traffic(spec: Spec, stage: int, kind: Kind) -> tuple[str | None, str | None]
     if kind == "H":
         return "up", "up"
     into = None if spec.has_input(stage) else "up"
-    out = "down" if "down" in spec.links(stage) else None
+    out = "down" if "down" in spec.links(0, stage) else None
     return (into, out) if kind == "F" else (out, into)
 
 
@@ -68,20 +69,26 @@ class StepFrame(NamedTuple):
     """A frame of a step: its link, whether this slot sends or receives it, its number."""
 
     link: str
-    direction: Literal["sent", "received"]
+    direction: Direction
     seq: int
 
 
-def step_frames(spec: Spec, stage: int, step: int) -> tuple[StepFrame, ...]:
+def step_frames(spec: Spec, lane: int, stage: int, step: int) -> tuple[StepFrame, ...]:
     """The frames of a step in the order in which the runner meets them: that of the step leaf."""
     found: list[StepFrame] = []
-    for kind, number in operations(spec, stage):
-        seq = step * spec.train.micro_batches + number
+    for kind, number in operations(spec, lane, stage):
+        seq = step * spec.micro_batches(lane) + number
         into, out = traffic(spec, stage, kind)
         if into is not None:
             found.append(StepFrame(into, "received", seq))
         if out is not None:
             found.append(StepFrame(out, "sent", seq))
+    parts = len(spec.lane_parts(stage))
+    siblings = [link for link in spec.links(lane, stage) if link not in ("up", "down")]
+    ways: tuple[Direction, Direction] = ("sent", "received")
+    for direction in ways:
+        for part in range(parts):
+            found += [StepFrame(link, direction, step * parts + part) for link in siblings]
     return tuple(found)
 
 

@@ -53,8 +53,10 @@ class LinkRoots(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fie
 class SegmentRecord(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """Everything that a segment commits to; `list_root` is its one-value summary.
 
-    `link_roots` has an entry for each link that the slot has, "up" before "down". `has_loss` says
-    whether the slot computes the loss.
+    `link_roots` has an entry for each link that the slot has, in the order of `Spec.links`.
+    `has_loss` says whether the slot computes the loss. In `diloco`, `contribution` is the id of
+    what the lane contributes after the steps (a segment without steps has none), `included` the
+    lanes whose contributions to the round before entered the outer step at its beginning.
     """
 
     segment: U32
@@ -65,6 +67,8 @@ class SegmentRecord(msgspec.Struct, array_like=True, frozen=True, forbid_unknown
     link_roots: tuple[LinkRoots, ...]
     has_loss: bool
     steps: tuple[StepDigests, ...]
+    contribution: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
+    included: tuple[U32, ...] = ()
 
     @property
     def leaves(self) -> tuple[bytes, ...]:
@@ -102,6 +106,7 @@ class SegmentRecord(msgspec.Struct, array_like=True, frozen=True, forbid_unknown
             end=(self.end_shared, self.end_lane),
             links=self.links,
             steps=self.steps_root,
+            contribution=self.contribution,
         )
 
     def first_difference(self, other: "SegmentRecord") -> int | None:

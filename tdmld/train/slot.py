@@ -10,7 +10,8 @@ from tdmld.train.digest import Leaf, digest, state_root
 from tdmld.train.draw import draw_weight
 from tdmld.train.errors import FileError
 from tdmld.train.model import StageModule
-from tdmld.train.spec import GivenInit, Spec
+from tdmld.train.spec import Spec
+from tdmld.train.specfields import GivenInit
 from tdmld.train.statefile import (
     PARTS,
     StateFile,

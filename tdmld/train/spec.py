@@ -9,128 +9,42 @@ that people write is `jobfile.py`. Fields: design annex A1.
 import hashlib
 import json
 import re
-from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
-from itertools import pairwise
 from math import prod
 from typing import Annotated, Literal
 
 import msgspec
 
 from tdmld.train import limits
-from tdmld.train.digest import data_root
+from tdmld.train.contribution import contribution_size
 from tdmld.train.errors import SpecError
-from tdmld.train.families import FAMILIES, family_of
+from tdmld.train.families import FAMILIES
 from tdmld.train.family import Family, Part, Weight, by_name
-from tdmld.train.wireformat import Wire, plain_bytes
+from tdmld.train.speccheck import check_spec
+from tdmld.train.specfields import (
+    Data,
+    Fields,
+    GivenInit,
+    NoClip,
+    Outer,
+    Pipeline,
+    SeedInit,
+    StageClip,
+    Train,
+)
+from tdmld.train.wireformat import BLOCK, Wire, plain_bytes
 
-_DECIMAL = re.compile(r"(0|[1-9][0-9]*)(\.[0-9]+)?(e-?[0-9]{1,2})?")
-DecimalText = Annotated[str, msgspec.Meta(max_length=limits.DECIMAL_CHARACTERS)]
-HexDigest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
-
-
-class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base: frozen, every key known."""
-
-
-class Optimizer(_Part, frozen=True):
-    """AdamW with decoupled weight decay on every parameter; decimals as strings."""
-
-    name: Literal["adamw"]
-    lr: DecimalText
-    betas: tuple[DecimalText, DecimalText]
-    eps: DecimalText
-    weight_decay: DecimalText
-
-
-class Schedule(_Part, frozen=True):
-    """Linear warm-up over `warmup` steps, then lr until `decay_from`, then linear to floor x lr."""
-
-    kind: Literal["linear"]
-    warmup: Annotated[int, msgspec.Meta(ge=0, le=limits.STEPS)]
-    decay_from: Annotated[int, msgspec.Meta(ge=0, le=limits.STEPS)]
-    floor: DecimalText
+_LANE_VALUES = {
+    name: limits.LANE_FRAME_BYTES // plain_bytes(name, BLOCK) * BLOCK
+    for name in ("fp32", "bf16", "int8")
+}
+"""Values in a full part of gradients between lanes, by format: whole blocks."""
+_LANE_PLACES = 4
+"""A sender never waits for a sibling, so a few places are enough."""
 
 
-class NoClip(_Part, frozen=True, tag_field="kind", tag="none"):
-    """Gradients are used as they are."""
-
-
-class StageClip(_Part, frozen=True, tag_field="kind", tag="stage"):
-    """Gradients are scaled down to `norm` by the norm of the stage's own gradients."""
-
-    norm: DecimalText
-
-
-class SeedInit(_Part, frozen=True, tag_field="kind", tag="seed"):
-    """Weights are drawn from (seed, parameter name)."""
-
-
-class GivenInit(_Part, frozen=True, tag_field="kind", tag="given"):
-    """Weights are given: for each stage the root of the shared state that it begins with.
-
-    The root is the content id of the stage's safetensors file (`statefile`), and what the chain
-    compares at boundary 0.
-    """
-
-    roots: Annotated[tuple[HexDigest, ...], msgspec.Meta(min_length=1, max_length=limits.STAGES)]
-
-
-class Lanes(_Part, frozen=True):
-    """Replicas of the whole pipeline."""
-
-    count: Annotated[int, msgspec.Meta(ge=1, le=1)]
-    mode: Literal["sync"]
-
-
-class Pipeline(_Part, frozen=True):
-    """The cut and the segment: K = segment_steps, D = unsettled, R = state_every."""
-
-    cuts: Annotated[
-        tuple[Annotated[int, msgspec.Meta(ge=0, le=limits.LAYERS)], ...],
-        msgspec.Meta(min_length=2, max_length=limits.STAGES + 1),
-    ]
-    lanes: Lanes
-    segment_steps: Annotated[int, msgspec.Meta(ge=1, le=limits.SEGMENT_STEPS)]
-    unsettled: Annotated[int, msgspec.Meta(ge=1, le=limits.UNSETTLED)]
-    state_every: Annotated[int, msgspec.Meta(ge=1, le=limits.UNSETTLED)]
-
-
-class Data(_Part, frozen=True):
-    """The data as shards (id, size) with their Merkle root; `tokens` counts all bytes.
-
-    Text: a token is a byte. Images: records of a label byte and `sequence` bytes of pixels.
-    """
-
-    tokenizer: Literal["bytes", "images"]
-    sequence: Annotated[int, msgspec.Meta(ge=1, le=limits.SEQUENCE)]
-    heldout: DecimalText
-    tokens: Annotated[int, msgspec.Meta(ge=1, le=limits.TEXT_BYTES)]
-    shards: Annotated[
-        tuple[tuple[HexDigest, Annotated[int, msgspec.Meta(ge=1, le=limits.SHARD_BYTES)]], ...],
-        msgspec.Meta(min_length=1),
-    ]
-    root: HexDigest
-
-
-class Train(_Part, frozen=True):
-    """Steps, micro-batches and arithmetic.
-
-    `wire` is one format, or one for each link (the links in the order of the stages above them)
-    where they differ.
-    """
-
-    steps: Annotated[int, msgspec.Meta(ge=1, le=limits.STEPS)]
-    micro_batches: Annotated[int, msgspec.Meta(ge=1, le=limits.MICRO_BATCHES)]
-    micro_batch_size: Annotated[int, msgspec.Meta(ge=1, le=limits.MICRO_BATCH_SIZE)]
-    precision: Literal["fp32"]
-    wire: Wire | Annotated[tuple[Wire, ...], msgspec.Meta(max_length=limits.STAGES)]
-    optimizer: Optimizer
-    schedule: Schedule
-
-
-class Spec(_Part, frozen=True):
+class Spec(Fields, frozen=True):
     """A job's program. Make it with `decode_spec` or `jobfile.load_job_file`: both check it."""
 
     version: Literal[1]
@@ -138,7 +52,7 @@ class Spec(_Part, frozen=True):
     config: dict[str, bool | int | str | None]
     seed: Annotated[int, msgspec.Meta(ge=0, le=limits.SEED)]
     init: SeedInit | GivenInit
-    privacy: Literal["open", "sealed"]
+    privacy: Literal["open", "sealed", "split"]
     class_: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,64}$")] = msgspec.field(name="class")
     data: Data
     train: Train
@@ -166,39 +80,87 @@ class Spec(_Part, frozen=True):
         return self.lanes * self.stages
 
     @property
+    def is_diloco(self) -> bool:
+        """Whether lanes go apart for a segment and meet in an outer step."""
+        return self.pipeline.lanes.mode == "diloco"
+
+    @property
+    def outer(self) -> Outer:
+        """The outer step of a `diloco` job; ValueError in another one."""
+        if self.pipeline.lanes.outer is None:
+            raise ValueError("only a diloco job has an outer step")
+        return self.pipeline.lanes.outer
+
+    @property
+    def lane_weights(self) -> tuple[int, ...]:
+        """How many times `micro_batches` each lane works on in a step."""
+        return self.pipeline.lanes.weights or (1,) * self.lanes
+
+    @property
+    def training_rounds(self) -> int:
+        """Segments of each slot that have steps, and so frames on the links: the first ones."""
+        return (self.train.steps - self.first_step) // self.pipeline.segment_steps
+
+    @property
     def rounds(self) -> int:
-        """Segments of each slot."""
-        return self.train.steps // self.pipeline.segment_steps
+        """Segments of each slot. In `diloco` a last one without steps makes the last outer step."""
+        return self.training_rounds + self.is_diloco
+
+    def boundary_step(self, boundary: int) -> int:
+        """Steps done at a boundary, by all that is to be trained."""
+        steps = self.first_step + boundary * self.pipeline.segment_steps
+        return min(steps, self.train.steps)
+
+    def micro_batches(self, lane: int) -> int:
+        """Micro-batches that a lane works on in a step."""
+        return self.train.micro_batches * self.lane_weights[lane]
+
+    @property
+    def first_step(self) -> int:
+        """The step that the job begins with: 0 unless it goes on where another one stood."""
+        return self.init.step if isinstance(self.init, GivenInit) else 0
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether moments are given beside the weights."""
+        return self.first_step > 0
 
     @property
     def is_ring(self) -> bool:
         """Whether the slots form a U: the first one holds embedding, head and loss, and the last
-        one is joined to it. A head that is tied to the embedding needs that."""
-        return self.stages > 1 and self.model.tied(self.config)
+        one is joined to it. A head that is tied to the embedding needs that, and a job whose data
+        only the first slot may see."""
+        tied = self.model.tied(self.config)
+        return self.stages > 1 and (tied or self.privacy == "split")
 
     @property
     def record(self) -> int:
         """Bytes that belong together: an image with its label, or one token."""
-        return self.data.sequence + 1 if self.model.images else 1
+        return self.data.sequence + 1 if self.model.images else self.data.width
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes that one sample reads: the inputs, and one label more."""
+        return (self.data.sequence + 1) * self.data.width
 
     @property
     def heldout_tokens(self) -> int:
-        """Tokens at the end of the data that training never sees, whole records."""
+        """Bytes at the end of the data that training never sees, whole records."""
         return int(Fraction(self.data.heldout) * (self.data.tokens // self.record)) * self.record
 
     @property
     def has_heldout(self) -> bool:
         """Whether at least one window of the data is held out."""
-        return self.heldout_tokens > self.data.sequence
+        return self.heldout_tokens >= self.window_bytes
 
     @property
     def train_tokens(self) -> int:
-        """Tokens that windows are drawn from."""
+        """Bytes that windows are drawn from."""
         return self.data.tokens - self.heldout_tokens
 
     @property
     def tokens_per_segment(self) -> int:
-        """Tokens that a lane reads in one segment."""
+        """Tokens that a lane of weight 1 reads in one segment."""
         train = self.train
         per_step = train.micro_batches * train.micro_batch_size * self.data.sequence
         return per_step * self.pipeline.segment_steps
@@ -212,16 +174,24 @@ class Spec(_Part, frozen=True):
     def frame_bytes(self) -> int:
         """The greatest size of a frame on any link."""
         downs = ((stage, "down") for stage in range(self.link_count))
-        return max((self.link_frame_bytes(*down) for down in downs), default=1)
+        sizes = [self.link_frame_bytes(*down) for down in downs]
+        if self.has_lane_links:
+            sizes += [self.link_frame_bytes(stage, "lane0") for stage in range(self.stages)]
+        return max(sizes, default=1)
 
     @property
     def ahead(self) -> int:
-        """By so many a frame's number may exceed what its receiver ever sent the other way."""
+        """By so many a boundary frame's number may exceed what its receiver ever sent back."""
         return self.stages + self.is_ring
+
+    @property
+    def has_lane_links(self) -> bool:
+        """Whether the same stages of all lanes are joined: they exchange gradients each step."""
+        return self.lanes > 1 and not self.is_diloco
 
     def window(self, number: int) -> int:
         """Where the window that a drawn number names begins."""
-        count = (self.train_tokens - self.data.sequence - 1) // self.record + 1
+        count = (self.train_tokens - self.window_bytes) // self.record + 1
         return number % count * self.record
 
     @property
@@ -249,20 +219,74 @@ class Spec(_Part, frozen=True):
         """Whether the stage reads inputs or labels: one between others never sees the data."""
         return self.has_input(stage) or self.has_loss(stage)
 
-    def links(self, stage: int) -> tuple[str, ...]:
-        """The links of a stage, "up" before "down"."""
-        if self.is_ring:
-            return ("up", "down")
-        up = () if stage == 0 else ("up",)
-        return up if stage == self.stages - 1 else (*up, "down")
+    def links(self, lane: int, stage: int) -> tuple[str, ...]:
+        """The links of a slot in the order of its commitment: up, down, siblings ascending."""
+        up = () if stage == 0 and not self.is_ring else ("up",)
+        down = () if stage == self.stages - 1 and not self.is_ring else ("down",)
+        others = range(self.lanes) if self.has_lane_links else ()
+        return (*up, *down, *(f"lane{other}" for other in others if other != lane))
 
-    def neighbour(self, stage: int, link: str) -> int:
-        """The stage at the other end of a link."""
-        return (stage + (1 if link == "down" else -1)) % self.stages
+    def other_end(self, lane: int, stage: int, link: str) -> tuple[int, int, str]:
+        """(lane, stage, link) of a link as its other end has it. KeyError for a link it lacks."""
+        if link not in self.links(lane, stage):
+            raise KeyError(link)
+        if link == "up":
+            return lane, (stage - 1) % self.stages, "down"
+        if link == "down":
+            return lane, (stage + 1) % self.stages, "up"
+        return int(link.removeprefix("lane")), stage, f"lane{lane}"
+
+    def lane_parts(self, stage: int) -> tuple[int, ...]:
+        """Values in each part of what a stage tells its siblings in a step: the parts of its
+        gradients, in `lanes.wire`, then those of its float buffers, in fp32."""
+        return (*self.gradient_parts(stage), *self.buffer_parts(stage))
+
+    def gradient_parts(self, stage: int) -> tuple[int, ...]:
+        """Values in each part of a stage's gradients, which stand one after another by name."""
+        return _parts(stage_parameters(self, stage), _LANE_VALUES[self.pipeline.lanes.wire])
+
+    def buffer_parts(self, stage: int) -> tuple[int, ...]:
+        """Values in each part of a stage's float buffers, which stand one after another by name."""
+        return _parts(self.float_buffers(stage), _LANE_VALUES["fp32"])
+
+    def float_buffers(self, stage: int) -> int:
+        """Number of values in the float buffers of a stage."""
+        return sum(weight.count for weight in self.buffers(stage) if weight.dtype == "F32")
+
+    def link_frames(self, lane: int, stage: int, link: str) -> int:
+        """Frames that cross a link in a segment with steps, the same number in both directions."""
+        step = self.micro_batches(lane) if _is_boundary(link) else len(self.lane_parts(stage))
+        return step * self.pipeline.segment_steps
+
+    def link_frame_bytes(self, stage: int, link: str) -> int:
+        """The greatest size of a frame on a link."""
+        if _is_boundary(link):
+            return plain_bytes(self.wire(stage, link), prod(self.boundary(stage, link)))
+        wire = self.pipeline.lanes.wire
+        gradients = [plain_bytes(wire, values) for values in self.gradient_parts(stage)]
+        buffers = [plain_bytes("fp32", values) for values in self.buffer_parts(stage)]
+        return max((*gradients, *buffers), default=1)
+
+    def link_ahead(self, stage: int, link: str) -> int:
+        """By how much a frame's number may exceed the greatest that its receiver ever sent on this
+        link: the parts of a pipeline that can be ahead of each other, or one step of parts."""
+        return self.ahead if _is_boundary(link) else len(self.lane_parts(stage))
+
+    def link_places(self, stage: int, link: str) -> int:
+        """Places of shared memory for each direction of a link."""
+        return 2 * self.stages + 2 if _is_boundary(link) else _LANE_PLACES
+
+    def contribution_bytes(self, stage: int) -> int:
+        """The greatest size of a stage's contribution to an outer step; 0 where there is none."""
+        outer = self.pipeline.lanes.outer
+        if outer is None:
+            return 0
+        values, buffers = stage_parameters(self, stage), self.float_buffers(stage)
+        return contribution_size(values, buffers, outer.density, outer.bits)
 
     def _above(self, stage: int, link: str) -> int:
         """The number of a link: the stage for which it is the one down."""
-        return stage if link == "down" else self.neighbour(stage, link)
+        return stage if link == "down" else (stage - 1) % self.stages
 
     def wire(self, stage: int, link: str) -> Wire:
         """The format of the frames on a link, in both directions."""
@@ -274,10 +298,6 @@ class Spec(_Part, frozen=True):
         border = self.pipeline.cuts[self._above(stage, link) + 1]
         shape = self.model.boundary(self.config, border, self.data.sequence)
         return self.train.micro_batch_size, *shape
-
-    def link_frame_bytes(self, stage: int, link: str) -> int:
-        """The greatest size of a frame on a link."""
-        return plain_bytes(self.wire(stage, link), prod(self.boundary(stage, link)))
 
     def slot_index(self, lane: int, stage: int) -> int:
         """The number of a slot in the job."""
@@ -299,6 +319,15 @@ class Spec(_Part, frozen=True):
     def whole(self) -> Part:
         """The whole model."""
         return Part(0, self.pipeline.cuts[-1], True, True)
+
+
+def _is_boundary(link: str) -> bool:
+    """Whether boundary tensors cross the link, not gradients."""
+    return link in ("up", "down")
+
+
+def _parts(values: int, most: int) -> tuple[int, ...]:
+    return tuple(min(most, values - at) for at in range(0, values, most))
 
 
 def stage_parameters(spec: Spec, stage: int) -> int:
@@ -356,135 +385,3 @@ def typed_error(error: Exception) -> SpecError:
             return SpecError(inner, "missing", "add it; nothing has a silent default")
         return SpecError(inner, "unknown key", "remove it or check its spelling")
     return SpecError(field, what[:200], "see docs for the values it may have")
-
-
-def decimal(field: str, text: str, low: str, high: str) -> Decimal:
-    """The exact value of a decimal string, from `low` to `high`."""
-    if not _DECIMAL.fullmatch(text):
-        raise SpecError(
-            field, f"{text!r} is not a decimal", 'write a string such as "0.1" or "2e-3"'
-        )
-    value = Decimal(text)
-    if not Decimal(low) <= value <= Decimal(high):
-        raise SpecError(field, f"{text} is out of range", f"use {low} to {high}")
-    return value
-
-
-def check_spec(spec: Spec) -> None:
-    """Every rule that types cannot say. Raises SpecError at the first one that is broken."""
-    family = family_of(spec.family)
-    family.check(spec.config)
-    _check_pipeline(spec, family)
-    _check_train(spec)
-    _check_data(spec, family)
-    if spec.frame_bytes > limits.FRAME_BYTES:
-        raise SpecError(
-            "train.micro_batch_size",
-            f"a boundary tensor has {spec.frame_bytes} bytes, at most {limits.FRAME_BYTES}",
-            "use a smaller micro_batch_size or a shorter sequence",
-        )
-
-
-def _check_pipeline(spec: Spec, family: Family) -> None:
-    cuts, layers = spec.pipeline.cuts, family.layers(spec.config)
-    first = int(spec.is_ring and cuts[1] == 0)  # the slot of both ends may hold no layer
-    if any(below >= above for below, above in pairwise(cuts[first:])):
-        raise SpecError("pipeline.cuts", f"{list(cuts)} does not increase", "list rising borders")
-    if cuts[0] != 0 or cuts[-1] != layers:
-        raise SpecError(
-            "pipeline.cuts",
-            f"{list(cuts)} does not cover the model's {layers} layers",
-            f"start with 0 and end with {layers}",
-        )
-    if isinstance(spec.init, GivenInit) and len(spec.init.roots) != spec.stages:
-        raise SpecError(
-            "init.roots",
-            f"{len(spec.init.roots)} roots for {spec.stages} stages",
-            "give one root a stage",
-        )
-    if spec.train.steps % spec.pipeline.segment_steps:
-        raise SpecError(
-            "pipeline.segment_steps",
-            f"{spec.pipeline.segment_steps} does not divide {spec.train.steps} steps",
-            "choose a divisor of train.steps",
-        )
-    if (batches := spec.pipeline.segment_steps * spec.train.micro_batches) > (
-        limits.SEGMENT_MICRO_BATCHES
-    ):
-        raise SpecError(
-            "pipeline.segment_steps",
-            f"a segment has {batches} micro-batches, at most {limits.SEGMENT_MICRO_BATCHES}",
-            "lower segment_steps or micro_batches",
-        )
-    if 2 * spec.pipeline.state_every > spec.pipeline.unsettled:
-        raise SpecError(
-            "pipeline.state_every",
-            f"2 x {spec.pipeline.state_every} exceeds unsettled = {spec.pipeline.unsettled}",
-            "lower state_every or raise unsettled (2R <= D)",
-        )
-
-
-def _check_train(spec: Spec) -> None:
-    optimizer, schedule = spec.train.optimizer, spec.train.schedule
-    tokens = spec.train.micro_batches * spec.train.micro_batch_size * spec.data.sequence
-    if tokens > limits.STEP_TOKENS:
-        raise SpecError(
-            "train.micro_batches",
-            f"a step has {tokens} tokens, at most {limits.STEP_TOKENS}",
-            "use fewer or smaller micro-batches, or a shorter sequence",
-        )
-    if not isinstance(spec.train.wire, str) and (
-        len(spec.train.wire) != spec.link_count or len(set(spec.train.wire)) < 2
-    ):
-        raise SpecError(
-            "train.wire",
-            f"{len(spec.train.wire)} formats for {spec.link_count} links, or all the same",
-            "write one format, or one for each link where they differ",
-        )
-    decimal("train.optimizer.lr", optimizer.lr, "1e-9", "10")
-    for number, beta in enumerate(optimizer.betas):
-        decimal(f"train.optimizer.betas[{number}]", beta, "0", "0.99999")
-    decimal("train.optimizer.eps", optimizer.eps, "1e-12", "1e-1")
-    decimal("train.optimizer.weight_decay", optimizer.weight_decay, "0", "10")
-    decimal("train.schedule.floor", schedule.floor, "0", "1")
-    if isinstance(spec.clip, StageClip):
-        decimal("clip.norm", spec.clip.norm, "1e-6", "1e6")
-    if schedule.warmup > schedule.decay_from:
-        raise SpecError(
-            "train.schedule.warmup",
-            f"{schedule.warmup} ends after decay_from",
-            "use warmup <= decay_from",
-        )
-    if schedule.decay_from > spec.train.steps:
-        raise SpecError(
-            "train.schedule.decay_from",
-            f"{schedule.decay_from} exceeds {spec.train.steps} steps",
-            "use decay_from <= steps",
-        )
-
-
-def _check_data(spec: Spec, family: Family) -> None:
-    data = spec.data
-    decimal("data.heldout", data.heldout, "0", "0.5")
-    family.check_data(spec.config, data.tokenizer, data.sequence)
-    if data.tokens % spec.record:
-        raise SpecError(
-            "data.tokens",
-            f"{data.tokens} bytes are no whole number of records of {spec.record}",
-            "a record is a label byte and the pixels of one image",
-        )
-    sizes = [size for _, size in data.shards]
-    if any(size != limits.SHARD_BYTES for size in sizes[:-1]) or sum(sizes) != data.tokens:
-        raise SpecError(
-            "data.shards",
-            "sizes do not add up to the tokens",
-            "cut the data into shards of 1 MiB, only the last one shorter",
-        )
-    if data_root(spec.shards).hex() != data.root:
-        raise SpecError("data.root", "is not the root of the shards", "compute it from the shards")
-    if spec.train_tokens <= data.sequence:
-        raise SpecError(
-            "data.sequence",
-            f"the text has only {spec.train_tokens} training tokens",
-            "use a longer text or a shorter sequence",
-        )

@@ -18,7 +18,8 @@ from tdmld.train.families import FAMILIES
 from tdmld.train.framelog import FrameLogWriter, frame_log_name
 from tdmld.train.pretrained import Pretrained
 from tdmld.train.segment import SegmentRecord
-from tdmld.train.spec import GivenInit, Spec, decode_spec, spec_bytes
+from tdmld.train.spec import Spec, decode_spec, spec_bytes
+from tdmld.train.specfields import GivenInit
 from tdmld.train.statefile import part_file
 
 TEXT = b"".join(b"%d squared is %d, and that is that.\n" % (n, n * n) for n in range(900))
@@ -174,8 +175,7 @@ class QueueChannel:
         del self.held[link, seq]
 
     def send(self, link: str, seq: int, payload: memoryview) -> None:
-        other = self.spec.neighbour(self.stage, link)
-        back = "up" if link == "down" else "down"
+        _, other, back = self.spec.other_end(0, self.stage, link)
         self.boxes[other, back].put((seq, bytes(payload)))
 
 
@@ -219,7 +219,7 @@ def run_pipeline(
                 link: FrameLogWriter(
                     place / "ring" / frame_log_name(segment, link, "received"), spec.frame_bytes
                 )
-                for link in spec.links(stage)
+                for link in spec.links(0, stage)
             }
             channel = QueueChannel(spec, stage, boxes, logs)
             records[stage].append(run_segment(slot, segment, channel))
@@ -252,7 +252,7 @@ def replayed(spec: Spec, data: Tokens, root: Path, stage: int, segment: int) -> 
     slot = Slot.create(spec, stage, 0, data if spec.reads_text(stage) else None)
     place = root / str(stage)
     slot.load(place / "state" / str(segment))
-    with LogChannel(place / "ring", segment, spec.links(stage), spec.frame_bytes) as channel:
+    with LogChannel(place / "ring", segment, spec.links(0, stage), spec.frame_bytes) as channel:
         return run_segment(slot, segment, channel)
 
 

@@ -68,7 +68,7 @@ def replay(spec: Spec, root: Path, stage: int, segment: int) -> SegmentRecord:
     slot = Slot.create(spec, stage, 0, tokens_of(spec))
     slot.load(root / str(stage) / "state" / str(segment))
     ring = root / str(stage) / "ring"
-    with LogChannel(ring, segment, spec.links(stage), spec.frame_bytes) as channel:
+    with LogChannel(ring, segment, spec.links(0, stage), spec.frame_bytes) as channel:
         return run_segment(slot, segment, channel)
 
 
@@ -149,7 +149,7 @@ def test_one_flipped_bit_in_one_frame_gives_another_record(job: Any, tmp_path: P
         (tmp_path / path.name).write_bytes(raw)
     slot = Slot.create(spec, 1, 0, None)
     slot.load(root / "1" / "state" / "0")
-    with LogChannel(tmp_path, 0, spec.links(1), spec.frame_bytes) as channel:
+    with LogChannel(tmp_path, 0, spec.links(0, 1), spec.frame_bytes) as channel:
         record = run_segment(slot, 0, channel)
     assert record.links["up"][1] != records[1][0].links["up"][1]
     assert record.first_difference(records[1][0]) == 0

@@ -11,7 +11,8 @@ from tdmld.train.errors import FileError, SpecError
 from tdmld.train.families import FAMILIES
 from tdmld.train.jobfile import load_job_file
 from tdmld.train.pretrained import Pretrained
-from tdmld.train.spec import GivenInit, decode_spec
+from tdmld.train.spec import decode_spec
+from tdmld.train.specfields import GivenInit
 from tdmld.train.statefile import read_manifest
 from tests.train.support import (
     CONFIG,

@@ -73,11 +73,11 @@ def test_1f1b_runs_each_micro_batch_forward_then_backward(
 
 def test_a_middle_stage_meets_four_frames_a_micro_batch() -> None:
     spec = make_spec(pipeline__cuts=[0, 1, 2, 4])
-    frames = step_frames(spec, 1, 2)
+    frames = step_frames(spec, 0, 1, 2)
     assert len(set(frames)) == len(frames) == 16
     assert {frame.seq for frame in frames} == {8, 9, 10, 11}
     assert frames[0] == ("up", "received", 8)
-    assert len(step_frames(spec, 0, 2)) == 8
+    assert len(step_frames(spec, 0, 0, 2)) == 8
 
 
 def test_the_learning_rate_warms_up_holds_and_decays_to_its_floor() -> None:

@@ -29,7 +29,7 @@ def test_the_order_of_the_first_of_three_slots() -> None:
     order = " ".join(f"{kind}{number}" for kind, number in ring_start(3, 5))
     assert order == "F0 F1 F2 H0 H1 F3 H2 B0 F4 H3 B1 H4 B2 B3 B4"
     spec = ring(3, train__micro_batches=3)
-    order = " ".join(f"{kind}{number}" for kind, number in operations(spec, 1))
+    order = " ".join(f"{kind}{number}" for kind, number in operations(spec, 0, 1))
     assert order == "F0 F1 F2 B0 B1 B2"  # as if a fourth stage followed
 
 
@@ -72,16 +72,16 @@ def test_both_ends_of_every_link_agree(stages: int) -> None:
     opposite = {"up": "down", "down": "up"}
     assert spec.ahead == stages + 1
     for stage in range(stages):
-        assert spec.links(stage) == ("up", "down")
-        for link in spec.links(stage):
-            other = spec.neighbour(stage, link)
-            assert spec.neighbour(other, opposite[link]) == stage
+        assert spec.links(0, stage) == ("up", "down")
+        for link in spec.links(0, stage):
+            _, other, back = spec.other_end(0, stage, link)
+            assert (back, spec.other_end(0, other, back)) == (opposite[link], (0, stage, link))
             assert spec.wire(other, opposite[link]) == spec.wire(stage, link)
             assert spec.boundary(other, opposite[link]) == spec.boundary(stage, link)
             mine, theirs = (
                 {
                     (direction, frame.seq)
-                    for frame in step_frames(spec, end, 3)
+                    for frame in step_frames(spec, 0, end, 3)
                     for direction in [frame.direction]
                     if frame.link == name
                 }
@@ -99,14 +99,14 @@ def test_the_first_slot_alone_sees_data_and_loss() -> None:
     assert {"model.embed_tokens.weight", "model.norm.weight"} <= names[0]
     assert "lm_head.weight" not in set.union(*names)
     assert sum(len(own) for own in names) == len(set.union(*names))
-    assert [kind for kind, _ in operations(spec, 1)].count("H") == 0
+    assert [kind for kind, _ in operations(spec, 0, 1)].count("H") == 0
     assert traffic(spec, 0, "H") == ("up", "up")
     assert stage_memory(spec, 0) > stage_memory(spec, 1)
 
 
 def test_one_stage_is_no_ring() -> None:
     spec = ring(1)
-    assert (spec.is_ring, spec.links(0), spec.ahead, spec.frame_bytes) == (False, (), 1, 1)
+    assert (spec.is_ring, spec.links(0, 0), spec.ahead, spec.frame_bytes) == (False, (), 1, 1)
 
 
 def test_the_first_slot_of_a_ring_may_hold_no_layer() -> None:

@@ -32,9 +32,9 @@ def test_derived_numbers() -> None:
     spec = make_spec()
     assert (spec.stages, spec.lanes, spec.slots, spec.rounds) == (2, 1, 2, 2)
     assert spec.frame_bytes == 2 * 12 * 16 * 2
-    assert spec.links(0) == ("down",)
-    assert spec.links(1) == ("up",)
-    assert make_spec(pipeline__cuts=[0, 1, 2, 4]).links(1) == ("up", "down")
+    assert spec.links(0, 0) == ("down",)
+    assert spec.links(0, 1) == ("up",)
+    assert make_spec(pipeline__cuts=[0, 1, 2, 4]).links(0, 1) == ("up", "down")
     assert spec.heldout_tokens == len(TEXT) // 10
     assert spec.train_tokens + spec.heldout_tokens == len(TEXT)
     assert sum(stage_parameters(spec, stage) for stage in range(2)) == sum(
@@ -48,6 +48,39 @@ def test_derived_numbers() -> None:
     assert lane[-1].name == "step"
 
 
+def test_lanes_are_joined_stage_by_stage_in_sync_alone() -> None:
+    sync = make_spec(pipeline__lanes={"count": 3, "mode": "sync", "weights": [1, 2, 1]})
+    assert sync.links(1, 0) == ("down", "lane0", "lane2")
+    assert sync.links(2, 1) == ("up", "lane0", "lane1")
+    for lane in range(3):
+        for stage in range(2):
+            for link in sync.links(lane, stage):
+                other = sync.other_end(lane, stage, link)
+                assert sync.other_end(*other) == (lane, stage, link)
+                assert sync.link_frames(lane, stage, link) == sync.link_frames(*other)
+    assert (sync.link_frames(1, 0, "down"), sync.link_frames(0, 0, "down")) == (3 * 8, 3 * 4)
+    assert (sync.link_frames(1, 0, "lane0"), sync.link_ahead(0, "lane0")) == (3, 1)
+    assert sync.link_frame_bytes(0, "lane1") == 2 * stage_parameters(sync, 0)
+    assert (sync.link_places(0, "lane1"), sync.link_places(0, "down")) == (4, 6)
+    assert (sync.rounds, sync.slots, sync.contribution_bytes(0)) == (2, 6, 0)
+    with pytest.raises(KeyError):
+        sync.other_end(0, 0, "lane0")
+    diloco = make_spec(pipeline__lanes=DILOCO)
+    assert (diloco.links(1, 0), diloco.training_rounds, diloco.rounds) == (("down",), 2, 3)
+    assert [diloco.boundary_step(number) for number in range(4)] == [0, 3, 6, 6]
+    assert diloco.contribution_bytes(0) > 0
+    assert spec_bytes(diloco) == encode_document(spec_document(pipeline__lanes=DILOCO))
+
+
+def test_a_split_job_is_a_ring_of_one_lane() -> None:
+    spec = make_spec(privacy="split")
+    assert spec.is_ring
+    assert [spec.reads_text(stage) for stage in range(2)] == [True, False]
+    for change in ({"pipeline__cuts": [0, 4]}, {"pipeline__lanes": DILOCO}):
+        with pytest.raises(SpecError, match="privacy: split"):
+            make_spec(privacy="split", **change)
+
+
 def test_a_step_and_a_segment_without_measure_are_refused() -> None:
     """What a small model can still do to a volunteer: text and digests beyond its memory."""
     with pytest.raises(SpecError, match=r"train\.micro_batches: a step has 100663296 tokens"):
@@ -59,13 +92,22 @@ def test_a_step_and_a_segment_without_measure_are_refused() -> None:
     assert stage_memory(wide, 0) - stage_memory(make_spec(), 0) > 17 * text
 
 
+OUTER = {
+    "lr": "0.7",
+    "momentum": "0.9",
+    "nesterov": True,
+    "density": 64,
+    "bits": 2,
+    "feedback": "0.95",
+}
+DILOCO = {"count": 2, "mode": "diloco", "outer": OUTER}
 WRONG: list[tuple[str, Any, str]] = [
     ("version", 2, "version"),
     ("family", "opt", "unknown model family 'opt'"),
     ("seed", -1, "seed"),
     ("seed", 2**63, "seed"),
     ("init", {"kind": "file"}, "init"),
-    ("privacy", "split", "privacy"),
+    ("privacy", "secret", "privacy"),
     ("class", "Any!", "class"),
     ("clip", {"kind": "global", "norm": "1"}, "clip"),
     ("clip", {"kind": "stage", "norm": "0"}, "clip.norm"),
@@ -121,8 +163,20 @@ WRONG: list[tuple[str, Any, str]] = [
     ("pipeline__cuts", [1, 4], "does not cover"),
     ("pipeline__cuts", [0, 3], "does not cover"),
     ("pipeline__cuts", [0, -1], "pipeline.cuts"),
-    ("pipeline__lanes__count", 2, "pipeline.lanes.count"),
+    ("pipeline__lanes__count", 17, "pipeline.lanes.count"),
     ("pipeline__lanes__mode", "diloco", "pipeline.lanes.mode"),
+    ("pipeline__lanes__wire", "fp32", "pipeline.lanes.wire"),
+    ("pipeline__lanes__weights", [2], "pipeline.lanes.mode"),
+    ("pipeline__lanes", {"count": 2, "mode": "sync", "weights": [1, 1]}, "pipeline.lanes.weights"),
+    ("pipeline__lanes", {"count": 2, "mode": "sync", "weights": [2]}, "pipeline.lanes.weights"),
+    ("pipeline__lanes", {"count": 2, "mode": "diloco"}, "pipeline.lanes.outer: missing"),
+    ("pipeline__lanes", {"count": 2, "mode": "sync", "outer": OUTER}, "pipeline.lanes.outer"),
+    ("pipeline__lanes", DILOCO | {"wire": "fp32"}, "pipeline.lanes.wire"),
+    ("pipeline__lanes", DILOCO | {"outer": OUTER | {"lr": "0"}}, "pipeline.lanes.outer.lr"),
+    ("pipeline__lanes", DILOCO | {"outer": OUTER | {"momentum": "1"}}, "lanes.outer.momentum"),
+    ("pipeline__lanes", DILOCO | {"outer": OUTER | {"feedback": "2"}}, "lanes.outer.feedback"),
+    ("pipeline__lanes", DILOCO | {"outer": OUTER | {"density": 4097}}, "lanes.outer.density"),
+    ("pipeline__lanes", DILOCO | {"outer": OUTER | {"bits": 4}}, "pipeline.lanes.outer.bits"),
     ("pipeline__segment_steps", 4, "pipeline.segment_steps"),
     ("pipeline__unsettled", 3, "pipeline.state_every"),
     ("pipeline__unsettled", 100, "pipeline.unsettled"),
