@@ -2,10 +2,9 @@
 
 A live worker is served by the carrier, a drawing or replaying one by the daemon; the packets are
 the same. One SOCK_SEQPACKET pair carries packets of at most PACKET_BYTES (kind byte, then a fixed
-struct). Payloads lie in one memory file, cut into places of the spec's frame size:
+struct). Payloads lie in one memory file, cut into places, each as large as its link's frames:
 
     for each link of the slot: `places` incoming ones, then `places` outgoing ones
-    places = 2 x stages + 2
 
     server -> worker   Arrived(link, seq, place, length)   a frame lies in an incoming place
                        Free(place)                         an outgoing place may be used again
@@ -13,13 +12,15 @@ struct). Payloads lie in one memory file, cut into places of the spec's frame si
                        End()                               finish after the running operation
     worker -> server   Sent(link, seq, place, length)      a frame lies in an outgoing place
                        Free(place)                         an incoming place may be used again
-                       Genesis(shared, lane, data)         state drawn and saved as boundary 0
+                       Genesis(shared, lane, data)         the state where it begins is on disk
                        Step(...)                           an optimizer step is done
                        Segment(segment)                    list and state after it are on disk
                        Failure(text)                       the worker's last words
 
-1F1B itself bounds how many frames are under way: a link never has more than `stages` + 1 frames
-that arrived and were not released, so `places` is never the limit among honest peers.
+1F1B itself bounds how many frames are under way: between stages there are never more than `stages`
++ 1 frames that arrived and were not released, and the spec gives such links more places than that.
+On a lane link a whole step's parts may arrive before they are asked for: what finds no place waits
+in the ring. A worker that begins again sends again: the server compares and drops.
 """
 
 import mmap
@@ -29,11 +30,18 @@ import struct
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from tdmld.node.errors import ControlError
 
+if TYPE_CHECKING:
+    from tdmld.train.spec import Spec
+
 PACKET_BYTES = 256
-LINKS = ("up", "down")
+MAX_LANES = 16
+LINKS = ("up", "down", *(f"lane{lane}" for lane in range(MAX_LANES)))
+"""Every name that a link can have; packets carry its number here."""
+_NUMBER_OF = {link: number for number, link in enumerate(LINKS)}
 _ALIGN = 4096
 MAX_FAILURE_TEXT = 200
 
@@ -79,7 +87,7 @@ class End:
 
 @dataclass(frozen=True)
 class Genesis:
-    """Roots of the drawn state and of the data."""
+    """Roots of the state where the worker begins, and of the data."""
 
     shared: bytes
     lane: bytes
@@ -125,9 +133,9 @@ def encode_packet(packet: Packet) -> bytes:
     """The bytes of a packet."""
     match packet:
         case Arrived(link, seq, place, length):
-            return _FRAME.pack(_ARRIVED, LINKS.index(link), seq, place, length)
+            return _FRAME.pack(_ARRIVED, _NUMBER_OF[link], seq, place, length)
         case Sent(link, seq, place, length):
-            return _FRAME.pack(_SENT, LINKS.index(link), seq, place, length)
+            return _FRAME.pack(_SENT, _NUMBER_OF[link], seq, place, length)
         case Free(place):
             return _NUMBER.pack(_FREE, place)
         case Granted(until):
@@ -177,52 +185,78 @@ def decode_packet(raw: bytes) -> Packet:
     raise ControlError(f"unknown packet kind {kind}")
 
 
-class FrameMemory:
-    """The memory file of one slot, mapped: numbered places of `frame_bytes` each."""
+class LinkMemory(NamedTuple):
+    """The places of one link: so many in each direction, of so many bytes."""
 
-    def __init__(self, fd: int, links: Sequence[str], stages: int, frame_bytes: int) -> None:
-        """Map `fd` (made by `create`). ControlError when it is smaller than it must be."""
-        self.links = tuple(links)
-        self.frame_bytes = frame_bytes
-        self.places = 2 * stages + 2
-        self._stride = -(-frame_bytes // _ALIGN) * _ALIGN
-        size = self.size(len(self.links), stages, frame_bytes)
+    link: str
+    places: int
+    frame_bytes: int
+
+
+def link_memory(spec: "Spec", lane: int, stage: int) -> tuple[LinkMemory, ...]:
+    """The places of a slot's links, in the order of the memory file."""
+    return tuple(
+        LinkMemory(link, spec.link_places(stage, link), spec.link_frame_bytes(stage, link))
+        for link in spec.links(lane, stage)
+    )
+
+
+class FrameMemory:
+    """The memory file of one slot, mapped: numbered places, for each link first those in which
+    frames arrive, then those for frames to send."""
+
+    def __init__(self, fd: int, links: Sequence[LinkMemory]) -> None:
+        """Map `fd` (made by `create` for the same links). ControlError when it is smaller than it
+        must be."""
+        self.links = tuple(link.link for link in links)
+        size = self.size(links)
         if os.fstat(fd).st_size < size:
             raise ControlError(f"the memory file has less than {size} bytes")
         self._map = mmap.mmap(fd, size)
-        self._view = memoryview(self._map)
+        whole = memoryview(self._map)
+        self._places: list[memoryview] = []
+        self._first: dict[str, tuple[int, int]] = {}
+        at = 0
+        for link, places, frame_bytes in links:
+            self._first[link] = (len(self._places), places)
+            for _ in range(2 * places):
+                self._places.append(whole[at : at + frame_bytes])
+                at += _stride(frame_bytes)
 
     @staticmethod
-    def size(links: int, stages: int, frame_bytes: int) -> int:
+    def size(links: Sequence[LinkMemory]) -> int:
         """Bytes of the memory file; at least one page, so that it can be mapped."""
-        stride = -(-frame_bytes // _ALIGN) * _ALIGN
-        return max(links * 2 * (2 * stages + 2) * stride, _ALIGN)
+        return max(sum(2 * places * _stride(size) for _, places, size in links), _ALIGN)
 
     @classmethod
-    def create(cls, links: int, stages: int, frame_bytes: int) -> int:
+    def create(cls, links: Sequence[LinkMemory]) -> int:
         """A new memory file; gives its descriptor, which is not inherited."""
         fd = os.memfd_create("tdmld-frames", os.MFD_CLOEXEC)
-        os.ftruncate(fd, cls.size(links, stages, frame_bytes))
+        os.ftruncate(fd, cls.size(links))
         return fd
 
     def incoming(self, link: str) -> range:
         """Places in which frames of `link` arrive."""
-        first = self.links.index(link) * 2 * self.places
-        return range(first, first + self.places)
+        first, places = self._first[link]
+        return range(first, first + places)
 
     def outgoing(self, link: str) -> range:
         """Places for frames to send on `link`."""
-        first = (self.links.index(link) * 2 + 1) * self.places
-        return range(first, first + self.places)
+        first, places = self._first[link]
+        return range(first + places, first + 2 * places)
 
     def view(self, place: int, length: int) -> memoryview:
         """The first `length` bytes of a place, in the shared memory itself. ControlError."""
-        if not 0 <= place < len(self.links) * 2 * self.places:
+        if not 0 <= place < len(self._places):
             raise ControlError(f"no place {place}")
-        if not 0 < length <= self.frame_bytes:
-            raise ControlError(f"a frame of {length} bytes in a place of {self.frame_bytes}")
-        start = place * self._stride
-        return self._view[start : start + length]
+        found = self._places[place]
+        if not 0 < length <= found.nbytes:
+            raise ControlError(f"a frame of {length} bytes in a place of {found.nbytes}")
+        return found[:length]
+
+
+def _stride(frame_bytes: int) -> int:
+    return -(-frame_bytes // _ALIGN) * _ALIGN
 
 
 class WorkerChannel:

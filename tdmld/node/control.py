@@ -35,6 +35,13 @@ MAX_RELAYED = 1800
 MAX_HOLDERS = 16
 MAX_TEXT = 2000
 MAX_SHARDS = 1024
+MAX_LINKS = 17
+"""Of a slot: up, down, and one to each of 15 sibling lanes."""
+MAX_FRAME_BYTES = 64 << 20
+MAX_PLACES = 4096
+"""Of shared memory, for one direction of a link."""
+MAX_WEIGHTS = 64
+"""Files of given weights of one job: one a stage."""
 
 Id32 = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
@@ -50,7 +57,8 @@ Shards = Annotated[tuple[tuple[Id32, Size], ...], msgspec.Meta(max_length=MAX_SH
 Addresses = Annotated[
     tuple[Annotated[str, msgspec.Meta(max_length=256)], ...], msgspec.Meta(max_length=MAX_ADDRESSES)
 ]
-LinkName = Annotated[str, msgspec.Meta(pattern=r"^(up|down)$")]
+LinkName = Annotated[str, msgspec.Meta(pattern=r"^(up|down|lane(0|[1-9][0-9]?))$")]
+Roots = Annotated[tuple[Id32, ...], msgspec.Meta(max_length=MAX_WEIGHTS)]
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -72,14 +80,31 @@ class Peer(msgspec.Struct, frozen=True, array_like=True):
     addresses: Addresses
 
 
-class Dimensions(msgspec.Struct, frozen=True):
-    """What the carrier must know of a spec."""
+class Link(msgspec.Struct, frozen=True):
+    """One link of a slot, as its carrier must know it: who is at the other end, and how much.
 
-    stages: Annotated[int, msgspec.Meta(ge=1, le=1024)]
-    rounds: Count
-    segment_steps: Count
-    micro_batches: Count
-    frame_bytes: Annotated[int, msgspec.Meta(ge=1, le=64 << 20)]
+    name            "up", "down" or "lane<k>", as seen from the slot
+    peer            session of the other end's carrier
+    other_*         slot (of the same job) and link name there
+    segments        the first so many segments have frames; later ones have none
+    segment_frames  frames of each of them, the same in both directions
+    frame_bytes     the greatest frame
+    ahead           by how much an arriving number may exceed the highest that we sent (LINK-3)
+    places          of shared memory, for each direction
+    incarnation     the least that the other end may have
+    """
+
+    name: LinkName
+    peer: Session
+    other_lane: Count
+    other_stage: Count
+    other_link: LinkName
+    segments: Count
+    segment_frames: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+    frame_bytes: Annotated[int, msgspec.Meta(ge=1, le=MAX_FRAME_BYTES)]
+    ahead: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+    places: Annotated[int, msgspec.Meta(ge=1, le=MAX_PLACES)]
+    incarnation: Count = 0
 
 
 # --- daemon -> carrier ------------------------------------------------------------------------
@@ -118,12 +143,14 @@ class SetBans(Message, frozen=True):
 
 class SetMembers(Message, frozen=True):
     """Replaces the sessions that may fetch content of `job`, and the spec id under which its data
-    is sealed (None: it is open); an empty set closes it."""
+    is sealed (None: it is open); an empty set closes it. `weights` are the roots of the given
+    weights that they may have."""
 
     id: int
     job: Id32
     sessions: Sessions
     sealed: Id32 | None
+    weights: Roots = ()
 
 
 class Rekey(Message, frozen=True):
@@ -134,6 +161,7 @@ class Rekey(Message, frozen=True):
     job: Id32
     sessions: Sessions
     sealed: Id32
+    weights: Roots = ()
 
 
 class ImportText(Message, frozen=True):
@@ -143,6 +171,14 @@ class ImportText(Message, frozen=True):
     id: int
     path: PathText
     sealed: Id32 | None
+
+
+class ImportWeights(Message, frozen=True):
+    """Keep a stage's given weights: a state file (shared part). Reply: Imported, its root and
+    size."""
+
+    id: int
+    path: PathText
 
 
 class FetchData(Message, frozen=True):
@@ -180,6 +216,33 @@ class FramesFile(msgspec.Struct, frozen=True, tag=True):
     link: LinkName
 
 
+class FrameFile(msgspec.Struct, frozen=True, tag=True):
+    """One frame that the slot sent on a link, also while its log still grows: a log of its own with
+    this frame alone. Who fetches it checks that the one holder signed it, in this epoch or before.
+    """
+
+    slot: Slot
+    epoch: Count
+    link: LinkName
+    seq: Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+
+
+class ContributionFile(msgspec.Struct, frozen=True, tag=True):
+    """What a slot contributed to an outer round; `content` is the BLAKE3 of its bytes, and what is
+    fetched has it. The slot itself has it, and whoever holds it for another slot of the stage."""
+
+    slot: Slot
+    round: Count
+    content: Id32
+
+
+class WeightsFile(msgspec.Struct, frozen=True, tag=True):
+    """Given weights by the root of the shared state that they are; what is fetched has it."""
+
+    job: Id32
+    root: Id32
+
+
 class ResultFile(msgspec.Struct, frozen=True, tag=True):
     """One file of a job's result."""
 
@@ -194,7 +257,7 @@ class Blob(msgspec.Struct, frozen=True, tag=True):
     content: Id32
 
 
-Item = StateFile | FramesFile | ResultFile | Blob
+Item = StateFile | FramesFile | FrameFile | ContributionFile | WeightsFile | ResultFile | Blob
 """What one carrier can ask of another."""
 
 
@@ -218,16 +281,29 @@ class ListResult(Message, frozen=True):
 
 
 class OpenSlot(Message, frozen=True):
-    """Serve a live worker. Two descriptors come along: the carrier's end of the worker's packet
-    socket and the memory file."""
+    """Serve a live worker that begins at boundary `start`. What lies in the ring of the slot's
+    directory from there on is taken up again. Two descriptors come along: the carrier's end of the
+    worker's packet socket and the memory file (`channel.FrameMemory` of these links, in order)."""
 
     id: int
     slot: Slot
     epoch: Count
     incarnation: Count
-    dimensions: Dimensions
-    up: Session | None
-    down: Session | None
+    rounds: Count
+    """Segments of the slot."""
+    start: Count
+    links: Annotated[tuple[Link, ...], msgspec.Meta(max_length=MAX_LINKS)]
+
+
+class SetLinkPeer(Message, frozen=True):
+    """At the other end of a link of an open slot is somebody else now. An incarnation older than
+    the newest known one changes nothing."""
+
+    id: int
+    slot: Slot
+    link: LinkName
+    session: Session
+    incarnation: Count
 
 
 class Grant(Message, frozen=True):
@@ -248,11 +324,12 @@ class CloseSlot(Message, frozen=True):
 
 
 class Discard(Message, frozen=True):
-    """Frames and lists of segments <= `segment` of the slot are of no use to anybody any more."""
+    """Frames of segments < `keep_from` of the slot are of no use to anybody any more: digests are
+    forgotten, and who asks for them is refused. The daemon removes the files."""
 
     id: int
     slot: Slot
-    segment: Count
+    keep_from: Count
 
 
 class DialBack(Message, frozen=True):
@@ -305,11 +382,13 @@ Request = (
     | SetMembers
     | Rekey
     | ImportText
+    | ImportWeights
     | FetchData
     | HandData
     | FetchFile
     | ListResult
     | OpenSlot
+    | SetLinkPeer
     | Grant
     | CloseSlot
     | Discard
@@ -347,7 +426,7 @@ class Failed(Message, frozen=True):
 
 
 class Imported(Message, frozen=True):
-    """Shards of a text: (id, size) in order."""
+    """Shards of a text: (id, size) in order. Of given weights: root and size."""
 
     id: int
     shards: Shards
@@ -404,7 +483,7 @@ class AddressesChanged(Message, frozen=True):
 
 
 class GenesisReported(Message, frozen=True):
-    """A live worker has drawn its state and saved boundary 0."""
+    """A live worker has its state at the boundary where it begins, and that state is on disk."""
 
     slot: Slot
     shared: Id32
