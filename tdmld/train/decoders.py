@@ -148,13 +148,17 @@ class Decoder:
 
     def check_data(self, config: Config, tokenizer: str, sequence: int) -> None:
         """See `Family`."""
-        if tokenizer != "bytes":
+        if tokenizer not in ("bytes", "tokens"):
             raise SpecError(
-                "data.tokenizer", f"{self.name} reads text, not {tokenizer}", 'use "bytes"'
+                "data.tokenizer",
+                f"{self.name} reads text, not {tokenizer}",
+                'use "bytes", or "tokens" for what `tdmld data prepare` made',
             )
-        if (vocabulary := number(config, "vocab_size")) != 256:
+        if tokenizer == "bytes" and (vocabulary := number(config, "vocab_size")) < 256:
             raise SpecError(
-                "config.vocab_size", f"{vocabulary} does not fit the tokenizer bytes", "use 256"
+                "config.vocab_size",
+                f"{vocabulary} does not fit the tokenizer bytes",
+                "use 256 or more",
             )
         key = self._key("max_position_embeddings")
         if sequence > number(config, key):

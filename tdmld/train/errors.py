@@ -31,7 +31,7 @@ class NumericsError(TrainError):
 
 
 class SegmentFault(TrainError):
-    """The program refuses to go on: `reason` is size, nonfinite or label.
+    """The program refuses to go on: `reason` is size, nonfinite, label or token.
 
     It is part of the program: a replay of the same inputs raises the same fault at the same place.
     """

@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tdmld.train.data import Tokens
 from tdmld.train.errors import FileError
-from tdmld.train.model import mean_cross_entropy, pixel_values
+from tdmld.train.model import mean_cross_entropy, pixel_values, token_rows
 from tdmld.train.numerics import ATTENTION
 from tdmld.train.spec import Spec
 
@@ -49,11 +49,14 @@ def load_model(directory: Path) -> Any:
     return cast(Any, model).eval()
 
 
-def heldout_starts(first: int, count: int, sequence: int) -> list[int]:
-    """Where the windows begin: adjacent ones, or HELDOUT_WINDOWS of them evenly spread."""
-    windows = (count - 1) // sequence
+def heldout_starts(first: int, count: int, sequence: int, width: int = 1) -> list[int]:
+    """At which bytes the windows begin: adjacent ones, or HELDOUT_WINDOWS of them evenly spread.
+
+    `count` bytes from `first` are held out; tokens have `width` bytes.
+    """
+    windows = (count // width - 1) // sequence
     taken = min(windows, HELDOUT_WINDOWS)
-    return [first + sequence * (number * windows // taken) for number in range(taken)]
+    return [first + width * sequence * (number * windows // taken) for number in range(taken)]
 
 
 def heldout_loss(directory: Path, spec: Spec, data: Tokens) -> float:
@@ -86,14 +89,14 @@ def _answers(
     starts = (
         list(range(spec.train_tokens, spec.data.tokens, spec.record))
         if images
-        else heldout_starts(spec.train_tokens, spec.heldout_tokens, length)
+        else heldout_starts(spec.train_tokens, spec.heldout_tokens, length, spec.data.width)
     )
     if not starts:
         raise ValueError(f"{spec.heldout_tokens} held-out tokens are less than one window")
     model = load_model(directory)
     for at in range(0, len(starts), _BATCH):
-        rows = [list(data.window(start, length + 1)) for start in starts[at : at + _BATCH]]
-        read = torch.tensor(rows, dtype=torch.long)
+        rows = [data.window(start, spec.window_bytes) for start in starts[at : at + _BATCH]]
+        read = token_rows(b"".join(rows), spec)
         with torch.no_grad():
             if images:
                 pixels = pixel_values(read[:, 1:], int(str(spec.config["num_channels"])))

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClas
 from transformers.configuration_utils import PreTrainedConfig
 
 from tdmld.train.errors import SpecError
-from tdmld.train.family import Part
+from tdmld.train.family import Part, number
 from tdmld.train.numerics import ATTENTION, EXPERTS
 from tdmld.train.spec import Spec
 
@@ -222,6 +222,20 @@ def mean_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
     """Mean cross-entropy in nats a label: of (..., classes) logits and (...) labels."""
     flat = logits.reshape(-1, logits.shape[-1])
     return nn.functional.cross_entropy(flat, labels.reshape(-1))
+
+
+_WIDTHS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
+
+
+def vocabulary(spec: Spec) -> int:
+    """Number of tokens that the model knows; for families that read text."""
+    return number(spec.config, "vocab_size")
+
+
+def token_rows(raw: bytes | bytearray, spec: Spec) -> torch.Tensor:
+    """Windows as they lie in the data, one behind another, as int64 (windows, sequence + 1)."""
+    numbers = torch.frombuffer(bytearray(raw), dtype=_WIDTHS[spec.data.width])
+    return numbers.view(-1, spec.data.sequence + 1).to(torch.int64)
 
 
 def pixel_values(raw: torch.Tensor, channels: int) -> torch.Tensor:
