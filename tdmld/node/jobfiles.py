@@ -6,7 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from tdmld.files import sync_directory, write_file
-from tdmld.node.errors import MachineError
 from tdmld.node.layout import Layout, list_file
 from tdmld.train.digest import digest, link_root
 from tdmld.train.errors import FileError
@@ -17,6 +16,8 @@ from tdmld.train.spec import Spec, stage_parameters
 from tdmld.train.statefile import PARTS, part_file, read_manifest
 
 JOB_BYTES = 32
+KEPT_STATES = 2
+"""Newest states of an own slot that are never removed while the job goes on."""
 _STATE_VALUES = 2
 """The lane part has two moments a weight; the shared part one value."""
 
@@ -27,16 +28,11 @@ def state_limit(spec: Spec, stage: int) -> int:
 
 
 def prepare_directory(directory: Path, spec_path: Path, spec: bytes, fresh: bool) -> None:
-    """Make a worker's directory and the job's spec file. With `fresh`, what an attempt that never
-    finished a segment left there goes first. MachineError when segments were finished."""
-    if fresh and directory.exists():
-        if list_file(directory, 0).exists():
-            raise MachineError(
-                f"{directory} has finished segments; a slot cannot be taken up again, its job will"
-                " be refunded"
-            )
-        shutil.rmtree(directory)
-    for name in ("state", "list"):
+    """Make a worker's directory and the job's spec file. With `fresh`, what an earlier attempt left
+    there goes first."""
+    if fresh:
+        remove_tree(directory)
+    for name in ("state", "list", "contribution"):
         (directory / name).mkdir(parents=True, exist_ok=True)
     if not spec_path.exists() or spec_path.read_bytes() != spec:
         write_file(spec_path, spec)
@@ -74,28 +70,38 @@ def boundaries(owner: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
 
 
-def forget_older_states(owner: Path, boundary: int) -> None:
-    """Remove the states before `boundary`, except the last one of them, and what was never brought
-    whole of older ones."""
-    for older in [found for found in boundaries(owner) if found < boundary][:-1]:
-        remove_tree(owner / "state" / str(older))
+def forget_slot(owner: Path, keep_from: int) -> None:
+    """Of an own slot: remove frames of segments < `keep_from`, contributions that no segment from
+    there on needs, and states that only those need, except the newest ones: a worker may have to go
+    on from there."""
+    _forget_files(owner / "ring", keep_from)
+    _forget_files(owner / "contribution", keep_from - 1)
+    _forget_states(owner, keep_from, boundaries(owner)[-KEPT_STATES:])
+
+
+def forget_copies(owner: Path, keep_from: int) -> None:
+    """Of a standby copy: remove states before boundary `keep_from`, contributions that nobody needs
+    to go on from there, and what was never brought whole of older ones."""
+    _forget_states(owner, keep_from, [])
+    _forget_files(owner / "contribution", keep_from - 1)
+
+
+def _forget_states(owner: Path, keep_from: int, kept: Sequence[int]) -> None:
+    for boundary in boundaries(owner):
+        if boundary < keep_from and boundary not in kept:
+            remove_tree(owner / "state" / str(boundary))
     for partial in (owner / "state").glob("*.new"):
-        if partial.stem.isdecimal() and int(partial.stem) <= boundary:
+        if partial.stem.isdecimal() and int(partial.stem) < keep_from:
             remove_tree(partial)
 
 
-def discard_settled(owner: Path, frames_until: int, states_until: int, kept_states: int) -> None:
-    """Remove frames of segments <= `frames_until`, and the states that start segments <=
-    `states_until` except the last `kept_states`."""
-    ring = owner / "ring"
-    if ring.is_dir():
-        for path in ring.iterdir():
+def _forget_files(directory: Path, keep_from: int) -> None:
+    """Remove files that are named after a segment or round < `keep_from`."""
+    if directory.is_dir():
+        for path in directory.iterdir():
             number = path.name.partition(".")[0]
-            if number.isdecimal() and int(number) <= frames_until:
+            if number.isdecimal() and int(number) < keep_from:
                 path.unlink(missing_ok=True)
-    for boundary in boundaries(owner)[:-kept_states]:
-        if boundary <= states_until:
-            remove_tree(owner / "state" / str(boundary))
 
 
 def discard_job(directory: Path) -> None:
@@ -106,8 +112,8 @@ def discard_job(directory: Path) -> None:
         if path.name.startswith(("standby-", "audit", "gathered")):
             remove_tree(path)
         elif path.name.startswith("slot-"):
-            remove_tree(path / "ring")
-            remove_tree(path / "state")
+            for name in ("ring", "state", "contribution"):
+                remove_tree(path / name)
 
 
 def unfinished_jobs(layout: Layout) -> set[bytes]:

@@ -16,10 +16,12 @@ _SAFE = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")
 class Layout:
     """Paths below a data directory. Nothing is created here.
 
-    jobs/<job>/spec.json   slot-<lane>.<stage>/{ring,list,state/<boundary>}
-               standby-<lane>.<stage>/state/<boundary>   audit/<lane>.<stage>.<segment>   result/
+    jobs/<job>/spec.json   result/   audit/<lane>.<stage>.<segment>
+               slot-<lane>.<stage>/{ring,list,state/<boundary>,contribution,incarnation}
+               standby-<lane>.<stage>/{state/<boundary>,contribution}
     content/ab/<hex of 32 bytes>
             sealed/<spec id>/<key epoch>.<key id>/{key,<hex of 32 bytes>}
+            given/<root of a stage's given weights>
     keys/session.key   logs/
     """
 
@@ -71,6 +73,10 @@ class Layout:
         """Scratch directory of an audit."""
         return self.job(job) / "audit" / f"{lane}.{stage}.{segment}"
 
+    def given(self, root: bytes) -> Path:
+        """The weights that a stage begins with, in a job that goes on from given ones."""
+        return self.content / "given" / root.hex()
+
     def result(self, job: bytes) -> Path:
         """The exported model."""
         return self.job(job) / "result"
@@ -82,6 +88,13 @@ class Layout:
             state(self.standby(job, lane, stage), boundary),
         )
 
+    def contributions(self, job: bytes, lane: int, stage: int, number: int) -> list[Path]:
+        """Where the contribution of a slot in a round is here: at that slot, at a sibling that
+        fetched it, or with a standby copy. Blocking."""
+        owners = sorted(self.job(job).glob(f"s*-*.{stage}"))
+        found = [contribution_file(owner, number, lane) for owner in owners]
+        return [path for path in found if path.is_file()]
+
 
 def state(owner: Path, boundary: int) -> Path:
     """The state directory of a slot or standby directory."""
@@ -91,6 +104,11 @@ def state(owner: Path, boundary: int) -> Path:
 def list_file(slot: Path, segment: int) -> Path:
     """A segment's digest list."""
     return slot / "list" / str(segment)
+
+
+def contribution_file(owner: Path, number: int, lane: int) -> Path:
+    """A lane's contribution of round `number`, at the directory of a slot of its stage."""
+    return owner / "contribution" / f"{number}.{lane}"
 
 
 def is_file_name(name: str) -> bool:

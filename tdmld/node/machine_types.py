@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,21 +41,34 @@ class StateRoots(NamedTuple):
 
 @dataclass(frozen=True)
 class GenesisRoots:
-    """What AttestGenesis says of a slot: roots of the drawn state and of the data."""
+    """Roots of the state that a slot begins with, and of the data; what AttestGenesis says when
+    the state is boundary 0."""
 
     shared: bytes
     lane: bytes
     data: bytes
 
 
+class LinkPeer(NamedTuple):
+    """Who is at the other end of a link: its name as seen from here ("up", "down", "lane<k>") and
+    the session (carrier PeerId) of that end's worker."""
+
+    name: str
+    session: str
+
+
 @dataclass(frozen=True)
 class SlotAssignment:
     """One slot that this machine shall work on.
 
-    job         32 bytes; the job id
-    spec        the canonical spec's bytes
-    up, down    session (carrier PeerId) of the neighbours at stage - 1, stage + 1; None at an end
-    members     sessions of everybody who may fetch this job's states and frames from us
+    job          32 bytes; the job id
+    spec         the canonical spec's bytes
+    epoch        of the job: raised by a rollback
+    incarnation  of the slot: raised when another worker takes it
+    links        in the order of `Spec.links(lane, stage)`
+    members      sessions of everybody who may fetch this job's states and frames from us
+    start        boundary to begin at; 0 is drawn, or the given weights, when it is not here
+    roots        that the state at `start` must have; None while boundary 0 is not attested
     """
 
     job: bytes
@@ -62,9 +76,10 @@ class SlotAssignment:
     slot: SlotId
     epoch: int
     incarnation: int
-    up: str | None
-    down: str | None
+    links: tuple[LinkPeer, ...]
     members: frozenset[str]
+    start: int = 0
+    roots: StateRoots | None = None
 
 
 @dataclass(frozen=True)
@@ -85,13 +100,24 @@ class StateSource:
 
 
 @dataclass(frozen=True)
+class ContributionSource:
+    """Where a lane's contribution of a round comes from: its committed id and sessions that hold
+    it, the one that made it first."""
+
+    id: bytes
+    holders: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class AuditTask:
     """Replay of `segment` of `slot`.
 
     start          roots of the state at boundary `segment`
-    links          per link name of the audited slot ("up", "down"): its received frames
+    links          per link name of the audited slot: its received frames
     state_holders  sessions that hold the start state, in the order in which to try them
     data_holders   sessions that hold the data shards (only asked for what is not here)
+    included       lanes mode `diloco`: lanes of round `segment` - 1 that entered this segment
+    contributions  of that round, by lane: those included and the slot's own (none in segment 0)
     """
 
     job: bytes
@@ -102,6 +128,8 @@ class AuditTask:
     links: Mapping[str, LinkSource]
     state_holders: tuple[str, ...]
     data_holders: tuple[str, ...] = ()
+    included: tuple[int, ...] = ()
+    contributions: Mapping[int, ContributionSource] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,20 +178,53 @@ class SlotFinished:
     slot: SlotId
 
 
+class FailureCause(StrEnum):
+    """Why a slot stopped, for whoever decides whether to open it again."""
+
+    DIED = "died"
+    """The worker process ended by itself; opening it again may help."""
+    KILLED = "killed"
+    """A signal ended it, and not for want of memory as far as one can see."""
+    OUT_OF_MEMORY = "out_of_memory"
+    DISK_FULL = "disk_full"
+    REFUSED = "refused"
+    """The program refuses what it was given (a state, a frame, the text, a value that is not
+    finite): the same again will end the same way."""
+    DEVICE = "device"
+    """The accelerator is lost or broken."""
+    CARRIER = "carrier"
+    """The carrier process ended; it is being restarted."""
+    LINK = "link"
+    """What crossed a link contradicts what is on disk here or there."""
+
+
 @dataclass(frozen=True)
 class SlotFailed:
-    """The slot stopped and will not go on: `reason` says why, in words for the user. Everything
-    that it had on disk is kept and still served."""
+    """The slot stopped and will not go on by itself: `reason` says why, in words for the user.
+    Everything that it had on disk is kept; `open_slot` takes it up again (`resume_point`)."""
 
     job: bytes
     slot: SlotId
     reason: str
+    cause: FailureCause
+
+
+@dataclass(frozen=True)
+class LinkWaits:
+    """A worker has waited `seconds` for frame `seq` of a link, and waits on. Said again from time
+    to time while it does; a StepDone later than the last one says that the wait is over."""
+
+    job: bytes
+    slot: SlotId
+    link: str
+    seq: int
+    seconds: float
 
 
 @dataclass(frozen=True)
 class CarrierDown:
     """The carrier process ended. Requests fail with CarrierUnavailable until CarrierUp; every open
-    slot is reported SlotFailed right after this event."""
+    slot is reported SlotFailed (cause CARRIER) right after this event."""
 
     reason: str
 
@@ -175,4 +236,4 @@ class CarrierUp:
     addresses: tuple[str, ...]
 
 
-Event = StepDone | SegmentDone | SlotFinished | SlotFailed | CarrierDown | CarrierUp
+Event = StepDone | SegmentDone | SlotFinished | SlotFailed | LinkWaits | CarrierDown | CarrierUp
