@@ -19,6 +19,8 @@ PublicKey = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Signature = Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
 NATURAL_MAX = 2**63 - 1
 """A record with a greater number could be written and never be read again."""
+Maybe32 = Annotated[bytes, msgspec.Meta(max_length=32)]
+"""32 bytes, or none where the thing is not known, or not there."""
 Natural = Annotated[int, msgspec.Meta(ge=0, le=NATURAL_MAX)]
 """Heights, views, counts, indices."""
 Amount = Annotated[int, msgspec.Meta(ge=0, le=NATURAL_MAX)]

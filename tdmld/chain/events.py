@@ -82,6 +82,22 @@ class SegmentSettled(Record, frozen=True, tag="segment_settled"):
     segment: int
 
 
+class StatesDiffer(Record, frozen=True, tag="states_differ"):
+    """Lanes disagree about the shared state of `stage` after `segment`: all are audited."""
+
+    job: bytes
+    stage: int
+    segment: int
+
+
+class RoundDecided(Record, frozen=True, tag="round_decided"):
+    """The contributions of these lanes go into the next segment of every lane."""
+
+    job: bytes
+    round: int
+    included: tuple[int, ...]
+
+
 class ProofKeyKnown(Record, frozen=True, tag="proof_key_known"):
     """The standby and then the worker must prove the state after `segment` with `key`."""
 
@@ -138,6 +154,91 @@ class Unaudited(Record, frozen=True, tag="unaudited"):
     reason: str
 
 
+class SlotVacated(Record, frozen=True, tag="slot_vacated"):
+    """`node` lost the slot, or did not take it when it was asked (`cause`: records.Cause).
+    `incarnation`: the one that begins."""
+
+    job: bytes
+    slot: int
+    node: bytes
+    cause: str
+    epoch: int
+    incarnation: int
+
+
+class SlotAsked(Record, frozen=True, tag="slot_asked"):
+    """`node` is asked to take a vacant slot: it must accept or decline."""
+
+    job: bytes
+    slot: int
+    node: bytes
+    incarnation: int
+
+
+class SlotTaken(Record, frozen=True, tag="slot_taken"):
+    """`node` works in the slot from now on; it begins at the boundary `held`."""
+
+    job: bytes
+    slot: int
+    node: bytes
+    incarnation: int
+    held: int
+
+
+class StandbyVacated(Record, frozen=True, tag="standby_vacated"):
+    """The standby's place is empty. It took a slot (`cause` moved), or lost the place."""
+
+    job: bytes
+    node: bytes
+    cause: str
+
+
+class StandbyAsked(Record, frozen=True, tag="standby_asked"):
+    job: bytes
+    node: bytes
+    turn: int
+
+
+class StandbyTaken(Record, frozen=True, tag="standby_taken"):
+    job: bytes
+    node: bytes
+
+
+class JobRolledBack(Record, frozen=True, tag="job_rolled_back"):
+    """`epoch` begins: every slot goes on from `boundary`."""
+
+    job: bytes
+    epoch: int
+    boundary: int
+
+
+class LaneLost(Record, frozen=True, tag="lane_lost"):
+    """Nobody is left to take a slot of the lane: the job goes on without it."""
+
+    job: bytes
+    lane: int
+
+
+class CaseOpened(Record, frozen=True, tag="case_opened"):
+    """`accuser` waits in vain for frame `seq` on its link `link`, whose other end is `slot`."""
+
+    job: bytes
+    slot: int
+    accuser: int
+    link: str
+    seq: int
+
+
+class CaseClosed(Record, frozen=True, tag="case_closed"):
+    """`slot` is accused no more. Not delivered: it was vacated."""
+
+    job: bytes
+    slot: int
+    accuser: int
+    delivered: bool
+    reason: str
+
+
 class Paid(Record, frozen=True, tag="paid"):
     job: bytes
     owner: bytes
@@ -182,6 +283,8 @@ Event = (
     | SegmentCommitted
     | SegmentLinked
     | SegmentSettled
+    | StatesDiffer
+    | RoundDecided
     | ProofKeyKnown
     | ProofChecked
     | AuditDrawn
@@ -189,6 +292,16 @@ Event = (
     | AuditPassed
     | AuditMismatch
     | Unaudited
+    | SlotVacated
+    | SlotAsked
+    | SlotTaken
+    | StandbyVacated
+    | StandbyAsked
+    | StandbyTaken
+    | JobRolledBack
+    | LaneLost
+    | CaseOpened
+    | CaseClosed
     | Paid
     | Slashed
     | Jailed

@@ -73,6 +73,10 @@ class Parameters(Record, frozen=True):
     reveal_window: _Count = 12
     settle_window: _Count = 8
     result_window: _Count = 2000
+    late_lane_percent: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 50
+    """How long a round waits for lanes that are late, in parts of the last rounds' duration."""
+    answer_window: _Count = 20
+    """To say that one is there, when accused of a stall, and for the witness's word after that."""
     audit_redraws: Annotated[int, msgspec.Meta(ge=0, le=100)] = 3
     offer_deposit: _Money = 10000
     dial_receipts: Annotated[int, msgspec.Meta(ge=0, le=RECEIPTS)] = 0

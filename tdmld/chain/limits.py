@@ -14,7 +14,11 @@ MISSING_BYTES = 128
 """What an AuditFail says was missing."""
 
 STAGES = 64
-LANES = 64
+LANES = 16
+"""Lanes of a job: in lane mode sync each slot has a link to all others of its stage."""
+LINKS = LANES + 1
+"""Links of a slot: up, down, and one to each other lane."""
+LANE_WEIGHT = 64
 SLOTS = 256
 """Slots of a job: bounds matching, refund and closing, which look at each of them."""
 UNSETTLED = 64
@@ -54,6 +58,23 @@ whose carrier was started again is soon reached by auditors."""
 
 RECEIPTS = 8
 """Dial receipts in an ask: each costs a signature check, and asks are free."""
+
+INCARNATIONS = 20
+"""Incarnations of a slot: vacancies, and nodes that were asked to fill them. Each may cost
+`unsettled` segments once more, which the fees that an offer locks cover."""
+ROLLBACKS = 8
+"""Rollbacks of a job, each of which may cost every slot `unsettled` segments once more."""
+STANDBY_TURNS = 32
+"""Times that the standby's place is filled anew."""
+STALLS = 32
+"""Accusations that one slot may make in a job."""
+STALLS_OF_PAIR = 3
+"""The accusation by one neighbour, all found untrue, that separates the pair."""
+UNPROVEN_COPIES = 2
+"""Copies on end that were not proven: their standby, or the worker that did not confirm them, is
+replaced."""
+LINK_NAME = 8
+"""Name of a link, in code points."""
 
 STANDBY_SLOT = 0xFFFF_FFFF
 """The `slot` of an Accept or Decline by the job's standby."""

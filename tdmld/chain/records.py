@@ -6,15 +6,8 @@ Keys are raw 32-byte public keys; the empty bytes mean "nobody yet" or "not know
 """
 
 from enum import StrEnum
-from typing import Annotated
-
-import msgspec
-
-from tdmld.chain.codec import Amount, Hash, Natural, PublicKey, Record
-from tdmld.chain.transactions import LinkRoots, Stage
-
-Maybe32 = Annotated[bytes, msgspec.Meta(max_length=32)]
-"""32 bytes, or none where the thing is not known yet."""
+from tdmld.chain.codec import Amount, Hash, Maybe32, Natural, PublicKey, Record
+from tdmld.chain.transactions import LaneMode, LinkRoots, Stage
 
 
 class Account(Record, frozen=True):
@@ -159,6 +152,10 @@ class JobStatus(StrEnum):
 FINAL = frozenset({JobStatus.CLOSED, JobStatus.REFUNDED, JobStatus.EXPIRED})
 
 
+SPLIT = "split"
+"""The privacy mode in which the source works in slot 0 itself."""
+
+
 class CloseReason(StrEnum):
     """Why a job is over."""
 
@@ -171,6 +168,23 @@ class CloseReason(StrEnum):
     MISMATCH = "mismatch"  # link roots or list roots differ
     FAULT = "fault"  # somebody stopped working
     DEADLINE = "deadline"
+
+
+class Cause(StrEnum):
+    """Why a place of a job became vacant (records.Former, events.SlotVacated). `counted_as` in
+    replacement.py says which of them are faults."""
+
+    ABSENT = "absent"  # accused of a stall, it did not say that it is there
+    UNDELIVERED = "undelivered"  # the witness did not get the frame from it
+    SEPARATED = "separated"  # it delivers to the witness, but too often not to its neighbour
+    STALL = "stall"  # it was behind for a whole segment window
+    LEFT = "left"  # it gave the place up itself
+    MISMATCH = "mismatch"  # an audit found another list than it committed to
+    UNOPENED = "unopened"  # it did not open its seal
+    UNPROVEN = "unproven"  # its copies, or those it should have confirmed, were not proven
+    UNANSWERED = "unanswered"  # asked to take the place, it did not answer
+    DECLINED = "declined"  # asked to take the place, it gave it back
+    MOVED = "moved"  # the standby, which took a slot
 
 
 class Member(Record, frozen=True):
@@ -198,6 +212,9 @@ class Job(Record, frozen=True):
     spec_bytes: Natural
     stages: tuple[Stage, ...]
     lanes: Natural
+    ring: bool
+    lane_mode: LaneMode
+    lane_weights: tuple[Natural, ...]
     rounds: Natural
     segment_steps: Natural
     unsettled: Natural
@@ -237,6 +254,15 @@ class Job(Record, frozen=True):
     """The result id once two holders agree."""
     previous_closed: Maybe32 = b""
     """The job that was closed before this one: newest first list of final jobs."""
+    excluded: tuple[bytes, ...] = ()
+    """Owners that lost a place in this job, sorted: none of their nodes gets another."""
+    standby_turn: Natural = 0
+    """The `attempt` of the standby's Accept and Decline: it grows with each vacancy of its place
+    and each node that is asked. At the matching it is `attempt`."""
+    repaired: Natural = 0
+    """Height of the last vacancy, rollback or acceptance of a place; 0 where there was none."""
+    lost_lanes: tuple[Natural, ...] = ()
+    """Lanes that could not be staffed any more, ascending: the job goes on without them."""
 
     @property
     def slots(self) -> int:
@@ -251,11 +277,34 @@ class Job(Record, frozen=True):
     def final(self) -> bool:
         return self.status in FINAL
 
+    @property
+    def living(self) -> tuple[int, ...]:
+        """The slots of the lanes that are not lost, ascending."""
+        return tuple(
+            slot for slot in range(self.slots) if self.lane_of(slot) not in self.lost_lanes
+        )
+
     def stage_of(self, slot: int) -> int:
         return slot % len(self.stages)
 
     def lane_of(self, slot: int) -> int:
         return slot // len(self.stages)
+
+    def slot_at(self, lane: int, stage: int) -> int:
+        return lane * len(self.stages) + stage
+
+    def weight_of(self, slot: int) -> int:
+        """How many times the micro-batches of a lane of weight 1 pass the slot: prices follow."""
+        return self.lane_weights[self.lane_of(slot)]
+
+    def is_own(self, slot: int) -> bool:
+        """Whether the source works in the slot itself, for a text that it shows to nobody: not
+        paid, not audited, not copied, and attested by itself alone."""
+        return self.privacy == SPLIT and slot == 0
+
+    def contributes(self, segment: int) -> bool:
+        """Whether a segment with this index makes a contribution: all but the closing one."""
+        return self.lane_mode is LaneMode.DILOCO and segment + 1 < self.rounds
 
 
 class GenesisRoots(Record, frozen=True):
@@ -267,11 +316,40 @@ class GenesisRoots(Record, frozen=True):
     data: Hash
 
 
+class Former(Record, frozen=True):
+    """Who had a slot before, and lost it at `height` with `settled` segments settled. One that was
+    only asked has the cause `unanswered` or `declined`."""
+
+    node: PublicKey
+    owner: PublicKey
+    cause: Cause
+    epoch: Natural
+    incarnation: Natural
+    settled: Natural
+    height: Natural
+
+
+class Case(Record, frozen=True):
+    """An open accusation of a slot: `accuser` (a slot) waits for frame `seq` on its link `link`.
+    Until `until` the accused must say that it is there (`present`), then the standby must say
+    whether it got that frame."""
+
+    accuser: Natural
+    link: str
+    seq: Natural
+    opened: Natural
+    until: Natural
+    present: bool = False
+
+
 class SlotState(Record, frozen=True):
-    """One slot of a matched job."""
+    """One slot of a matched job. While a place is vacant `worker` is whom the chain asked last: it
+    has not accepted (no session)."""
 
     worker: Member
     incarnation: Natural = 0
+    """Grows with each vacancy and each node that is asked; at the matching it is Job.attempt. It is
+    the `attempt` of the answers to the chain's asking, and stands in what the worker sends."""
     attested: tuple[GenesisRoots, ...] = ()
     genesis: GenesisRoots | None = None
     """The worker's, once the standby's are equal: the start of segment 0."""
@@ -280,6 +358,23 @@ class SlotState(Record, frozen=True):
     settled: Natural = 0
     """Index of the next segment to settle."""
     last_commit: Natural = 0
+    held: Natural = 0
+    """The newest settled boundary whose copy was proven equal, where a replacement begins; while
+    the job has no standby, the same as `settled`."""
+    since: Natural = 0
+    """Height at which the present worker took the slot; 0 until it accepted."""
+    unproven: Natural = 0
+    """Copies on end that were due and settled without being proven equal."""
+    barred: Maybe32 = b""
+    """The owner that accused the last worker: it does not get the slot."""
+    case: Case | None = None
+    """The accusation that is open against this slot."""
+    stalls: Natural = 0
+    """Cases that this slot's workers have opened; at most limits.STALLS."""
+    delivered: tuple[Natural, ...] = ()
+    """Accusers, a slot for each time, to whom the witness found this worker to deliver."""
+    former: tuple[Former, ...] = ()
+    """Who had the slot before, the first one first."""
 
 
 class SegmentStatus(StrEnum):
@@ -325,7 +420,10 @@ class Segment(Record, frozen=True):
     links: tuple[LinkRoots, ...]
     seal: Hash
     loss: Natural | None
+    contribution: Maybe32
     committed: Natural
+    forced: bool = False
+    """Lanes disagree about the shared state after it: it is audited for certain."""
     status: SegmentStatus = SegmentStatus.COMMITTED
     linked: Natural = 0
     note: str = ""
@@ -337,6 +435,21 @@ class Segment(Record, frozen=True):
     worker_hash: Maybe32 = b""
     settled: Natural = 0
     """Height of its payment; 0 while it is unsettled."""
+
+
+class Round(Record, frozen=True):
+    """The contributions that the segments of one index made, in a job of lane mode diloco."""
+
+    attested: tuple[Natural, ...]
+    """By slot: the lanes whose contributions to its stage its worker holds, lane k as bit k."""
+    ready: tuple[Natural, ...]
+    """By lane: the height at which all its contributions were committed and held; 0 before."""
+    decided: Natural = 0
+    """Height at which it was decided who is in; 0 before."""
+    included: tuple[Natural, ...] = ()
+    """The lanes that are in, ascending, once it is decided."""
+    contributions: tuple[bytes, ...] = ()
+    """By slot: the id of its contribution, once it is decided; no bytes where its lane is out."""
 
 
 class AuditStatus(StrEnum):
@@ -419,7 +532,11 @@ class Timer(StrEnum):
     DRAW = "draw"
     AUDIT = "audit"
     SETTLE = "settle"
+    ROUND = "round"
     RESULT = "result"
+    REPLACE = "replace"  # a node was asked to take a vacant slot
+    STANDBY = "standby"  # the standby's place is vacant, or a node was asked to take it
+    CASE = "case"  # the present step of an accusation is over
 
 
 class Due(Record, frozen=True):

@@ -117,6 +117,7 @@ def commit(run: Execution, node: bytes, sworn: Commit) -> None:
         links=sworn.links,
         seal=sworn.seal,
         loss=sworn.loss,
+        contribution=sworn.contribution,
         committed=run.height,
         proof=ProofStatus.WAITING if needs_copy else ProofStatus.NONE,
         proof_until=key_at + run.parameters.standby_window if needs_copy else 0,

@@ -17,6 +17,7 @@ Keys: one letter, then fixed-width fields (integers big-endian):
     b owner            Unbondings     v epoch              ValidatorSet   L             Head
     w owner            Nominee        e epoch              EpochStart
     m epoch                Absences   x owner node epoch   Offence      T             At
+    r job round            Round
 """
 
 from bisect import bisect_left
@@ -41,6 +42,7 @@ from tdmld.chain.records import (
     Node,
     Nominee,
     Offence,
+    Round,
     Segment,
     SlotState,
     StandingAsk,
@@ -295,6 +297,13 @@ class State:
 
     def put_segment(self, job: bytes, slot: int, segment: int, record: Segment) -> None:
         self.write(b"g" + job + u32(slot) + u64(segment), record)
+
+    def round(self, job: bytes, number: int) -> Round | None:
+        """The contributions of a round, from the first attestation or readiness on."""
+        return self.read(Round, b"r" + job + u64(number))
+
+    def put_round(self, job: bytes, number: int, record: Round | None) -> None:
+        self.write(b"r" + job + u64(number), record)
 
     def audit(self, job: bytes, slot: int, segment: int) -> Audit | None:
         return self.read(Audit, b"u" + job + u32(slot) + u64(segment))

@@ -16,13 +16,24 @@ of an Offer is the id of its job. There are three families:
 `expiry` is the last height at which the transaction may stand in a block; 0 means none.
 """
 
+from enum import StrEnum
 from typing import Annotated
 
 import msgspec
 
 from tdmld.chain import limits
 from tdmld.chain.blocks import Header, Kind
-from tdmld.chain.codec import Amount, Hash, Natural, PublicKey, Record, Signature, decode, encode
+from tdmld.chain.codec import (
+    Amount,
+    Hash,
+    Maybe32,
+    Natural,
+    PublicKey,
+    Record,
+    Signature,
+    decode,
+    encode,
+)
 from tdmld.chain.crypto import KeyPair, sha256, verify
 from tdmld.chain.errors import DecodeError, InvalidTransaction
 
@@ -42,10 +53,20 @@ class Stage(Record, frozen=True):
     memory: Natural
 
 
-class LinkRoots(Record, frozen=True):
-    """Merkle roots (BLAKE3) of the frames that crossed one link in one segment, by direction."""
+class LaneMode(StrEnum):
+    """How the lanes of a job come to one model."""
 
-    link: Annotated[str, msgspec.Meta(max_length=8)]  # "up" (to stage - 1) or "down" (to stage + 1)
+    SINGLE = "single"  # there is one lane
+    SYNC = "sync"  # gradients are averaged at every step: same stages of all lanes have links
+    DILOCO = "diloco"  # each segment makes a contribution, and the next one begins with them
+
+
+class LinkRoots(Record, frozen=True):
+    """Merkle roots (BLAKE3) of the frames that crossed one link in one segment, by direction.
+
+    `link`: "up" (to stage - 1), "down" (to stage + 1), or "lane<k>" (same stage of lane k)."""
+
+    link: Annotated[str, msgspec.Meta(max_length=8)]
     sent: Hash
     received: Hash
 
@@ -143,7 +164,10 @@ class Offer(Record, frozen=True, tag="offer"):
     `tokens`: tokens that pass one slot in one segment. `class_id`: one class, or "any": the chain
     picks the cheapest class that can fill every slot. `slot_price_max`, `standby_price`: units per
     slot and segment. `audit_rate`: parts per million. `deadline`: height. `source`: node whose
-    carrier (`session`) serves the data; neither it nor any node of its owner is matched.
+    carrier (`session`) serves the data; neither it nor any node of its owner is matched, but for
+    the privacy mode "split", in which it works in slot 0 for nothing. `ring`: the last stage is
+    linked to the first. `lane_weights`: micro-batches of each lane, as multiples; `tokens` and the
+    prices are those of a lane of weight 1.
     """
 
     spec_id: Hash
@@ -165,6 +189,11 @@ class Offer(Record, frozen=True, tag="offer"):
     deadline: Natural
     source: PublicKey
     session: PublicKey
+    ring: bool = False
+    lane_mode: LaneMode = LaneMode.SINGLE
+    lane_weights: Annotated[
+        tuple[Natural, ...], msgspec.Meta(min_length=1, max_length=limits.LANES)
+    ] = (1,)
 
 
 class Fetched(Record, frozen=True, tag="fetched"):
@@ -204,8 +233,9 @@ class AttestGenesis(Record, frozen=True, tag="attest_genesis"):
 class Commit(Record, frozen=True, tag="commit"):
     """A worker's commitment to one finished segment (ANNEX A6).
 
-    `links`: "up" then "down", those that the slot has. `seal` = BLAKE3(salt ‖ steps root).
-    `loss`: mean over the segment in micro-nats, of the slot that has the head; else None.
+    `links`: "up", "down", "lane<k>" by ascending k, those that the slot has. `seal` = BLAKE3(salt ‖
+    steps root). `loss`: mean over the segment in micro-nats, of the slot that has the head; else
+    None. `contribution`: the id of what the segment gives to the next round (`Job.contributes`).
     """
 
     job: Hash
@@ -217,9 +247,22 @@ class Commit(Record, frozen=True, tag="commit"):
     start_lane: Hash
     end_shared: Hash
     end_lane: Hash
-    links: Annotated[tuple[LinkRoots, ...], msgspec.Meta(max_length=2)]
+    links: Annotated[tuple[LinkRoots, ...], msgspec.Meta(max_length=limits.LINKS)]
     seal: Hash
     loss: Natural | None = None
+    contribution: Maybe32 = b""
+
+
+class AttestContributions(Record, frozen=True, tag="attest_contributions"):
+    """The worker of `slot` holds what these other lanes' workers of its stage contributed in
+    `round`: their Commits of that segment name the ids. `lanes` ascend; once more may be said
+    later, again with those that were said before."""
+
+    job: Hash
+    epoch: Natural
+    slot: Natural
+    round: Natural
+    lanes: Annotated[tuple[Natural, ...], msgspec.Meta(min_length=1, max_length=limits.LANES)]
 
 
 class StandbyProof(Record, frozen=True, tag="standby_proof"):
@@ -283,6 +326,61 @@ class AttestResult(Record, frozen=True, tag="attest_result"):
     result: Hash
 
 
+class LeaveReason(StrEnum):
+    """What a worker says when it gives its slot up."""
+
+    DEVICE = "device"  # the device is lost
+    DISK = "disk"  # the disk is full
+    MEMORY = "memory"  # out of memory
+    STOPPED = "stopped"  # it cannot go on: the worker ends again and again, or its owner stops it
+
+
+class Leave(Record, frozen=True, tag="leave"):
+    """The worker gives its slot up."""
+
+    job: Hash
+    epoch: Natural
+    slot: Natural
+    incarnation: Natural
+    reason: LeaveReason
+
+
+class Stall(Record, frozen=True, tag="stall"):
+    """The worker of `slot` waits in vain for frame `seq` on its link `link`. `number`: the slot's
+    SlotState.stalls, so that nobody can say it again for it."""
+
+    job: Hash
+    epoch: Natural
+    slot: Natural
+    incarnation: Natural
+    number: Natural
+    link: Annotated[str, msgspec.Meta(max_length=limits.LINK_NAME)]
+    seq: Natural
+
+
+class Present(Record, frozen=True, tag="present"):
+    """The worker of an accused slot is there, and serves its frames. `opened`: Case.opened of the
+    case against it (SlotState.case)."""
+
+    job: Hash
+    epoch: Natural
+    slot: Natural
+    incarnation: Natural
+    opened: Natural
+
+
+class Witness(Record, frozen=True, tag="witness"):
+    """The standby tried to fetch the frame of the case against `slot` from its worker.
+    `incarnation`: of the accused slot; `opened`: Case.opened, so that it speaks of this case."""
+
+    job: Hash
+    epoch: Natural
+    slot: Natural
+    incarnation: Natural
+    opened: Natural
+    delivered: bool
+
+
 class Sworn(Record, frozen=True):
     """A vote as its signer made it; `kind` as in blocks.Kind."""
 
@@ -317,12 +415,17 @@ JobPayload = (
     | Decline
     | AttestGenesis
     | Commit
+    | AttestContributions
     | StandbyProof
     | AuditCommit
     | Open
     | AuditOpen
     | AuditFail
     | AttestResult
+    | Leave
+    | Stall
+    | Present
+    | Witness
 )
 Payload = OwnerPayload | Ask | Return | JobPayload | Evidence
 
