@@ -8,14 +8,16 @@ struct). Payloads lie in one memory file, cut into places, each as large as its 
 
     server -> worker   Arrived(link, seq, place, length)   a frame lies in an incoming place
                        Free(place)                         an outgoing place may be used again
-                       Granted(until)                      segments < until may run
+                       Granted(until, included)            segments < until may run; lanes whose
+                                                           contributions enter segment until - 1
                        End()                               finish after the running operation
     worker -> server   Sent(link, seq, place, length)      a frame lies in an outgoing place
                        Free(place)                         an incoming place may be used again
                        Genesis(shared, lane, data)         the state where it begins is on disk
                        Step(...)                           an optimizer step is done
                        Segment(segment)                    list and state after it are on disk
-                       Failure(text)                       the worker's last words
+                       Waits(link, seq, seconds)           it has waited so long for a frame
+                       Failure(text, cause)                the worker's last words
 
 1F1B itself bounds how many frames are under way: between stages there are never more than `stages`
 + 1 frames that arrived and were not released, and the spec gives such links more places than that.
@@ -27,6 +29,7 @@ import mmap
 import os
 import socket
 import struct
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +47,10 @@ LINKS = ("up", "down", *(f"lane{lane}" for lane in range(MAX_LANES)))
 _NUMBER_OF = {link: number for number, link in enumerate(LINKS)}
 _ALIGN = 4096
 MAX_FAILURE_TEXT = 200
+MAX_CAUSE = 32
+WAITS_SECONDS = 10.0
+"""A worker that waits for a frame says so each time that this went by."""
+_TIMEVAL = struct.Struct("@ll")
 
 
 @dataclass(frozen=True)
@@ -75,9 +82,11 @@ class Free:
 
 @dataclass(frozen=True)
 class Granted:
-    """Segments < until may run."""
+    """Segments < until may run; `included` are lanes, ascending: their contributions to the round
+    before enter segment until - 1."""
 
     until: int
+    included: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,18 +124,32 @@ class Segment:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why the worker ends."""
+    """Why the worker ends; `cause` is one word for it (machine_types.FailureCause) or nothing."""
 
     text: str
+    cause: str = ""
 
 
-Packet = Arrived | Sent | Free | Granted | End | Genesis | Step | Segment | Failure
+@dataclass(frozen=True)
+class Waits:
+    """The worker has waited for this frame for so long."""
+
+    link: str
+    seq: int
+    seconds: float
+
+
+Packet = Arrived | Sent | Free | Granted | End | Genesis | Step | Segment | Failure | Waits
 
 _FRAME = struct.Struct("<BBQII")
 _NUMBER = struct.Struct("<BI")
 _STEP = struct.Struct("<BQ?5d")
 _ROOTS = struct.Struct("<B32s32s32s")
-_ARRIVED, _SENT, _FREE, _GRANTED, _END, _GENESIS, _STEP_KIND, _SEGMENT, _FAILURE = range(1, 10)
+_GRANT = struct.Struct("<BIH")
+_WAIT = struct.Struct("<BBQd")
+_ARRIVED, _SENT, _FREE, _GRANTED, _END, _GENESIS, _STEP_KIND, _SEGMENT, _FAILURE, _WAITS = range(
+    1, 11
+)
 
 
 def encode_packet(packet: Packet) -> bytes:
@@ -138,8 +161,8 @@ def encode_packet(packet: Packet) -> bytes:
             return _FRAME.pack(_SENT, _NUMBER_OF[link], seq, place, length)
         case Free(place):
             return _NUMBER.pack(_FREE, place)
-        case Granted(until):
-            return _NUMBER.pack(_GRANTED, until)
+        case Granted(until, included):
+            return _GRANT.pack(_GRANTED, until, sum(1 << lane for lane in included))
         case End():
             return bytes([_END])
         case Genesis(shared, lane, data):
@@ -151,9 +174,12 @@ def encode_packet(packet: Packet) -> bytes:
             )
         case Segment(segment):
             return _NUMBER.pack(_SEGMENT, segment)
-        case Failure(text):
+        case Waits(link, seq, seconds):
+            return _WAIT.pack(_WAITS, _NUMBER_OF[link], seq, seconds)
+        case Failure(text, cause):
+            short = cause.encode("ascii", "replace")[:MAX_CAUSE]
             cut = text.encode("utf-8", "replace")[:MAX_FAILURE_TEXT].decode("utf-8", "ignore")
-            return bytes([_FAILURE]) + cut.encode()
+            return bytes([_FAILURE, len(short)]) + short + cut.encode()
 
 
 def decode_packet(raw: bytes) -> Packet:
@@ -166,11 +192,12 @@ def decode_packet(raw: bytes) -> Packet:
             _, link, seq, place, length = _FRAME.unpack(raw)
             make = Arrived if kind == _ARRIVED else Sent
             return make(LINKS[link], seq, place, length)
-        if kind in (_FREE, _GRANTED, _SEGMENT):
+        if kind in (_FREE, _SEGMENT):
             _, number = _NUMBER.unpack(raw)
-            if kind == _FREE:
-                return Free(number)
-            return Granted(number) if kind == _GRANTED else Segment(number)
+            return Free(number) if kind == _FREE else Segment(number)
+        if kind == _GRANTED:
+            _, until, mask = _GRANT.unpack(raw)
+            return Granted(until, tuple(n for n in range(MAX_LANES) if mask >> n & 1))
         if kind == _END and len(raw) == 1:
             return End()
         if kind == _GENESIS:
@@ -178,8 +205,12 @@ def decode_packet(raw: bytes) -> Packet:
         if kind == _STEP_KIND:
             _, step, known, loss, *rest = _STEP.unpack(raw)
             return Step(step, loss if known else None, *rest)
-        if kind == _FAILURE:
-            return Failure(raw[1:].decode("utf-8"))
+        if kind == _WAITS:
+            _, link, seq, seconds = _WAIT.unpack(raw)
+            return Waits(LINKS[link], seq, seconds)
+        if kind == _FAILURE and len(raw) >= 2 + raw[1] and raw[1] <= MAX_CAUSE:
+            border = 2 + raw[1]
+            return Failure(raw[border:].decode("utf-8"), raw[2:border].decode("ascii"))
     except (struct.error, IndexError, UnicodeDecodeError) as error:
         raise ControlError(f"malformed packet of kind {kind}: {error}") from error
     raise ControlError(f"unknown packet kind {kind}")
@@ -262,15 +293,17 @@ def _stride(frame_bytes: int) -> int:
 class WorkerChannel:
     """The worker's end: `receive`, `release`, `send` for the runner, reports for the server.
 
-    Blocking, single-threaded. `receive` waits for the frame; `send` waits only while every
-    outgoing place of the link is taken. Both raise ControlError when the server is gone and
-    `Ended` when it said so.
+    Blocking, single-threaded. `receive` waits for the frame, and says so when it takes long; `send`
+    waits only while every outgoing place of the link is taken. Both raise ControlError when the
+    server is gone and `Ended` when it said so.
     """
 
     class Ended(Exception):
         """The server wants this worker to end; not an error."""
 
     def __init__(self, end: socket.socket, memory: FrameMemory | None) -> None:
+        # Not settimeout: that costs a poll beside each recv, and would hold for sending as well.
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(int(WAITS_SECONDS), 0))
         self._socket = end
         self._memory = memory
         self._arrived: dict[tuple[str, int], tuple[int, int]] = {}
@@ -278,6 +311,7 @@ class WorkerChannel:
         self._free: dict[str, deque[int]] = {}
         self._link_of: dict[int, str] = {}
         self._granted = 0
+        self._included: dict[int, tuple[int, ...]] = {}
         for link in memory.links if memory else ():
             self._free[link] = deque(memory.outgoing(link))  # type: ignore[union-attr]
             for place in self._free[link]:
@@ -290,10 +324,11 @@ class WorkerChannel:
         except OSError as error:
             raise ControlError(f"the serving process is gone: {error}") from error
 
-    def wait_for_grant(self, segment: int) -> None:
-        """Return when `segment` may run."""
+    def wait_for_grant(self, segment: int) -> tuple[int, ...]:
+        """Return when `segment` may run, with the lanes whose contributions enter it."""
         while self._granted <= segment:
             self._pump()
+        return self._included.pop(segment, ())
 
     def wait_for_end(self) -> None:
         """Serve packets until the server ends this worker; returns then."""
@@ -306,8 +341,8 @@ class WorkerChannel:
     def receive(self, link: str, seq: int) -> memoryview:
         """Frame `seq` of `link`, in place: valid until `release(link, seq)`."""
         key = (link, seq)
-        while key not in self._arrived:
-            self._pump()
+        if key not in self._arrived:
+            self._wait_for(key)
         place, length = self._arrived.pop(key)
         self._taken[key] = place
         assert self._memory is not None
@@ -328,9 +363,21 @@ class WorkerChannel:
         self._memory.view(place, length)[:] = memoryview(payload).cast("B")
         self.report(Sent(link, seq, place, length))
 
+    def _wait_for(self, key: tuple[str, int]) -> None:
+        began = said = time.monotonic()
+        while key not in self._arrived:
+            self._pump()
+            now = time.monotonic()
+            if now - said >= WAITS_SECONDS:
+                said = now
+                self.report(Waits(*key, now - began))
+
     def _pump(self) -> None:
+        """Take one packet, or return after WAITS_SECONDS without any."""
         try:
             raw = self._socket.recv(PACKET_BYTES)
+        except BlockingIOError:
+            return
         except ConnectionError as error:
             raise ControlError(f"the serving process is gone: {error}") from error
         if not raw:
@@ -344,8 +391,10 @@ class WorkerChannel:
                 if place not in self._link_of:
                     raise ControlError(f"place {place} is not an outgoing one")
                 self._free[self._link_of[place]].append(place)
-            case Granted(until):
+            case Granted(until, included):
                 self._granted = max(self._granted, until)
+                if included:
+                    self._included[until - 1] = included
             case End():
                 raise self.Ended
             case other:

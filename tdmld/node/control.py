@@ -34,13 +34,15 @@ MAX_RELAYED = 1800
 """Keys of nodes and sessions that a carrier relays for; they fill a message."""
 MAX_HOLDERS = 16
 MAX_TEXT = 2000
+MAX_CAUSE = 32
 MAX_SHARDS = 1024
-MAX_LINKS = 17
-"""Of a slot: up, down, and one to each of 15 sibling lanes."""
+MAX_LANES = 16
+MAX_LINKS = 2 + MAX_LANES - 1
+"""Of a slot: up, down, and one to each sibling lane."""
 MAX_FRAME_BYTES = 64 << 20
 MAX_PLACES = 4096
 """Of shared memory, for one direction of a link."""
-MAX_WEIGHTS = 64
+MAX_GIVEN = 64
 """Files of given weights of one job: one a stage."""
 
 Id32 = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
@@ -58,7 +60,8 @@ Addresses = Annotated[
     tuple[Annotated[str, msgspec.Meta(max_length=256)], ...], msgspec.Meta(max_length=MAX_ADDRESSES)
 ]
 LinkName = Annotated[str, msgspec.Meta(pattern=r"^(up|down|lane(0|[1-9][0-9]?))$")]
-Roots = Annotated[tuple[Id32, ...], msgspec.Meta(max_length=MAX_WEIGHTS)]
+Lane = Annotated[int, msgspec.Meta(ge=0, lt=MAX_LANES)]
+Roots = Annotated[tuple[Id32, ...], msgspec.Meta(max_length=MAX_GIVEN)]
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -143,14 +146,16 @@ class SetBans(Message, frozen=True):
 
 class SetMembers(Message, frozen=True):
     """Replaces the sessions that may fetch content of `job`, and the spec id under which its data
-    is sealed (None: it is open); an empty set closes it. `weights` are the roots of the given
-    weights that they may have."""
+    is sealed (None: it is open); an empty set closes it. With `private` nobody gets the job's
+    result, nor states and contributions of stage 0. `given` are the roots of the given weights that
+    they may have."""
 
     id: int
     job: Id32
     sessions: Sessions
     sealed: Id32 | None
-    weights: Roots = ()
+    private: bool = False
+    given: Roots = ()
 
 
 class Rekey(Message, frozen=True):
@@ -161,7 +166,8 @@ class Rekey(Message, frozen=True):
     job: Id32
     sessions: Sessions
     sealed: Id32
-    weights: Roots = ()
+    private: bool = False
+    given: Roots = ()
 
 
 class ImportText(Message, frozen=True):
@@ -171,14 +177,6 @@ class ImportText(Message, frozen=True):
     id: int
     path: PathText
     sealed: Id32 | None
-
-
-class ImportWeights(Message, frozen=True):
-    """Keep a stage's given weights: a state file (shared part). Reply: Imported, its root and
-    size."""
-
-    id: int
-    path: PathText
 
 
 class FetchData(Message, frozen=True):
@@ -217,12 +215,10 @@ class FramesFile(msgspec.Struct, frozen=True, tag=True):
 
 
 class FrameFile(msgspec.Struct, frozen=True, tag=True):
-    """One frame that the slot sent on a link, also while its log still grows: a log of its own with
-    this frame alone. Who fetches it checks that the one holder signed it, in this epoch or before.
-    """
+    """One frame that the slot sent on a link, also while its log still grows: the record of its log
+    (`tdmld.train.framelog`). Asked for by ProbeFrame."""
 
     slot: Slot
-    epoch: Count
     link: LinkName
     seq: Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 
@@ -236,7 +232,7 @@ class ContributionFile(msgspec.Struct, frozen=True, tag=True):
     content: Id32
 
 
-class WeightsFile(msgspec.Struct, frozen=True, tag=True):
+class GivenFile(msgspec.Struct, frozen=True, tag=True):
     """Given weights by the root of the shared state that they are; what is fetched has it."""
 
     job: Id32
@@ -257,7 +253,7 @@ class Blob(msgspec.Struct, frozen=True, tag=True):
     content: Id32
 
 
-Item = StateFile | FramesFile | FrameFile | ContributionFile | WeightsFile | ResultFile | Blob
+Item = StateFile | FramesFile | FrameFile | ContributionFile | GivenFile | ResultFile | Blob
 """What one carrier can ask of another."""
 
 
@@ -270,6 +266,19 @@ class FetchFile(Message, frozen=True):
     limit: Size
     holders: Holders
     destination: PathText
+
+
+class ProbeFrame(Message, frozen=True):
+    """As a witness: does `holder`, who has `slot`, give out the frame `seq` that the slot should
+    have sent on `link`, signed by itself in this epoch or an older one? Reply: Probed."""
+
+    id: int
+    slot: Slot
+    epoch: Count
+    link: LinkName
+    seq: Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_FRAME_BYTES)]
+    holder: Session
 
 
 class ListResult(Message, frozen=True):
@@ -307,11 +316,13 @@ class SetLinkPeer(Message, frozen=True):
 
 
 class Grant(Message, frozen=True):
-    """The worker may run segments < `until`."""
+    """The worker may run segments < `until`; `included` are the lanes whose contributions to round
+    `until` - 2 enter segment `until` - 1 (none where there are no rounds)."""
 
     id: int
     slot: Slot
     until: Count
+    included: Annotated[tuple[Lane, ...], msgspec.Meta(max_length=MAX_LANES)] = ()
 
 
 class CloseSlot(Message, frozen=True):
@@ -382,10 +393,10 @@ Request = (
     | SetMembers
     | Rekey
     | ImportText
-    | ImportWeights
     | FetchData
     | HandData
     | FetchFile
+    | ProbeFrame
     | ListResult
     | OpenSlot
     | SetLinkPeer
@@ -426,7 +437,7 @@ class Failed(Message, frozen=True):
 
 
 class Imported(Message, frozen=True):
-    """Shards of a text: (id, size) in order. Of given weights: root and size."""
+    """Shards of a text: (id, size) in order."""
 
     id: int
     shards: Shards
@@ -444,6 +455,14 @@ class Listing(Message, frozen=True):
 
     id: int
     files: Annotated[tuple[tuple[FileName, Size], ...], msgspec.Meta(max_length=64)]
+
+
+class Probed(Message, frozen=True):
+    """Whether the frame came and is signed; if not, `text` says what came instead."""
+
+    id: int
+    delivered: bool
+    text: Text
 
 
 class Dialled(Message, frozen=True):
@@ -510,6 +529,15 @@ class SegmentReported(Message, frozen=True):
     segment: Count
 
 
+class WaitReported(Message, frozen=True):
+    """A live worker has waited for this frame for `seconds`; said again while it waits."""
+
+    slot: Slot
+    link: LinkName
+    seq: Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+    seconds: float
+
+
 class SlotEnded(Message, frozen=True):
     """The last segment is done and every link has said goodbye."""
 
@@ -517,14 +545,16 @@ class SlotEnded(Message, frozen=True):
 
 
 class SlotBroken(Message, frozen=True):
-    """The slot cannot go on; says why."""
+    """The slot cannot go on; says why. `cause` is the worker's word for it; of the carrier's own
+    causes "link" (what crossed a link contradicts what is on disk) or "disk_full", else nothing."""
 
     slot: Slot
     text: Text
+    cause: Annotated[str, msgspec.Meta(max_length=MAX_CAUSE)] = ""
 
 
-Reply = Done | Failed | Imported | Stored | Listing | Dialled | Direct | Network
-SlotEvent = GenesisReported | StepReported | SegmentReported | SlotEnded | SlotBroken
+Reply = Done | Failed | Imported | Stored | Listing | Probed | Dialled | Direct | Network
+SlotEvent = GenesisReported | StepReported | SegmentReported | WaitReported | SlotEnded | SlotBroken
 CarrierEvent = SlotEvent | AddressesChanged
 FromCarrier = Ready | Reply | CarrierEvent
 
