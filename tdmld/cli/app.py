@@ -27,6 +27,7 @@ app.command("tdmld.cli.run:run", name="run", help="Run the node in this terminal
 app.command("tdmld.cli.status:status", name="status", help="What the node is doing.")
 app.command("tdmld.cli.tui:tui", name="tui", help="Watch the node on a dashboard.")
 app.command("tdmld.cli.job:app", name="job", help="Submit, follow and fetch training jobs.")
+app.command("tdmld.cli.data:app", name="data", help="Make training data of documents.")
 app.command("tdmld.cli.wallet:app", name="wallet", help="The owner's money.")
 app.command("tdmld.cli.stake:app", name="stake", help="Bind money, validate, unbind it.")
 app.command("tdmld.cli.keys:app", name="keys", help="The owner's node keys.")

@@ -1,12 +1,14 @@
 """The job file: what a submitter writes (TOML beside a config.json and a text).
 
 It says what the spec says, plus a name and the money, which are no part of the program. `init` is
-"seed" or a directory of safetensors that training goes on from. An unknown
-or a missing key is an error that names it. Paths are relative to the job file.
+"seed" or a directory of safetensors that training goes on from. With `tokenizer = "tokens"` the
+text is a directory that `tdmld data prepare` wrote. An unknown or a missing key is an error that
+names it. Paths are relative to the job file.
 """
 
 import json
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,8 +17,9 @@ import msgspec
 from tdmld.train import limits
 from tdmld.train.data import shard_file
 from tdmld.train.digest import data_root
-from tdmld.train.errors import SpecError
+from tdmld.train.errors import FileError, SpecError
 from tdmld.train.families import family_of
+from tdmld.train.family import ConfigValue
 from tdmld.train.pretrained import Pretrained
 from tdmld.train.spec import Spec, spec_bytes, typed_error
 from tdmld.train.speccheck import check_spec
@@ -31,6 +34,7 @@ from tdmld.train.specfields import (
     Train,
     decimal,
 )
+from tdmld.train.tokens import BYTES, TOKENIZER_FILE, TOKENS_FILE, read_manifest
 
 _Price = Annotated[int, msgspec.Meta(ge=0, le=limits.AMOUNT)]
 
@@ -59,11 +63,13 @@ class JobFile(msgspec.Struct, frozen=True):
     text_path: Path
     given_path: Path | None = None
     """The Hugging Face directory that the job goes on from."""
+    tokenizer_path: Path | None = None
+    """The tokenizer.json that the data were made with, if a token is more than a byte."""
 
 
 class _DataSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     text: str
-    tokenizer: Literal["bytes", "images"]
+    tokenizer: Literal["bytes", "images", "tokens"]
     sequence: Annotated[int, msgspec.Meta(ge=1, le=limits.SEQUENCE)]
     heldout: DecimalText
 
@@ -110,8 +116,7 @@ def load_job_file(path: Path) -> JobFile:
     except msgspec.ValidationError as error:
         raise typed_error(error) from error
     config = family_of(file.family).canonical(_read_config(path.parent / file.config))
-    text_path = path.parent / file.data.text
-    shards = _shards(text_path)
+    data, text_path, tokenizer = _data(path.parent / file.data.text, file.data, config)
     spec = Spec(
         version=file.version,
         family=file.family,
@@ -120,14 +125,7 @@ def load_job_file(path: Path) -> JobFile:
         init=SeedInit(),
         privacy=file.privacy,
         class_=file.class_,
-        data=Data(
-            tokenizer=file.data.tokenizer,
-            sequence=file.data.sequence,
-            heldout=file.data.heldout,
-            tokens=sum(size for _, size in shards),
-            shards=tuple((name.hex(), size) for name, size in shards),
-            root=data_root(shards).hex(),
-        ),
+        data=data,
         train=Train(**{key: getattr(file.train, key) for key in Train.__struct_fields__}),
         pipeline=file.pipeline,
         clip=file.train.clip,
@@ -139,7 +137,46 @@ def load_job_file(path: Path) -> JobFile:
     raw = spec_bytes(spec)
     if len(raw) > limits.SPEC_BYTES:
         raise SpecError("data.text", f"the spec has {len(raw)} bytes", "use a shorter text")
-    return JobFile(file.name, spec, raw, _money(file.money), text_path, given)
+    return JobFile(file.name, spec, raw, _money(file.money), text_path, given, tokenizer)
+
+
+def _data(
+    path: Path, section: _DataSection, config: Mapping[str, ConfigValue]
+) -> tuple[Data, Path, Path | None]:
+    """The spec's data, the file that they are in, and the tokenizer's."""
+    manifest, tokenizer = None, None
+    if section.tokenizer == "tokens":
+        try:
+            manifest = read_manifest(path)
+        except FileError as error:
+            problem, _, remedy = str(error).partition("; ")
+            raise SpecError("data.text", problem, remedy) from error
+        known = config.get("vocab_size")
+        if isinstance(known, int) and known < manifest.vocabulary:
+            raise SpecError(
+                "config.vocab_size",
+                f"{known} is less than the tokenizer's {manifest.vocabulary} tokens",
+                f"use {manifest.vocabulary} or more",
+            )
+        if manifest.tokenizer != BYTES:
+            tokenizer = path / TOKENIZER_FILE
+        path = path / TOKENS_FILE
+    shards = _shards(path)
+    root = data_root(shards).hex()
+    if manifest is not None and root != manifest.root:
+        raise SpecError(
+            "data.text", f"{path} is not what its manifest says", "prepare the data again"
+        )
+    data = Data(
+        tokenizer=section.tokenizer if manifest is None else manifest.data_tokenizer,
+        sequence=section.sequence,
+        heldout=section.heldout,
+        tokens=sum(size for _, size in shards),
+        shards=tuple((name.hex(), size) for name, size in shards),
+        root=root,
+        width=1 if manifest is None else manifest.width,
+    )
+    return data, path, tokenizer
 
 
 def parts_per_million(field: str, text: str) -> int:

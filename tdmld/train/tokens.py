@@ -4,7 +4,8 @@
     manifest.json    `Manifest`: what a job file needs to know without reading them
     tokenizer.json   the Hugging Face tokenizer, unless a token is a byte
 
-`tdmld data prepare` writes it (`prepare`), a job file names it. Torch and tokenizers are not needed.
+`tdmld data prepare` writes it (`prepare`), a job file names it. Neither torch nor tokenizers are
+needed.
 """
 
 import json
@@ -31,8 +32,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """What `manifest.json` says."""
 
     version: Literal[1]
-    tokenizer: _Hex | Literal["bytes"]
-    """SHA-256 of tokenizer.json."""
+    tokenizer: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64}|bytes)$")]
+    """SHA-256 of tokenizer.json, or the word bytes."""
     vocabulary: Annotated[int, msgspec.Meta(ge=2, le=limits.VOCABULARY)]
     """Tokens that the tokenizer can make: 1 more than its greatest."""
     width: Literal[1, 2, 4]
