@@ -17,8 +17,8 @@ def evaluate(
     *,
     job: Annotated[Path, Parameter(help="The job file: it names the text and what is held out.")],
     prompt: Annotated[str, Parameter(help="What the sample begins with.")] = "\n",
-    length: Annotated[int, Parameter(help="Bytes to sample; 0 for none.")] = 200,
-    temperature: Annotated[float, Parameter(help="0 takes the likeliest byte.")] = 0.8,
+    length: Annotated[int, Parameter(help="Tokens to sample; 0 for none.")] = 200,
+    temperature: Annotated[float, Parameter(help="0 takes the likeliest token.")] = 0.8,
     seed: Annotated[int, Parameter(help="Of the sample.")] = 0,
     json: AsJson = False,
 ) -> int:
@@ -42,8 +42,10 @@ def evaluate(
         from tdmld.train.data import Tokens
         from tdmld.train.evaluate import heldout_accuracy, heldout_loss, sample_text
         from tdmld.train.numerics import check_torch
+        from tdmld.train.prepare import encoder_of
 
         check_torch()
+        encoder = encoder_of(str(found.tokenizer_path or "bytes"))
         tokens = Tokens.from_text(spec, found.text_path)
         loss = heldout_loss(model, spec, tokens) if spec.has_heldout else None
         images = spec.model.images
@@ -55,6 +57,7 @@ def evaluate(
                 model,
                 prompt,
                 length,
+                encoder=encoder,
                 temperature=temperature,
                 seed=seed,
                 context=spec.data.sequence,
@@ -63,10 +66,11 @@ def evaluate(
     document = {
         "loss_heldout": loss,
         "accuracy_heldout": right,
-        "heldout_tokens": spec.heldout_tokens,
+        "heldout_tokens": spec.heldout_tokens // spec.data.width,
         "sample": sample,
     }
-    text = [f"held-out loss  {loss} nats {'an image' if images else 'a byte'}"]
+    unit = "a byte" if encoder.identity == "bytes" else "a token"
+    text = [f"held-out loss  {loss} nats {'an image' if images else unit}"]
     text += [f"accuracy       {right}"] if images else ["", *map(plain, sample.split("\n"))]
     emit(document, text, as_json=json)
     return Exit.OK

@@ -1,5 +1,6 @@
 """`tdmld job submit|list|status|watch|fetch`"""
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -146,6 +147,7 @@ async def fetch(
     data_dir: DataDir = None,
     password_file: PasswordFile = None,
     receipt: Annotated[bool, Parameter(negative="--no-receipt")] = True,
+    job_file: Path | None = None,
     json: AsJson = False,
 ) -> None:
     """Fetch a finished job's model, verified, as a directory that from_pretrained loads.
@@ -156,14 +158,31 @@ async def fetch(
     ----------
     out: Where to put it (default: a directory named by the job's id).
     receipt: Sign the receipt, if the owner's keystore is here and its password is at hand.
+    job_file: The job file: the tokenizer of its data is put beside the model.
     """
+    named = tokenizer = None
+    if job_file is not None:
+        from tdmld.cli.offer import read_job_file
+        from tdmld.train.spec import spec_id
+
+        named = read_job_file(job_file)
+        tokenizer = named.tokenizer_path
     async with connect(data_dir) as client:
         detail = await _load(client, await _resolve(client, job))
         brief = detail.summary
+        if named is not None and spec_id(named.raw).hex() != detail.spec_id:
+            raise UserError(
+                f"{job_file} is not the file of job {brief.id[:12]}",
+                why="its spec is another one",
+                next="name the file as it was submitted, or leave it out",
+                exit_code=Exit.USAGE,
+            )
         target = (out if out != Path() else Path(brief.id[:12])).absolute()
         _progress(f"fetching {brief.name or brief.id[:12]} into {target} ...")
         params = {"id": brief.id, "out_dir": str(target)}
         found = await client.call("job_fetch", params, FetchedResult, patience=None)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, Path(found.directory) / tokenizer.name)
         transaction = None
         if receipt and brief.state == "finishing" and has_keystore(data_dir, brief.submitter):
             if has_password(password_file):

@@ -1,5 +1,6 @@
 """`tdmld reference`: train a job's model in this process, unsplit, and say every root."""
 
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,12 @@ def read_job(path: Path) -> "JobFile":
     return load_job_file(path)
 
 
+def copy_tokenizer(job: "JobFile", model: Path) -> None:
+    """Put the tokenizer of a job's data beside its model, where other programs look for it."""
+    if job.tokenizer_path is not None:
+        shutil.copyfile(job.tokenizer_path, model / job.tokenizer_path.name)
+
+
 def reference(
     job: Annotated[Path, Parameter(help="The job file (TOML).")],
     *,
@@ -73,6 +80,7 @@ def reference(
 
         tokens = Tokens.from_text(spec, found.text_path)
         result = run_reference(spec, tokens, out, on_step, found.given_path)
+        copy_tokenizer(found, out / MODEL_DIRECTORY)
         heldout = heldout_loss(out / MODEL_DIRECTORY, spec, tokens) if spec.has_heldout else None
     document = {
         "name": found.name,

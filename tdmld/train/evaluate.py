@@ -16,6 +16,7 @@ from tdmld.train.data import Tokens
 from tdmld.train.errors import FileError
 from tdmld.train.model import mean_cross_entropy, pixel_values, token_rows
 from tdmld.train.numerics import ATTENTION
+from tdmld.train.prepare import ByteEncoder, Encoder
 from tdmld.train.spec import Spec
 
 HELDOUT_WINDOWS = 256
@@ -60,7 +61,7 @@ def heldout_starts(first: int, count: int, sequence: int, width: int = 1) -> lis
 
 
 def heldout_loss(directory: Path, spec: Spec, data: Tokens) -> float:
-    """Mean loss over the held-out data: nats a token (byte) of text, in windows of the spec's
+    """Mean loss over the held-out data: nats a token of text, in windows of the spec's
     sequence, or nats an image.
 
     ValueError when the spec holds nothing out, or less than one window.
@@ -111,27 +112,30 @@ def sample_text(
     prompt: str,
     length: int = 200,
     *,
+    encoder: Encoder | None = None,
     temperature: float = 0.8,
     seed: int = 0,
     context: int | None = None,
 ) -> str:
-    """`prompt` and `length` bytes that the model continues it with.
+    """`prompt` and `length` tokens that the model continues it with.
 
-    Temperature 0 takes the likeliest byte; otherwise bytes are drawn by a generator seeded with
-    `seed`. At most `context` bytes (the model's longest sequence by default) are looked back at.
-    Bytes that are no UTF-8 appear as replacement characters.
+    `encoder` is what its data were prepared with, bytes by default. Temperature 0 takes the
+    likeliest token; otherwise they are drawn by a generator seeded with `seed`. At most `context`
+    tokens (the model's longest sequence by default) are looked back at.
     """
+    encoder = encoder or ByteEncoder()
     model = load_model(directory)
     span = context or cast(int, model.config.max_position_embeddings)
     generator = torch.Generator().manual_seed(seed)
-    tokens = list(prompt.encode()) or [10]
+    tokens = encoder.encode([prompt])[0] or [10]
     with torch.no_grad():
         for _ in range(length):
             window = torch.tensor([tokens[-span:]], dtype=torch.long)
             logits = model(input_ids=window, use_cache=False).logits[0, -1]
+            logits = logits[: encoder.vocabulary]  # the model may have room for more
             if temperature <= 0:
                 tokens.append(int(logits.argmax()))
                 continue
             chances = torch.softmax(logits / temperature, dim=-1)
             tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
-    return bytes(tokens).decode("utf-8", errors="replace")
+    return encoder.decode(tokens)

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -65,9 +66,32 @@ def whole_model(spec: Spec) -> nn.Module:
     return cast(nn.Module, model).eval()
 
 
+def arithmetic(precision: str, device: torch.device) -> torch.autocast:
+    """The rounding of a forward pass; backward passes follow it.
+
+    bf16: products of matrices take bfloat16 operands. No rounded copy of a weight is kept for a
+    second use: whether there is one must not depend on how the model is cut.
+    """
+    mixed = precision == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False)
+
+
+def _recompute(layer: nn.Module) -> None:
+    """Keep the layer's inputs alone, and run it again for its backward pass."""
+    forward = layer.forward
+
+    def again(*inputs: Any, **options: Any) -> Any:
+        return checkpoint(
+            forward, *inputs, use_reentrant=False, preserve_rng_state=False, **options
+        )
+
+    layer.forward = again
+
+
 class StageModule(nn.Module):
     """What a slot holds of the model.
 
+    What it computes is rounded as the spec's precision says; what it takes and gives is float32.
     `forward` takes token ids (batch, sequence) or pixels (batch, channels, side, side) in the first
     slot and boundary tensors in the others; it gives logits in the last slot of a line and boundary
     tensors otherwise, float32. `head` makes logits of boundary tensors in the first slot of a ring.
@@ -79,6 +103,7 @@ class StageModule(nn.Module):
 
     def __init__(self, spec: Spec, stage: int) -> None:
         super().__init__()
+        self.precision = spec.train.precision
         part = spec.part(stage)
         rings = spec.is_ring and part.head
         self.body = _cut(spec, Part(part.first, part.last, part.entry, part.head and not rings))
@@ -120,12 +145,14 @@ class StageModule(nn.Module):
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        return cast(torch.Tensor, self.body(value))
+        with arithmetic(self.precision, value.device):
+            return cast(torch.Tensor, self.body(value)).to(torch.float32)
 
     def head(self, value: torch.Tensor) -> torch.Tensor:
         """See the class."""
         assert self.end is not None
-        return cast(torch.Tensor, self.end(value))
+        with arithmetic(self.precision, value.device):
+            return cast(torch.Tensor, self.end(value)).to(torch.float32)
 
 
 Owned = tuple[str, nn.Module, str]
@@ -145,6 +172,9 @@ class _Decoder(nn.Module):
         self.list_name = _attribute(base, _LAYER_LISTS)
         layers = list(getattr(base, self.list_name))[part.first : part.last]
         setattr(base, self.list_name, nn.ModuleList(layers))
+        if spec.train.recompute:
+            for layer in layers:
+                _recompute(layer)
         for owner in (model.config, base.config):
             if getattr(owner, "layer_types", None):
                 owner.layer_types = list(config.layer_types[part.first : part.last])

@@ -61,6 +61,10 @@ class Encoder(Protocol):
         """The numbers of the end mark; FileError when the tokenizer has no such token."""
         ...
 
+    def decode(self, numbers: list[int]) -> str:
+        """The text of tokens, special ones included."""
+        ...
+
 
 class ByteEncoder:
     """A token is a byte of UTF-8."""
@@ -76,6 +80,10 @@ class ByteEncoder:
     def end(self, text: str) -> list[int]:
         """The bytes of any text."""
         return list(text.encode("utf-8"))
+
+    def decode(self, numbers: list[int]) -> str:
+        """Bytes that are no UTF-8 appear as replacement characters."""
+        return bytes(numbers).decode("utf-8", errors="replace")
 
 
 class FileEncoder:
@@ -119,7 +127,7 @@ class FileEncoder:
         return [number]
 
     def decode(self, numbers: list[int]) -> str:
-        """The text of tokens, special ones included."""
+        """See `Encoder`."""
         return str(self._tokenizer.decode(numbers, skip_special_tokens=False))
 
 

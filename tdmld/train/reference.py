@@ -25,7 +25,7 @@ from tdmld.train.draw import draw_weight
 from tdmld.train.errors import FileError, SegmentFault
 from tdmld.train.evaluate import load_model
 from tdmld.train.export import Result, write_result
-from tdmld.train.model import mean_cross_entropy, pixel_values, whole_model
+from tdmld.train.model import arithmetic, mean_cross_entropy, pixel_values, whole_model
 from tdmld.train.schedule import step_scalars
 from tdmld.train.segment import OnStep, StepReport
 from tdmld.train.spec import Spec, spec_bytes, spec_id
@@ -217,13 +217,16 @@ def _forward(model: nn.Module, spec: Spec, rows: list[bytes], step: int) -> torc
         raw = torch.tensor([list(row[1:]) for row in rows], dtype=torch.uint8)
         pixels = pixel_values(raw, int(str(spec.config["num_channels"])))
         labels = torch.tensor([row[0] for row in rows])
-        return mean_cross_entropy(model(pixel_values=pixels).logits, labels)
+        with arithmetic(spec.train.precision, pixels.device):
+            answers = model(pixel_values=pixels).logits
+        return mean_cross_entropy(answers.to(torch.float32), labels)
     numbers = np.frombuffer(b"".join(rows), dtype=f"<u{spec.data.width}").astype(np.int64)
     tokens = torch.from_numpy(numbers).view(len(rows), -1)
     if (most := int(tokens.max())) >= int(str(spec.config["vocab_size"])):
         raise SegmentFault("token", step, f"the data have a token {most}")
-    logits = model(input_ids=tokens[:, :-1].contiguous(), use_cache=False).logits
-    return mean_cross_entropy(logits, tokens[:, 1:].contiguous())
+    with arithmetic(spec.train.precision, tokens.device):
+        logits = model(input_ids=tokens[:, :-1].contiguous(), use_cache=False).logits
+    return mean_cross_entropy(logits.to(torch.float32), tokens[:, 1:].contiguous())
 
 
 def _step(

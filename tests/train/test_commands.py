@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
+from tdmld.cli.data import prepare
 from tdmld.cli.evaluate import evaluate
 from tdmld.cli.reference import reference
 from tdmld.errors import UserError
@@ -48,3 +50,27 @@ def test_evaluate_refuses_what_is_no_model(job: Path, tmp_path: Path) -> None:
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="holds no model"):
         evaluate(tmp_path / "model", job=job)
+
+
+def test_a_model_of_tokens_has_its_tokenizer_beside_it_and_writes_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2, "c": 3}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "words.json"))
+    (tmp_path / "text.txt").write_text("a b c c b a d " * 300)
+    prepare(tmp_path / "text.txt", out=tmp_path / "made", tokenizer=str(tmp_path / "words.json"))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": 4}))
+    job = tmp_path / "job.toml"
+    job.write_text(
+        JOB.replace('"text.txt"', '"made"').replace('tokenizer = "bytes"', 'tokenizer = "tokens"')
+    )
+    assert reference(job, out=tmp_path / "out") == 0
+    model = tmp_path / "out" / "model"
+    assert (model / "tokenizer.json").read_bytes() == (tmp_path / "words.json").read_bytes()
+    capsys.readouterr()
+    assert evaluate(model, job=job, prompt="a b", length=6, json=True) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["heldout_tokens"] == 210
+    assert set(found["sample"].split()) <= {"a", "b", "c", "[UNK]"}
+    assert len(found["sample"].split()) == 8
