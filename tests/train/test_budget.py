@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
+from tdmld.train.budget import activation_memory, stage_memory
 from tdmld.train.families import FAMILIES
 from tdmld.train.spec import Spec
 from tests.train.support import FAMILY_CONFIGS, family_spec
@@ -75,3 +77,33 @@ def test_the_estimate_of_activations_errs_upwards_and_not_by_much(family: str) -
         )
         real = kept_bytes(spec, stage)
         assert real <= found <= 3 * real
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "gpt2", "qwen3_moe"])
+def test_recomputing_keeps_as_little_as_is_estimated(family: str) -> None:
+    kept = wide_spec(family)
+    changed = msgspec.structs.replace(kept.train, recompute=True)
+    spec = msgspec.structs.replace(kept, train=changed)
+    for stage in range(3):
+        found, once = activation_memory(spec, stage)
+        real = kept_bytes(spec, stage)
+        assert real <= found <= 3 * real
+        assert once <= activation_memory(kept, stage)[0]
+    assert kept_bytes(spec, 1) < kept_bytes(kept, 1) / 4
+
+
+def test_rounded_weights_are_counted() -> None:
+    exact = wide_spec("llama")
+    spec = msgspec.structs.replace(
+        exact, train=msgspec.structs.replace(exact.train, precision="bf16")
+    )
+    for stage in range(3):
+        assert kept_bytes(spec, stage) <= activation_memory(spec, stage)[0]
+
+
+def test_a_tokens_width_is_memory_and_disk() -> None:
+    spec = wide_spec("llama")
+    wide = msgspec.structs.replace(
+        spec, data=msgspec.structs.replace(spec.data, tokenizer="tokens", width=4)
+    )
+    assert stage_memory(wide, 0) > stage_memory(spec, 0)
