@@ -14,6 +14,28 @@ MachineError
                            process; the process that sent it is ended
 """
 
+from enum import StrEnum
+
+
+class FailureCause(StrEnum):
+    """Why a worker or its slot stopped, for whoever decides whether to begin it again."""
+
+    DIED = "died"
+    """The worker process ended by itself; opening it again may help."""
+    KILLED = "killed"
+    """A signal ended it, and not for want of memory as far as one can see."""
+    OUT_OF_MEMORY = "out_of_memory"
+    DISK_FULL = "disk_full"
+    REFUSED = "refused"
+    """The program refuses what it was given (a state, a frame, the text, a value that is not
+    finite): the same again will end the same way."""
+    DEVICE = "device"
+    """The accelerator is lost or broken."""
+    CARRIER = "carrier"
+    """The carrier process ended; it is being restarted."""
+    LINK = "link"
+    """What crossed a link contradicts what is on disk here or there."""
+
 
 class MachineError(Exception):
     """Root of the machine side's errors; `str(error)` names the cause and the remedy."""
@@ -25,6 +47,10 @@ class CarrierUnavailable(MachineError):
 
 class WorkerFailed(MachineError):
     """A worker process ended, or reported a failure, before its task was done."""
+
+    def __init__(self, text: str, cause: FailureCause = FailureCause.DIED) -> None:
+        super().__init__(text)
+        self.cause = cause
 
 
 class ContentError(MachineError):

@@ -22,24 +22,37 @@ from tdmld.node.errors import (
     ContentUnavailable,
 )
 from tdmld.node.jobfiles import (
+    has_content,
     has_frames,
     has_part,
+    has_state,
     is_used_directory,
+    keep_given,
     move_up,
     prepare_directory,
     remove_tree,
     remove_unfinished,
     replace_directory,
     state_limit,
+    take_contribution,
+    take_part,
     write_result,
 )
-from tdmld.node.layout import Layout, state
-from tdmld.node.machine_types import AuditTask, ResultInfo, SlotId, StateRoots, StateSource
+from tdmld.node.layout import Layout, contribution_file, state
+from tdmld.node.machine_types import (
+    AuditTask,
+    ContributionSource,
+    ResultInfo,
+    SlotId,
+    StateRoots,
+    StateSource,
+)
 from tdmld.node.seal import sealing
+from tdmld.node.workers import given_parts
 from tdmld.train.errors import FileError
 from tdmld.train.export import read_result, result_limits
 from tdmld.train.framelog import frame_log_name
-from tdmld.train.spec import decode_spec
+from tdmld.train.spec import Spec, decode_spec
 from tdmld.train.statefile import PARTS, part_file
 
 FRAME_OVERHEAD_BYTES = 128
@@ -79,11 +92,27 @@ class Gatherer:
                 )
             yield ours.fileno()
 
-    async def begin(self, job: bytes, spec: bytes, directory: Path, *, fresh: bool) -> None:
-        """Directory and spec file for a worker of a job."""
-        await trio.to_thread.run_sync(
-            prepare_directory, directory, self._layout.spec(job), spec, fresh
-        )
+    async def publish_given(self, files: Mapping[bytes, Path]) -> None:
+        """See Machine.publish_given."""
+        for root, path in files.items():
+            await trio.to_thread.run_sync(keep_given, path, root, self._layout.given(root))
+
+    async def fetch_given(
+        self, job: bytes, spec: bytes, slot: SlotId, holders: Sequence[str]
+    ) -> None:
+        """See Machine.fetch_given."""
+        program = decode_spec(spec)
+        for part, root in given_parts(program, slot):
+            path = self._layout.given(root)
+            check = partial(has_part, path, root, part)
+            if not await trio.to_thread.run_sync(check):
+                item = control.GivenFile(job, root)
+                limit = state_limit(program, slot.stage)
+                await self._fetch_checked(item, limit, holders, path, check)
+
+    async def begin(self, job: bytes, spec: bytes, directory: Path) -> None:
+        """Directory and spec file for a worker of a job that is no live one."""
+        await trio.to_thread.run_sync(prepare_directory, directory, self._layout.spec(job), spec)
 
     async def audit_inputs(self, task: AuditTask, directory: Path) -> None:
         """Everything that a replay needs but the text, checked. AuditImpossible."""
@@ -95,64 +124,109 @@ class Gatherer:
                 await self.fetch_data(task.job, task.spec, list(dict.fromkeys(everybody)))
         except ContentError as error:
             raise AuditImpossible(f"data: {error}") from error
-        await self.begin(task.job, task.spec, directory, fresh=True)
-        target = state(directory, task.segment)
-        limit = state_limit(spec, task.slot.stage)
+        await trio.to_thread.run_sync(remove_tree, directory)
+        await self.begin(task.job, task.spec, directory)
         try:
-            await self.fetch_state(
+            await self.state(
                 task.job,
+                task.spec,
                 task.slot,
                 task.segment,
                 task.state_holders,
                 task.start,
-                target,
-                limit,
+                directory,
             )
         except ContentError as error:
             raise AuditImpossible(f"start state: {error}") from error
-        frames = spec.pipeline.segment_steps * spec.train.micro_batches
-        limit = frames * (spec.frame_bytes + FRAME_OVERHEAD_BYTES)
-        for link in spec.links(task.slot.lane, task.slot.stage):
+        if task.segment < spec.training_rounds:
+            await self._audited_frames(task, spec, directory)
+        try:
+            await self.contributions(
+                task.job, task.spec, task.slot, task.segment - 1, task.contributions, directory
+            )
+        except ContentError as error:
+            raise AuditImpossible(f"contributions: {error}") from error
+
+    async def _audited_frames(self, task: AuditTask, spec: Spec, directory: Path) -> None:
+        """What the audited slot received, from those who sent it. AuditImpossible."""
+        lane, stage = task.slot
+        for link in spec.links(lane, stage):
             if link not in task.links:
                 raise AuditImpossible(f"frames of link {link}: no root and holder are known")
-            source = task.links[link]
-            step, theirs = (-1, "down") if link == "up" else (1, "up")
-            neighbour = control.Slot(task.job, task.slot.lane, task.slot.stage + step)
-            item = control.FramesFile(neighbour, task.segment, theirs)
+            source, frame_bytes = task.links[link], spec.link_frame_bytes(stage, link)
+            limit = spec.link_frames(lane, stage, link) * (frame_bytes + FRAME_OVERHEAD_BYTES)
+            *other, theirs = spec.other_end(lane, stage, link)
+            sender = control.Slot(task.job, *other)
+            item = control.FramesFile(sender, task.segment, theirs)
             path = directory / frame_log_name(task.segment, link, "received")
-            check = partial(has_frames, path, source.root, spec.frame_bytes)
+            check = partial(has_frames, path, source.root, frame_bytes)
             try:
                 await self._fetch_checked(item, limit, source.holders, path, check)
             except ContentError as error:
                 raise AuditImpossible(f"frames of link {link}: {error}") from error
 
-    async def fetch_state(
+    async def contributions(
         self,
         job: bytes,
+        spec: bytes,
+        slot: SlotId,
+        number: int,
+        sources: Mapping[int, ContributionSource],
+        owner: Path,
+    ) -> None:
+        """Bring contributions of a round, by lane, to the directory `owner` of a slot of their
+        stage; each is checked by its id. ContentError names what is missing."""
+        limit = decode_spec(spec).contribution_bytes(slot.stage)
+        missing = []
+        for lane, source in sorted(sources.items()):
+            path = contribution_file(owner, number, lane)
+            here = self._layout.contributions(job, lane, slot.stage, number)
+            if await trio.to_thread.run_sync(take_contribution, path, source.id, limit, here):
+                continue
+            other = control.Slot(job, lane, slot.stage)
+            item = control.ContributionFile(other, number, source.id)
+            check = partial(has_content, path, source.id, limit)
+            try:
+                await self._fetch_checked(item, limit, source.holders, path, check)
+            except ContentUnavailable as error:
+                missing.append(f"lane {lane}: {error}")
+        if missing:
+            raise ContentUnavailable(f"contributions to round {number}: {'; '.join(missing)}")
+
+    async def state(
+        self,
+        job: bytes,
+        spec: bytes,
         slot: SlotId,
         boundary: int,
         holders: Sequence[str],
         expected: StateRoots,
-        target: Path,
-        limit: int,
+        owner: Path,
     ) -> None:
-        """Bring both parts of a state to `target`, which appears whole or not at all. What was
-        brought when it breaks off stays aside: the next try goes on there."""
+        """Bring a slot's state at a boundary to the directory `owner`: from another one here, else
+        from holders. It appears whole or not at all; at once when it is there. What was brought
+        when it breaks off stays aside: the next try goes on there. ContentError."""
+        target = state(owner, boundary)
+        if await trio.to_thread.run_sync(has_state, target, expected):
+            return
         aside = target.with_name(f"{target.name}.new")
-        local = [self._session] if self._has_local(job, slot, boundary) else []
+        limit = state_limit(decode_spec(spec), slot.stage)
+        here = [
+            path
+            for path in self._layout.states(job, slot.lane, slot.stage, boundary)
+            if path != target
+        ]
         for part, root in zip(PARTS, expected, strict=True):
             path = aside / part_file(part)
             check = partial(has_part, path, root)
             if await trio.to_thread.run_sync(check):
                 continue
+            copies = [copy / part_file(part) for copy in here]
+            if await trio.to_thread.run_sync(take_part, path, root, copies):
+                continue
             item = control.StateFile(control.Slot(job, *slot), boundary, part)
-            await self._fetch_checked(item, limit, [*local, *holders], path, check)
+            await self._fetch_checked(item, limit, holders, path, check)
         await trio.to_thread.run_sync(replace_directory, aside, target)
-
-    def _has_local(self, job: bytes, slot: SlotId, boundary: int) -> bool:
-        return any(
-            path.is_dir() for path in self._layout.states(job, slot.lane, slot.stage, boundary)
-        )
 
     def _local_shared(self, job: bytes, slot: SlotId, boundary: int, root: bytes) -> Path | None:
         for directory in self._layout.states(job, slot.lane, slot.stage, boundary):

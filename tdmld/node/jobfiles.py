@@ -1,47 +1,51 @@
 """A job's files on this machine: preparing, checking, discarding. Blocking: call it in a thread."""
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
+from math import prod
 from pathlib import Path
 
-from tdmld.files import sync_directory, write_file
-from tdmld.node.layout import Layout, list_file
+from blake3 import blake3
+
+from tdmld.files import read_file, sync_directory, write_file
+from tdmld.node.layout import Layout
 from tdmld.train.digest import digest, link_root
 from tdmld.train.errors import FileError
 from tdmld.train.export import Result, merge_states, read_result
 from tdmld.train.framelog import read_frames
 from tdmld.train.limits import STATE_HEADER_BYTES
-from tdmld.train.spec import Spec, stage_parameters
-from tdmld.train.statefile import PARTS, part_file, read_manifest
+from tdmld.train.spec import Spec
+from tdmld.train.statefile import ITEM_BYTES, PARTS, part_file, read_manifest, state_tensors
 
 JOB_BYTES = 32
 KEPT_STATES = 2
 """Newest states of an own slot that are never removed while the job goes on."""
-_STATE_VALUES = 2
-"""The lane part has two moments a weight; the shared part one value."""
+_COPY_BYTES = 1 << 20
 
 
 def state_limit(spec: Spec, stage: int) -> int:
     """The greatest size of one part of a stage's state, in bytes."""
-    return 4 * _STATE_VALUES * stage_parameters(spec, stage) + STATE_HEADER_BYTES
+    sizes = dict.fromkeys(PARTS, STATE_HEADER_BYTES)
+    for tensor in state_tensors(spec, stage):
+        sizes[tensor.part] += prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+    return max(sizes.values())
 
 
-def prepare_directory(directory: Path, spec_path: Path, spec: bytes, fresh: bool) -> None:
-    """Make a worker's directory and the job's spec file. With `fresh`, what an earlier attempt left
-    there goes first."""
-    if fresh:
-        remove_tree(directory)
+def prepare_directory(directory: Path, spec_path: Path, spec: bytes) -> None:
+    """Make a worker's directory and the job's spec file. OSError."""
     for name in ("state", "list", "contribution"):
         (directory / name).mkdir(parents=True, exist_ok=True)
     if not spec_path.exists() or spec_path.read_bytes() != spec:
         write_file(spec_path, spec)
 
 
-def has_part(path: Path, root: bytes) -> bool:
-    """Whether a state file is whole and has this root."""
+def has_part(path: Path, root: bytes, part: str | None = None) -> bool:
+    """Whether a state file is whole and has this root; its name says which part it is, unless
+    `part` does."""
     try:
-        return read_manifest(path).root == root
+        return read_manifest(path, part=part).root == root
     except FileError:
         return False
 
@@ -60,6 +64,56 @@ def has_frames(path: Path, root: bytes, frame_bytes: int) -> bool:
         return link_root(found) == root
     except (FileError, OSError):
         return False
+
+
+def has_content(path: Path, content: bytes, limit: int) -> bool:
+    """Whether a file is there and has this BLAKE3; one of more than `limit` bytes has not."""
+    try:
+        return blake3(read_file(path, limit)).digest() == content
+    except OSError:
+        return False
+
+
+def take_part(path: Path, root: bytes, copies: Sequence[Path]) -> bool:
+    """Let a state file appear at `path` that is here already; whether one of `copies` had this
+    root. The bytes are shared: files of states are never changed, only replaced. OSError."""
+    return _take(path, copies, lambda copy: has_part(copy, root))
+
+
+def take_contribution(path: Path, content: bytes, limit: int, copies: Sequence[Path]) -> bool:
+    """Let a contribution appear at `path` that is here already, perhaps there; whether one of
+    `copies` had this id. A wrong one at `path` is removed. OSError."""
+    if has_content(path, content, limit):
+        return True
+    path.unlink(missing_ok=True)
+    others = [copy for copy in copies if copy != path]
+    return _take(path, others, lambda copy: has_content(copy, content, limit))
+
+
+def _take(path: Path, copies: Sequence[Path], is_right: Callable[[Path], bool]) -> bool:
+    for copy in copies:
+        if is_right(copy):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            try:
+                path.hardlink_to(copy)
+            except FileNotFoundError:
+                continue  # it was removed meanwhile
+            sync_directory(path.parent)
+            return True
+    return False
+
+
+def keep_given(source: Path, root: bytes, target: Path) -> None:
+    """Keep a copy of a file that a job with given weights begins with. FileError when it has not
+    this root, OSError."""
+    if any(has_part(target, root, part) for part in PARTS):
+        return
+    if not any(has_part(source, root, part) for part in PARTS):
+        raise FileError(f"{source} does not hold what the spec names; cut the weights again")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as file:
+        write_file(target, iter(partial(file.read, _COPY_BYTES), b""))
 
 
 def boundaries(owner: Path) -> list[int]:
@@ -90,9 +144,9 @@ def _forget_states(owner: Path, keep_from: int, kept: Sequence[int]) -> None:
     for boundary in boundaries(owner):
         if boundary < keep_from and boundary not in kept:
             remove_tree(owner / "state" / str(boundary))
-    for partial in (owner / "state").glob("*.new"):
-        if partial.stem.isdecimal() and int(partial.stem) < keep_from:
-            remove_tree(partial)
+    for unfinished in (owner / "state").glob("*.new"):
+        if unfinished.stem.isdecimal() and int(unfinished.stem) < keep_from:
+            remove_tree(unfinished)
 
 
 def _forget_files(directory: Path, keep_from: int) -> None:

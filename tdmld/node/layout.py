@@ -5,6 +5,8 @@ import os
 import re
 from pathlib import Path
 
+from tdmld.train.contribution import contribution_name
+
 DISK_RESERVE_BYTES = 256 << 20
 """Left free on the disk by everything that jobs write, so that the chain's database can go on."""
 SEED_BYTES = 32
@@ -106,9 +108,14 @@ def list_file(slot: Path, segment: int) -> Path:
     return slot / "list" / str(segment)
 
 
+def contributions(owner: Path) -> Path:
+    """Where contributions to outer rounds lie in a slot's, standby's or audit's directory."""
+    return owner / "contribution"
+
+
 def contribution_file(owner: Path, number: int, lane: int) -> Path:
     """A lane's contribution of round `number`, at the directory of a slot of its stage."""
-    return owner / "contribution" / f"{number}.{lane}"
+    return contributions(owner) / contribution_name(number, lane)
 
 
 def is_file_name(name: str) -> bool:

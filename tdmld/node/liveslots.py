@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -10,19 +10,21 @@ import trio
 
 from tdmld.node import control
 from tdmld.node.carrierclient import CarrierClient
-from tdmld.node.errors import MachineError, WorkerFailed
+from tdmld.node.errors import ContentMismatch, FailureCause, MachineError, WorkerFailed
 from tdmld.node.layout import Layout, list_file
 from tdmld.node.machine_types import (
     Event,
     GenesisRoots,
+    LinkWaits,
     SegmentDone,
     SlotAssignment,
     SlotFailed,
     SlotFinished,
     SlotId,
+    StateRoots,
     StepDone,
 )
-from tdmld.node.workers import LiveSlot, WorkerLauncher
+from tdmld.node.workers import LiveSlot, WorkerLauncher, cause_named
 from tdmld.train.errors import FileError
 from tdmld.train.segment import read_list
 from tdmld.train.spec import Spec, decode_spec
@@ -82,59 +84,86 @@ class LiveSlots:
     async def open(
         self, assignment: SlotAssignment, text: int | None, directory: Path
     ) -> GenesisRoots:
-        """Start worker and links, wait for the drawn state; `text` is the descriptor from which it
-        gets the text. WorkerFailed, CarrierUnavailable."""
+        """Start worker and links, wait for the state; `text` is the descriptor from which the
+        worker gets the text. WorkerFailed, ContentMismatch, CarrierUnavailable."""
         job, slot = assignment.job, assignment.slot
         spec = decode_spec(assignment.spec)
-        live = LiveSlot(job, slot, spec)
+        links = wire_links(spec, assignment)
+        live = LiveSlot(assignment, spec)
         self._slots[job, slot] = live
         try:
-            live.child = self._workers.start_live(live, text, directory)
+            live.child = await self._workers.start_live(live, assignment, text, directory)
             self._nursery.start_soon(self._watch, live)
             wire_slot = control.Slot(job, *slot)
-            dimensions = control.Dimensions(
-                spec.stages,
-                spec.rounds,
-                spec.pipeline.segment_steps,
-                spec.train.micro_batches,
-                spec.frame_bytes,
-            )
             await self._carrier.call(
                 lambda n: control.OpenSlot(
                     n,
                     wire_slot,
                     assignment.epoch,
                     assignment.incarnation,
-                    dimensions,
-                    assignment.up,
-                    assignment.down,
+                    spec.rounds,
+                    assignment.start,
+                    links,
                 ),
                 control.Done,
                 live.carrier_descriptors,
             )
-            await live.drawn.wait()
+            await live.ready.wait()
         except BaseException:
             # The caller learns of it from the exception: no SlotFailed for a slot never opened.
             live.closing = True
             with trio.CancelScope(shield=True):
                 await self._end(live, abort=True)
             raise
-        if live.failure or live.roots is None:
+        if live.failure is None and live.roots is not None and _fits(live.roots, assignment.roots):
+            live.announced = True
+            return live.roots
+        live.closing = True
+        with trio.CancelScope(shield=True):
             await self._end(live, abort=True)
-            raise WorkerFailed(live.failure)
-        live.announced = True
-        return live.roots
+        if live.failure is not None or live.roots is None:
+            raise live.failure or WorkerFailed("the worker said nothing")
+        raise ContentMismatch(
+            f"the state of slot {slot} at boundary {assignment.start} is not the one that the chain"
+            " names; it was removed: fetch it again"
+        )
 
-    async def grant(self, job: bytes, slot: SlotId, until: int) -> None:
+    async def grant(
+        self, job: bytes, slot: SlotId, until: int, included: Mapping[int, tuple[int, ...]]
+    ) -> None:
         """See Machine.grant."""
+        live = self._slots.get((job, slot))
+        if live is None:
+            return
+        wire_slot = control.Slot(job, *slot)
+        # A grant tells of one segment which lanes enter it; those before it must know theirs.
+        borders = [n + 1 for n in sorted(included) if live.granted <= n < until]
+        for border in dict.fromkeys([*borders, until]):
+            lanes = included.get(border - 1, ())
+            await self._carrier.call(
+                lambda n, b=border, i=lanes: control.Grant(n, wire_slot, b, i),  # type: ignore[misc]
+                control.Done,
+            )
+            live.granted = max(live.granted, border)
+
+    async def set_link_peer(
+        self, job: bytes, slot: SlotId, link: str, session: str, incarnation: int
+    ) -> None:
+        """See Machine.set_link_peer."""
         if (job, slot) in self._slots:
             wire_slot = control.Slot(job, *slot)
-            await self._carrier.call(lambda n: control.Grant(n, wire_slot, until), control.Done)
+            await self._carrier.call(
+                lambda n: control.SetLinkPeer(n, wire_slot, link, session, incarnation),
+                control.Done,
+            )
 
-    async def discard(self, job: bytes, slot: SlotId, segment: int) -> None:
-        """Let the carrier forget digests of segments <= `segment`."""
-        wire_slot = control.Slot(job, *slot)
-        await self._carrier.call(lambda n: control.Discard(n, wire_slot, segment), control.Done)
+    async def discard(self, job: bytes, slot: SlotId, keep_from: int) -> None:
+        """Let the carrier forget digests of segments < `keep_from`."""
+        if (job, slot) in self._slots:
+            wire_slot = control.Slot(job, *slot)
+            await self._carrier.call(
+                lambda n: control.Discard(n, wire_slot, keep_from), control.Done
+            )
 
     async def close(self, job: bytes, slot: SlotId, reason: str) -> None:
         """See Machine.close_slot."""
@@ -144,8 +173,9 @@ class LiveSlots:
             live.closing = True
             if not live.announced:
                 # Whoever is in `open` waits for a state that nobody will draw any more.
-                live.failure = live.failure or f"the slot was closed meanwhile: {reason}"
-                live.drawn.set()
+                text = f"the slot was closed meanwhile: {reason}"
+                live.failure = live.failure or WorkerFailed(text, FailureCause.KILLED)
+                live.ready.set()
             await self._end(live, abort=False)
 
     async def close_job(self, job: bytes, reason: str) -> None:
@@ -161,10 +191,10 @@ class LiveSlots:
             if live.child_started:
                 live.child.kill()
 
-    def fail_all(self, reason: str) -> None:
+    def fail_all(self, reason: str, cause: FailureCause) -> None:
         """The carrier is gone, and every slot with it."""
         for live in list(self._slots.values()):
-            self._fail(live, reason)
+            self._fail(live, reason, cause)
 
     async def _end(self, live: LiveSlot, *, abort: bool) -> None:
         """Stop links and worker of a slot and forget it."""
@@ -186,18 +216,18 @@ class LiveSlots:
     async def _watch(self, live: LiveSlot) -> None:
         await live.child.ended.wait()
         if live.child.status != 0:
-            self._fail(live, f"the worker process {live.child.epitaph()}")
+            self._fail(live, f"the worker process {live.child.epitaph()}", live.child.cause)
 
-    def _fail(self, live: LiveSlot, reason: str) -> None:
+    def _fail(self, live: LiveSlot, reason: str, cause: FailureCause) -> None:
         """A slot cannot go on. Said once; its worker and links are ended in the background."""
         if live.closing or live.failure:
             return
-        live.failure = reason
-        live.drawn.set()
+        live.failure = WorkerFailed(reason, cause)
+        live.ready.set()
         if live.child_started:
             live.child.kill()
         if live.announced:
-            self._emit(SlotFailed(live.job, live.slot, reason))
+            self._emit(SlotFailed(live.job, live.slot, reason, cause))
             self._nursery.start_soon(partial(self._end, live, abort=True))
 
     async def handle_events(self) -> None:
@@ -209,15 +239,17 @@ class LiveSlots:
             match event:
                 case control.GenesisReported():
                     live.roots = GenesisRoots(event.shared, event.lane, event.data)
-                    live.drawn.set()
+                    live.ready.set()
                 case control.StepReported():
                     self._step(live, event)
                 case control.SegmentReported(_, segment):
                     await self._segment(live, segment)
                 case control.SlotEnded():
                     self._emit(SlotFinished(live.job, live.slot))
-                case control.SlotBroken(_, text):
-                    self._fail(live, text)
+                case control.WaitReported(_, link, seq, seconds):
+                    self._emit(LinkWaits(live.job, live.slot, link, seq, seconds))
+                case control.SlotBroken(_, text, word):
+                    self._fail(live, text, cause_named(word))
 
     def _step(self, live: LiveSlot, event: control.StepReported) -> None:
         timings = {
@@ -242,6 +274,34 @@ class LiveSlots:
         try:
             stored = await trio.to_thread.run_sync(read_list, path)
         except FileError as error:
-            self._fail(live, f"the list of segment {segment} cannot be read: {error}")
+            text = f"the list of segment {segment} cannot be read: {error}"
+            self._fail(live, text, FailureCause.REFUSED)
             return
         self._emit(SegmentDone(live.job, live.slot, stored.record, stored.salt))
+
+
+def _fits(found: GenesisRoots, expected: StateRoots | None) -> bool:
+    return expected is None or (found.shared, found.lane) == expected
+
+
+def wire_links(spec: Spec, assignment: SlotAssignment) -> tuple[control.Link, ...]:
+    """What the carrier must know of a slot's links. MachineError when the assignment names others
+    than the spec has."""
+    lane, stage = assignment.slot
+    names = spec.links(lane, stage)
+    if tuple(peer.name for peer in assignment.links) != names:
+        raise MachineError(f"slot {assignment.slot} has the links {', '.join(names) or 'none'}")
+    return tuple(
+        control.Link(
+            name,
+            session,
+            *spec.other_end(lane, stage, name),
+            spec.training_rounds,
+            spec.link_frames(lane, stage, name),
+            spec.link_frame_bytes(stage, name),
+            spec.link_ahead(stage, name),
+            spec.link_places(stage, name),
+            incarnation,
+        )
+        for name, session, incarnation in assignment.links
+    )

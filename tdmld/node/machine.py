@@ -9,7 +9,7 @@ each slot, audit or drawing (torch). Killing any of them disturbs neither the da
 
 A slot is taken up again in one way, whatever ended it, and wherever it was before: `resume_point`
 says from which boundary, `fetch_slot_state` brings that state when it is not here, `open_slot` goes
-on. What was computed before comes out the same, bit for bit, and is sent again to nobody who has it.
+on. What was computed before comes out the same, bit for bit, and goes to nobody who has it.
 
 Open a Machine in the main thread: the parent-death signal of a child belongs to the thread that
 started it.
@@ -26,12 +26,14 @@ from tdmld.node import control
 from tdmld.node.carrierclient import CarrierClient
 from tdmld.node.errors import (
     AuditImpossible,
+    ContentMismatch,
     ContentUnavailable,
+    FailureCause,
     MachineError,
     WorkerFailed,
 )
 from tdmld.node.jobfiles import discard_job, forget_copies, forget_slot, remove_tree
-from tdmld.node.layout import Layout, list_file
+from tdmld.node.layout import Layout, list_file, state
 from tdmld.node.liveslots import LiveSlots
 from tdmld.node.machine_content import ContentSide
 from tdmld.node.machine_types import (
@@ -40,7 +42,6 @@ from tdmld.node.machine_types import (
     CarrierUp,
     ContributionSource,
     Event,
-    FailureCause,
     GenesisRoots,
     LinkPeer,
     LinkSource,
@@ -58,7 +59,7 @@ from tdmld.node.machine_types import (
 from tdmld.node.prepare import prepare
 from tdmld.node.resume import resume_point, take_up
 from tdmld.node.seal import sealing
-from tdmld.node.workers import WorkerLauncher
+from tdmld.node.workers import WorkerLauncher, given_roots
 from tdmld.train.errors import FileError
 from tdmld.train.segment import SegmentRecord, read_list
 from tdmld.train.spec import decode_spec
@@ -241,17 +242,27 @@ class Machine(ContentSide):
         `start` on is removed first; what this one did is kept, made again and compared.
         WorkerFailed, ContentUnavailable (a shard or the state is not here), ContentMismatch (the
         state has other roots: it is removed, fetch it again), CarrierUnavailable, SpecError."""
-        job, slot = assignment.job, assignment.slot
-        directory = self._layout.slot(job, *slot)
+        job, slot, raw = assignment.job, assignment.slot, assignment.spec
+        directory, spec = self._layout.slot(job, *slot), decode_spec(raw)
         async with self._lock(job, directory):
             self._slots.check_absent(job, slot)
-            async with self._gather.text(assignment.spec, slot.stage) as text:
+            async with self._gather.text(raw, slot.stage) as text:
                 await trio.to_thread.run_sync(
                     take_up, directory, self._layout.spec(job), assignment
                 )
-                sealed, private = sealing(assignment.spec), decode_spec(assignment.spec).privacy == "split"
-                await self.set_members(job, assignment.members, sealed, private)
-                return await self._slots.open(assignment, text, directory)
+                await self.set_members(
+                    job,
+                    assignment.members,
+                    sealing(raw),
+                    private=spec.privacy == "split",
+                    given=given_roots(spec),
+                )
+                try:
+                    return await self._slots.open(assignment, text, directory)
+                except ContentMismatch:
+                    spoilt = state(directory, assignment.start)
+                    await trio.to_thread.run_sync(remove_tree, spoilt)
+                    raise
 
     async def grant(
         self,
@@ -369,8 +380,7 @@ class Machine(ContentSide):
         await trio.to_thread.run_sync(forget_slot, own, keep_from)
         standby = self._layout.standby(job, *slot)
         await trio.to_thread.run_sync(forget_copies, standby, keep_from)
-        if keep_from > 0:
-            await self._slots.discard(job, slot, keep_from - 1)
+        await self._slots.discard(job, slot, keep_from)
 
     async def close_job(self, job: bytes, reason: str) -> None:
         """Stop every slot, drawing and audit of the job; drop frames, states and audits; keep the
@@ -434,4 +444,3 @@ class Machine(ContentSide):
         waiting = self._events.statistics().current_buffer_used
         if not isinstance(event, StepDone) or waiting < MAX_WAITING_STEPS:
             self._events.send_nowait(event)
-

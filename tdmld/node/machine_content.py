@@ -15,6 +15,7 @@ from tdmld.node.layout import Layout
 from tdmld.node.machine_types import SlotId
 from tdmld.node.reachcarrier import ReachCarrier
 from tdmld.p2p import Ban, PeerInfo
+from tdmld.train.spec import decode_spec
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +33,8 @@ class ContentSide:
         self._layout = layout
         self._peers: tuple[control.Peer, ...] = ()
         self._bans: tuple[control.Denied, ...] = ()
-        self._members: dict[bytes, tuple[tuple[str, ...], bytes | None, bool]] = {}
-        """Of each job: who may have its content, the spec id when its data is sealed, and whether
-        stage 0 is nobody else's."""
+        self._members: dict[bytes, Callable[[int], control.Request]] = {}
+        """Of each job: who may have its content, for a restarted carrier."""
 
     def _attach(self, carrier: CarrierClient) -> None:
         self._carrier = carrier
@@ -61,21 +61,41 @@ class ContentSide:
         job: bytes,
         sessions: frozenset[str],
         sealed: bytes | None = None,
+        *,
         private: bool = False,
+        given: Sequence[bytes] = (),
     ) -> None:
         """Replace the sessions that may fetch this job's content from us; auditors are added when
-        they are drawn. `sealed`: the spec id of a sealed job; its members get the content key.
-        `private`: a split job; states of stage 0 and the result are given to nobody. An empty set
-        closes the job for others."""
-        named = self._name_members(job, sessions, sealed, private)
-        await self._call(lambda n: control.SetMembers(n, job, named, sealed, private), control.Done)
+        they are drawn. An empty set closes the job for others.
 
-    async def rekey(self, job: bytes, remaining: frozenset[str], sealed: bytes) -> None:
+        sealed   the spec id of a sealed job; its members get the content key
+        private  a split job: states and contributions of stage 0 and the result are given to nobody
+        given    roots of the given weights that members may have (`workers.given_roots`)
+        """
+        named = _named(sessions)
+        self._members[job] = lambda n: control.SetMembers(
+            n, job, named, sealed, private, tuple(given)
+        )
+        await self._call(self._members[job] if named else self._members.pop(job), control.Done)
+
+    async def rekey(
+        self,
+        job: bytes,
+        remaining: frozenset[str],
+        sealed: bytes,
+        *,
+        private: bool = False,
+        given: Sequence[bytes] = (),
+    ) -> None:
         """For the submitter, when a worker of a sealed job was replaced: `remaining` are its
         members now; what is sealed from now on is sealed under a new content key, which only they
-        are given. ContentUnavailable when this node has not published the spec."""
-        named = self._name_members(job, remaining, sealed, False)
-        await self._call(lambda n: control.Rekey(n, job, named, sealed), control.Done)
+        are given. The rest as `set_members`. ContentUnavailable when this node has not published
+        the spec."""
+        named, roots = _named(remaining), tuple(given)
+        self._members[job] = lambda n: control.SetMembers(n, job, named, sealed, private, roots)
+        await self._call(
+            lambda n: control.Rekey(n, job, named, sealed, private, roots), control.Done
+        )
 
     async def import_text(self, path: Path, sealed: bytes | None = None) -> list[tuple[bytes, int]]:
         """Cut a text into shards of 1 MiB and keep them: [(shard id, size)]; sealed under a content
@@ -112,12 +132,20 @@ class ContentSide:
             await trio.to_thread.run_sync(remove_tree, self._layout.sealed(name))
 
     async def probe_frame(
-        self, job: bytes, spec: bytes, slot: SlotId, link: str, seq: int, holder: str
+        self, job: bytes, spec: bytes, slot: SlotId, epoch: int, link: str, seq: int, holder: str
     ) -> bool:
-        """As a witness: whether the session `holder`, which has `slot`, gives out
-        the frame `seq` that it should have sent on `link` (named as seen from that slot), rightly
-        signed. CarrierUnavailable."""
-        return await self._gather.probe_frame(job, spec, slot, link, seq, holder)
+        """As a witness: whether the session `holder`, which has `slot`, gives out the frame `seq`
+        that it should have sent on `link` (named as seen from that slot), signed in this epoch or
+        an older one. CarrierUnavailable."""
+        limit = decode_spec(spec).link_frame_bytes(slot.stage, link)
+        wire_slot = control.Slot(job, *slot)
+        reply = await self._call(
+            lambda n: control.ProbeFrame(n, wire_slot, epoch, link, seq, limit, holder),
+            control.Probed,
+        )
+        if not reply.delivered:
+            log.info("slot %s does not give frame %d of %s: %s", slot, seq, link, reply.text)
+        return reply.delivered
 
     async def _call(
         self,
@@ -127,28 +155,19 @@ class ContentSide:
     ) -> R:
         return await self._carrier.call(make, kind, descriptors)
 
-    def _name_members(
-        self, job: bytes, sessions: frozenset[str], sealed: bytes | None, private: bool
-    ) -> tuple[str, ...]:
-        """Remember the members for a restarted carrier; as many as a message names."""
-        named = tuple(sorted(sessions)[: control.MAX_MEMBERS])
-        self._members[job] = (named, sealed, private)
-        if not sessions:
-            del self._members[job]
-        return named
-
     def _restore(self) -> list[Callable[[int], control.Request]]:
         """What a restarted carrier must know."""
-        requests: list[Callable[[int], control.Request]] = [
+        return [
             *self.reach.restore(),
             lambda n: control.SetPeers(n, self._peers),
             lambda n: control.SetBans(n, self._bans),
+            *self._members.values(),
         ]
-        for job, (sessions, sealed, private) in self._members.items():
-            requests.append(
-                lambda n, j=job, s=sessions, k=sealed, p=private: control.SetMembers(n, j, s, k, p)  # type: ignore[misc]
-            )
-        return requests
+
+
+def _named(sessions: frozenset[str]) -> tuple[str, ...]:
+    """As many members as a message names."""
+    return tuple(sorted(sessions)[: control.MAX_MEMBERS])
 
 
 def _that_fit(peers: Sequence[PeerInfo]) -> tuple[control.Peer, ...]:

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
+from tdmld.node.errors import FailureCause
 from tdmld.train.segment import SegmentRecord
 
 
@@ -50,11 +50,12 @@ class GenesisRoots:
 
 
 class LinkPeer(NamedTuple):
-    """Who is at the other end of a link: its name as seen from here ("up", "down", "lane<k>") and
-    the session (carrier PeerId) of that end's worker."""
+    """Who is at the other end of a link: its name as seen from here ("up", "down", "lane<k>"), the
+    session (carrier PeerId) of that end's worker, and the least incarnation that it may have."""
 
     name: str
     session: str
+    incarnation: int = 0
 
 
 @dataclass(frozen=True)
@@ -176,26 +177,6 @@ class SlotFinished:
 
     job: bytes
     slot: SlotId
-
-
-class FailureCause(StrEnum):
-    """Why a slot stopped, for whoever decides whether to open it again."""
-
-    DIED = "died"
-    """The worker process ended by itself; opening it again may help."""
-    KILLED = "killed"
-    """A signal ended it, and not for want of memory as far as one can see."""
-    OUT_OF_MEMORY = "out_of_memory"
-    DISK_FULL = "disk_full"
-    REFUSED = "refused"
-    """The program refuses what it was given (a state, a frame, the text, a value that is not
-    finite): the same again will end the same way."""
-    DEVICE = "device"
-    """The accelerator is lost or broken."""
-    CARRIER = "carrier"
-    """The carrier process ended; it is being restarted."""
-    LINK = "link"
-    """What crossed a link contradicts what is on disk here or there."""
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,28 @@
-"""The worker process: `python -m tdmld.node.worker --socket FD --task JSON`.
+"""The worker process: `python -m tdmld.node.worker --socket FD --task JSON`, or a fork (`zygote`).
 
 It computes, and nothing else: no network, no keys, no configuration. What it may see is named in
 its task; what it says goes as packets through one inherited socket (`channel.py`). The text, for
 a stage that reads it, is a memory file whose descriptor comes through another one. Modes:
 
-    live      draw the state of a slot, save boundary 0, then run each segment that is granted;
-              after each: state, list (both synced), then the packet
-    genesis   draw the state of a slot, save boundary 0, report the roots, end
+    live      take the state at the boundary where the slot begins (or make boundary 0), report its
+              roots, then run each segment that is granted; after each: state, list (both synced),
+              then the packet
+    genesis   make the slot's boundary 0, report its roots, end
     replay    load a state, run one segment from logged frames, write its list, end
 
-Exit status 0 means that the task was done or that the serving process ended it; else a Failure
-packet and the last lines on stderr say why.
+A live worker that begins before segments that the slot has run already runs them again: the same
+comes out, and the list that is there stays (the salt of its seal may be on the chain). Another
+record than before is an end: this machine cannot be relied on.
+
+Exit status 0 means that the task was done or that the serving process ended it; else the status
+(`worker_task`), a Failure packet and the last lines on stderr say why.
 """
 
 import argparse
+import errno
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -26,18 +33,26 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from tdmld.node.channel import Failure, FrameMemory, Genesis, Segment, Step, WorkerChannel
-from tdmld.node.errors import ControlError
-from tdmld.node.layout import disk_text, list_file, state
+from tdmld.node.channel import (
+    Failure,
+    FrameMemory,
+    Genesis,
+    Segment,
+    Step,
+    WorkerChannel,
+    link_memory,
+)
+from tdmld.node.errors import ControlError, FailureCause
+from tdmld.node.layout import contributions, disk_text, list_file, state
 from tdmld.node.parentdeath import die_with_parent, leave_no_core
-from tdmld.node.worker_task import TASK_BYTES, Task
+from tdmld.node.worker_task import EXIT_TASK, EXITS, Task, decode_task
 from tdmld.train.channel import LogChannel
 from tdmld.train.data import Tokens
 from tdmld.train.digest import data_root
 from tdmld.train.errors import FileError, TrainError
 from tdmld.train.limits import SPEC_BYTES
 from tdmld.train.numerics import check_environment, check_torch
-from tdmld.train.segment import StepReport, write_list
+from tdmld.train.segment import SegmentRecord, StepReport, read_list, write_list
 from tdmld.train.spec import Spec, decode_spec
 
 if TYPE_CHECKING:
@@ -46,8 +61,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SALT_BYTES = 32
-EXIT_FAILED = 1
-EXIT_TASK = 2
+OPEN_FILES = 512
+"""Descriptors that a worker may have: sockets, state files, mapped logs, what torch opens."""
 
 
 def receive_text(spec: Spec, text_fd: int) -> Tokens:
@@ -63,7 +78,8 @@ def receive_text(spec: Spec, text_fd: int) -> Tokens:
 
 
 def run_task(task: Task, end: socket.socket, memory_fd: int | None, text_fd: int | None) -> None:
-    """Do the task. TrainError, OSError, ControlError; WorkerChannel.Ended when told to stop."""
+    """Do the task. TrainError, OSError, ControlError, MemoryError, RuntimeError of torch;
+    WorkerChannel.Ended when told to stop."""
     from tdmld.train.slot import Slot
 
     check_torch()
@@ -72,21 +88,32 @@ def run_task(task: Task, end: socket.socket, memory_fd: int | None, text_fd: int
     tokens = None if text_fd is None else receive_text(spec, text_fd)
     memory = None
     if memory_fd is not None:
-        memory = FrameMemory(memory_fd, spec.links(task.lane, task.stage), spec.stages, spec.frame_bytes)
+        memory = FrameMemory(memory_fd, link_memory(spec, task.lane, task.stage))
+        os.close(memory_fd)
     channel = WorkerChannel(end, memory)
     slot = Slot.create(spec, task.stage, task.lane, tokens)
     directory = Path(task.directory)
     if task.mode == "replay":
         _replay(task, spec, slot, directory, channel)
         return
-    slot.init_from_seed()
-    shared, lane = slot.save(_new_state(directory, 0))
+    shared, lane = _begin(task, slot, directory)
     channel.report(Genesis(shared, lane, data_root(spec.shards)))
     if task.mode == "live":
-        _live(spec, slot, directory, channel)
+        _live(task, spec, slot, directory, channel)
 
 
-def _live(spec: Spec, slot: "Slot", directory: Path, channel: WorkerChannel) -> None:
+def _begin(task: Task, slot: "Slot", directory: Path) -> tuple[bytes, bytes]:
+    """The state where the slot begins, on disk and in memory; gives its roots."""
+    if not task.draw:
+        return slot.load(state(directory, task.boundary))
+    if task.given:
+        slot.init_from_file(*map(Path, task.given))
+    else:
+        slot.init_from_seed()
+    return slot.save(_new_state(directory, 0))
+
+
+def _live(task: Task, spec: Spec, slot: "Slot", directory: Path, channel: WorkerChannel) -> None:
     from tdmld.train.runner import run_segment
 
     def on_step(report: StepReport) -> None:
@@ -101,31 +128,140 @@ def _live(spec: Spec, slot: "Slot", directory: Path, channel: WorkerChannel) -> 
             )
         )
 
-    for segment in range(spec.rounds):
-        channel.wait_for_grant(segment)
-        record = run_segment(slot, segment, channel, on_step)
+    for segment in range(task.boundary, spec.rounds):
+        included = channel.wait_for_grant(segment)
+        record = run_segment(
+            slot,
+            segment,
+            channel,
+            on_step,
+            included=included,
+            contributions=contributions(directory),
+        )
         slot.save(_new_state(directory, segment + 1))
-        write_list(list_file(directory, segment), record, secrets.token_bytes(SALT_BYTES))
+        _keep_list(list_file(directory, segment), record)
         channel.report(Segment(segment))
+
+
+def _keep_list(path: Path, record: SegmentRecord) -> None:
+    """Write the list of a segment, unless it is there from a time before. FileError when that one
+    has another record."""
+    try:
+        before = read_list(path).record
+    except FileError:
+        write_list(path, record, secrets.token_bytes(SALT_BYTES))
+        return
+    if before != record:
+        raise FileError(
+            f"segment {record.segment} came out otherwise than before; memory or disk of this"
+            " machine is not reliable"
+        )
 
 
 def _replay(task: Task, spec: Spec, slot: "Slot", directory: Path, channel: WorkerChannel) -> None:
     from tdmld.train.runner import run_segment
 
-    slot.load(state(directory, task.segment))
-    links = spec.links(task.lane, task.stage)
-    with LogChannel(directory, task.segment, links, spec.frame_bytes) as frames:
-        record = run_segment(slot, task.segment, frames, lambda report: None)
-    path = list_file(directory, task.segment)
+    segment = task.boundary
+    slot.load(state(directory, segment))
+    links = spec.links(task.lane, task.stage) if segment < spec.training_rounds else ()
+    with LogChannel(directory, segment, links, spec.frame_bytes) as frames:
+        record = run_segment(
+            slot,
+            segment,
+            frames,
+            lambda report: None,
+            included=task.included,
+            contributions=contributions(directory),
+        )
+    path = list_file(directory, segment)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_list(path, record)
-    channel.report(Segment(task.segment))
+    channel.report(Segment(segment))
 
 
 def _new_state(directory: Path, boundary: int) -> Path:
     path = state(directory, boundary)
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _limit(task: Task) -> None:
+    """What this process may take of the machine. OSError, ValueError when that cannot be set."""
+    os.nice(task.niceness)
+    _lower(resource.RLIMIT_NOFILE, OPEN_FILES)
+    if task.memory:
+        _lower(resource.RLIMIT_DATA, task.memory)
+
+
+def _lower(kind: int, value: int) -> None:
+    _, most = resource.getrlimit(kind)
+    limit = value if most == resource.RLIM_INFINITY else min(value, most)
+    resource.setrlimit(kind, (limit, limit))
+
+
+def describe(error: Exception) -> tuple[FailureCause, str] | None:
+    """Why a task could not be done, and that in words; None for a defect of the program."""
+    text = str(error) or type(error).__name__
+    match error:
+        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return FailureCause.DISK_FULL, disk_text(error)
+        case OSError() if error.errno == errno.ENOMEM:
+            return FailureCause.OUT_OF_MEMORY, f"out of memory: {text}"
+        case MemoryError():
+            return FailureCause.OUT_OF_MEMORY, f"out of memory: {text}"
+        case TrainError():
+            return FailureCause.REFUSED, text
+        case OSError() | ControlError():
+            return FailureCause.DIED, text
+    torch = sys.modules.get("torch")
+    line = text.partition("\n")[0]
+    if torch is None or not isinstance(error, RuntimeError):
+        return None
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        # The CPU allocator raises a plain RuntimeError.
+        return FailureCause.OUT_OF_MEMORY, f"out of memory: {line}"
+    if isinstance(error, torch.AcceleratorError) or "CUDA" in line or "cuDNN" in line:
+        return FailureCause.DEVICE, f"the device failed: {line}"
+    return None
+
+
+def serve(task_text: str, end: socket.socket, memory_fd: int | None, text_fd: int | None) -> int:
+    """Do one task; gives the exit status of this process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent(end.fileno())
+    leave_no_core()
+    try:
+        check_environment()
+        task = decode_task(task_text)
+        _limit(task)
+        run_task(task, end, memory_fd, text_fd)
+    except WorkerChannel.Ended:
+        return 0
+    except msgspec.MsgspecError as error:
+        log.error("malformed task: %s", error)
+        return EXIT_TASK
+    except (TrainError, OSError, ControlError, MemoryError, RuntimeError) as error:
+        # The one boundary of this process: whatever stopped the task becomes its last words.
+        found = describe(error)
+        if found is None:
+            raise
+        cause, text = found
+        log.error("%s: %s", type(error).__name__, text)
+        try:
+            WorkerChannel(end, None).report(Failure(text, cause.value))
+        except ControlError:
+            log.error("and nobody is there to hear it")
+        return EXITS[cause]
+    return 0
+
+
+def say_to_stderr() -> None:
+    """Log lines go to this process's stderr, which is its own file."""
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        force=True,
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -136,33 +272,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--text", type=int)
     parser.add_argument("--task", required=True)
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent(arguments.socket)
-    leave_no_core()
+    say_to_stderr()
     end = socket.socket(fileno=arguments.socket)
-    try:
-        check_environment()
-        if len(arguments.task) > TASK_BYTES:
-            raise ControlError("the task is too long")
-        task = msgspec.json.decode(arguments.task, type=Task)
-        os.nice(task.niceness)
-        run_task(task, end, arguments.memory, arguments.text)
-    except WorkerChannel.Ended:
-        return 0
-    except msgspec.MsgspecError as error:
-        log.error("malformed task: %s", error)
-        return EXIT_TASK
-    except (TrainError, OSError, ControlError) as error:
-        # The one boundary of this process: whatever stopped the task becomes its last words.
-        text = disk_text(error) if isinstance(error, OSError) else str(error)
-        log.error("%s: %s", type(error).__name__, text)
-        try:
-            WorkerChannel(end, None).report(Failure(text))
-        except ControlError:
-            log.error("and nobody is there to hear it")
-        return EXIT_FAILED
-    return 0
+    return serve(arguments.task, end, arguments.memory, arguments.text)
 
 
 if __name__ == "__main__":
