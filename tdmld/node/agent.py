@@ -7,7 +7,7 @@ fault in one duty never disturbs another or the daemon; a database that fails en
 """
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,19 +20,20 @@ import trio
 from tdmld.chain.crypto import KeyPair, address, public_key
 from tdmld.chain.errors import DecodeError, InvalidTransaction
 from tdmld.chain.market import ask_pause
-from tdmld.chain.records import Job
+from tdmld.chain.records import SPLIT, Job
 from tdmld.chain.state import State
 from tdmld.chain.transactions import DIAL_OPEN, DIAL_PAIR, Ask, DialReceipt
-from tdmld.node import duties as duty
+from tdmld.node import duties, duty
 from tdmld.node.chainerrors import ServiceBusy, SpecUnavailable, StoreError
 from tdmld.node.chainservice import ChainService
 from tdmld.node.errors import MachineError
 from tdmld.node.jobfiles import unfinished_jobs
 from tdmld.node.layout import Layout
-from tdmld.node.machine import CarrierUp, Machine, SegmentDone, SlotFailed, StepDone
+from tdmld.node.machine import CarrierUp, LinkWaits, Machine, SegmentDone, SlotFailed, StepDone
 from tdmld.node.peers import PeerBook
 from tdmld.node.performer import Performer, Progress, Replay, SlotKey
 from tdmld.node.seal import stored_names
+from tdmld.node.workers import given_roots
 from tdmld.p2p import PeerInfo
 from tdmld.train.errors import TrainError
 from tdmld.train.spec import Spec
@@ -80,6 +81,8 @@ class Witnessed(Protocol):
 class _Attempt:
     running: bool = True
     height: int = 0
+    again: bool = False
+    """Something changed since it began: it is begun again as soon as it ends."""
 
 
 @dataclass
@@ -103,15 +106,20 @@ class Agent:
 
     def __post_init__(self) -> None:
         self._performer = Performer(
-            self.key, self.chain_id, self.chain, self.machine, self.data_dir
+            self.key, self.chain_id, self.chain, self.machine, self.data_dir, self._again
         )
         self._attempts: dict[object, _Attempt] = {}
         self._stages: dict[bytes, int] = {}
         self._known: set[bytes] = set()
-        self._parties: dict[bytes, duty.Party] = {}
+        self._parties: dict[bytes, duties.Party] = {}
+        self._told: dict[bytes, tuple[duties.Party, bool]] = {}
+        """Of each job: whom the machine knows as its members, and whether its spec was here then:
+        which given weights are theirs stands in it."""
+        self._lost: Counter[bytes] = Counter()
+        """Of each job: how many had lost a place when the machine was told of its members."""
         self._served: deque[bytes] = deque()
         self._published: dict[frozenset[bytes], float] = {}
-        """Stored names of texts that were published here -> until when they are kept for their
+        """Names of contents that were published here -> until when they are kept for their
         offer."""
         self._peers: frozenset[PeerInfo] = frozenset()
         self._news = trio.Event()
@@ -164,7 +172,10 @@ class Agent:
             job = state.job(job_id)
             if job is None:
                 continue
-            for todo in duty.duties(state, self.key.public, job):
+            if job_id in self._known and self._performer.known_spec(job_id) is None:
+                standing.add(("spec", job_id))
+                self._start(nursery, ("spec", job_id), partial(self._load_spec, job))
+            for todo in duties.duties(state, self.key.public, job):
                 if not isinstance(todo, duty.CloseJob):
                     action = self._performer.action(state, job, todo)
                 elif job_id in self._known:
@@ -173,6 +184,10 @@ class Agent:
                     continue
                 standing.add(todo)
                 self._start(nursery, todo, action)
+        try:
+            await self._performer.close_strays(state)
+        except MachineError as error:
+            log.info("a slot that is not ours any more: %s", error)
         for replay in self.auditing.values():
             if self.chain.height >= replay.until:
                 replay.scope.cancel()
@@ -212,7 +227,10 @@ class Agent:
             # A defect in one duty must not end the node: its votes and its other jobs go on.
             log.exception("%s failed", key)
         finally:
-            self._attempts[key] = _Attempt(running=False, height=self.chain.height)
+            if self._attempts.pop(key, _Attempt()).again:
+                self.look_again()
+            else:
+                self._attempts[key] = _Attempt(running=False, height=self.chain.height)
 
     # the node itself -------------------------------------------------------------------------
 
@@ -263,18 +281,25 @@ class Agent:
         self._performer.forget(job.id)
         self._stages.pop(job.id, None)
         self._parties.pop(job.id, None)
+        self._told.pop(job.id, None)
+        self._lost.pop(job.id, None)
         self._served.append(job.id)
         self._known.discard(job.id)
         while len(self._served) > SERVED_JOBS:
             await self.machine.set_members(self._served.popleft(), frozenset())
 
+    async def _load_spec(self, job: Job) -> None:
+        """Everything about a job's content stands in its spec."""
+        await self._performer.spec(job)
+        self.look_again()
+
     async def _drop_data(self, job: Job) -> None:
         """Remove the text of a job that is over, unless another one needs it."""
         state, needed = self.chain.state(), set[bytes]()
         try:
-            dropped = stored_names((await self._performer.spec(job))[1])
+            dropped = _contents((await self._performer.spec(job))[1])
             for other in filter(None, map(state.job, self._known - {job.id})):
-                needed |= stored_names((await self._performer.spec(other))[1])
+                needed |= _contents((await self._performer.spec(other))[1])
         except (SpecUnavailable, TrainError) as error:
             log.info("the text of job %s stays: %s", job.id.hex()[:12], error)
             return
@@ -285,7 +310,7 @@ class Agent:
 
     def published(self, spec: Spec) -> None:
         """Keep the text of a spec whose offer is on its way to the chain."""
-        self._published[stored_names(spec)] = trio.current_time() + PUBLISHED_SECONDS
+        self._published[_contents(spec)] = trio.current_time() + PUBLISHED_SECONDS
 
     # what the machine says -------------------------------------------------------------------
 
@@ -294,16 +319,16 @@ class Agent:
             match event:
                 case CarrierUp():
                     # A new process knows nobody; the next look tells it.
-                    self._parties.clear()
+                    self._told.clear()
                     self._peers = frozenset()
-                    self.look_again()
-                case StepDone() | SegmentDone() | SlotFailed():
+                    self._forget_attempts(duty.OpenSlot, duty.PrepareSlot)
+                case StepDone() | SegmentDone() | SlotFailed() | LinkWaits():
                     if event.job in self._stages:
-                        self._take_event(event)
+                        await self._take_event(event)
                 case _:
                     log.info("machine: %s", event)
 
-    def _take_event(self, event: StepDone | SegmentDone | SlotFailed) -> None:
+    async def _take_event(self, event: StepDone | SegmentDone | SlotFailed | LinkWaits) -> None:
         """What happened in a slot of a job that is not closed."""
         key = (event.job, event.slot.index(self._stages[event.job]))
         match event:
@@ -311,12 +336,33 @@ class Agent:
                 self._performer.step_done(key, event)
                 self.on_step(event)
             case SegmentDone():
-                todo = self._performer.segment_done(key, event)
-                if not (attempt := self._attempts.get(todo)) or not attempt.running:
-                    self._attempts.pop(todo, None)
-                self.look_again()
+                if self._performer.segment_done(key, event) is None:
+                    self._again(key)
+                self._forget_attempts(duty.CommitSegment, key=key)
             case SlotFailed():
                 self._performer.slot_failed(key, event)
+                self._again(key)
+            case LinkWaits():
+                try:
+                    await self._performer.link_waits(key, event)
+                except (InvalidTransaction, ServiceBusy) as error:
+                    log.info("the chain was not told of a stall: %s", error)
+
+    def _again(self, key: SlotKey) -> None:
+        """What stands for a slot can be done now, or anew."""
+        self._forget_attempts(
+            duty.OpenSlot, duty.ReachPeers, duty.RunSegments, duty.CommitSegment, key=key
+        )
+
+    def _forget_attempts(self, *kinds: type[duty.Duty], key: SlotKey | None = None) -> None:
+        """Begin duties of these kinds at once where they stand; of one slot, or of all."""
+        for todo in list(self._attempts):
+            if isinstance(todo, kinds) and key in (None, (todo.job, todo.slot)):  # type: ignore[attr-defined]  # all of these kinds have a slot
+                if self._attempts[todo].running:
+                    self._attempts[todo].again = True
+                else:
+                    del self._attempts[todo]
+        self.look_again()
 
     # who belongs to a job --------------------------------------------------------------------
 
@@ -325,17 +371,36 @@ class Agent:
         job = state.job(job_id)
         if job is None or (job.final and job_id not in self._known):
             return
-        party = duty.party(state, job)
+        party = duties.party(state, job)
         if self.key.public not in {node for node, _ in party}:
             return
         if not job.final:
             self._known.add(job.id)
         self._stages[job.id] = len(job.stages)
-        if self._parties.get(job.id) != party:
-            sealed = job.spec_id if job.privacy == "sealed" else None
-            await self.machine.set_members(job.id, duty.sessions(party), sealed)
+        told = (party, self._performer.known_spec(job.id) is not None)
+        if self._told.get(job.id) != told:
+            await self._tell_members(state, job, duties.sessions(party))
+            self._told[job.id] = told
             self._parties[job.id] = party
         await self._tell_peers()
+
+    async def _tell_members(self, state: State, job: Job, members: frozenset[str]) -> None:
+        """Who may have a job's content. The source of a sealed one gives it a new key when somebody
+        has lost a place: what is sealed from then on is not for them."""
+        sealed = job.spec_id if job.privacy == "sealed" else None
+        lost = len(duties.lost_places(state, job))
+        if sealed is not None and job.source == self.key.public and lost > self._lost[job.id]:
+            await self.machine.rekey(job.id, members, sealed)
+        else:
+            spec = self._performer.known_spec(job.id)
+            await self.machine.set_members(
+                job.id,
+                members,
+                sealed,
+                private=job.privacy == SPLIT,
+                given=() if spec is None else sorted(given_roots(spec)),
+            )
+        self._lost[job.id] = lost
 
     async def _tell_peers(self) -> None:
         """Where the sessions are. Only the record of the node whose session the chain says it is
@@ -350,3 +415,8 @@ class Agent:
         if peers != self._peers:
             await self.machine.set_peers(sorted(peers, key=lambda info: info.peer_id))
             self._peers = peers
+
+
+def _contents(spec: Spec) -> frozenset[bytes]:
+    """What of a job lies in the content store: its text, and the weights that it begins with."""
+    return frozenset(stored_names(spec)) | frozenset(given_roots(spec))

@@ -1,139 +1,54 @@
 """What the chain expects of a node: a pure function of the finalized state.
 
 There is no coordinator. After each block every node asks `duties` what is its turn; the market
-agent does it. A duty is a value: it stands as long as the state shows it undone and disappears when
-the state shows it done, so a lost transaction, a restart and a late block need no special case.
+agent does it. The kinds stand in `duty`, what each does in `performer`.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from tdmld.chain.crypto import address
 from tdmld.chain.limits import STANDBY_SLOT
 from tdmld.chain.records import (
     Audit,
     AuditStatus,
+    Case,
+    Cause,
+    Former,
     Job,
     JobStatus,
     ProofStatus,
     Segment,
     SlotState,
 )
+from tdmld.chain.segments import links_of, other_end
 from tdmld.chain.state import State
+from tdmld.chain.transactions import LaneMode
+from tdmld.node.duty import (
+    CloseJob,
+    CommitSegment,
+    Duty,
+    ForgetSegments,
+    HoldContributions,
+    HoldState,
+    MakeResult,
+    OpenSeal,
+    OpenSlot,
+    OpenVerdict,
+    PrepareCopy,
+    PrepareSlot,
+    ProveState,
+    ReachPeers,
+    ReplaySegment,
+    RunSegments,
+    SayPresent,
+    TakePlace,
+    TryDelivery,
+)
 
 Party = frozenset[tuple[bytes, bytes]]
 """(node key, session key) of everybody who has to do with a job."""
-
-
-@dataclass(frozen=True)
-class Duty:
-    """Something to do for one job. Equal duties are the same duty."""
-
-    job: bytes
-
-    def __str__(self) -> str:
-        """In words, for the log."""
-        rest = [f"{name} {getattr(self, name)}" for name in self.__dataclass_fields__]
-        return " ".join([type(self).__name__, "of job", self.job.hex()[:12], *rest[1:]])
-
-
-@dataclass(frozen=True)
-class TakePlace(Duty):
-    """Accept or decline the place that matching gave us. `slot`: index or STANDBY_SLOT."""
-
-    attempt: int
-    slot: int
-
-
-@dataclass(frozen=True)
-class PrepareSlot(Duty):
-    """Fetch the data, draw the slot's weights, attest their roots, and be ready to run."""
-
-    slot: int
-
-
-@dataclass(frozen=True)
-class PrepareCopy(Duty):
-    """As the standby: draw a slot's weights too, and attest their roots."""
-
-    slot: int
-
-
-@dataclass(frozen=True)
-class RunSegments(Duty):
-    """Let the worker of our slot run segments below `until` (the stall at D)."""
-
-    slot: int
-    until: int
-
-
-@dataclass(frozen=True)
-class CommitSegment(Duty):
-    """Commit to the next segment of our slot, as soon as it is done."""
-
-    slot: int
-    segment: int
-
-
-@dataclass(frozen=True)
-class ProveState(Duty):
-    """Publish the keyed hash of the state after `segment`: as the standby, then as the worker."""
-
-    slot: int
-    segment: int
-
-
-@dataclass(frozen=True)
-class HoldState(Duty):
-    """As the standby: bring the state after `segment` here."""
-
-    slot: int
-    segment: int
-
-
-@dataclass(frozen=True)
-class ReplaySegment(Duty):
-    """As the drawn auditor: replay and commit to what was found."""
-
-    slot: int
-    segment: int
-    attempt: int
-
-
-@dataclass(frozen=True)
-class OpenSeal(Duty):
-    """As the audited worker: open the seal of a commitment."""
-
-    slot: int
-    segment: int
-
-
-@dataclass(frozen=True)
-class OpenVerdict(Duty):
-    """As the auditor: open what was found."""
-
-    slot: int
-    segment: int
-    attempt: int
-
-
-@dataclass(frozen=True)
-class ForgetSegments(Duty):
-    """Segments of any slot of the job below `settled` are paid: frames and states that only they
-    needed may go."""
-
-    slot: int
-    settled: int
-
-
-@dataclass(frozen=True)
-class MakeResult(Duty):
-    """Assemble, keep and attest the trained model."""
-
-
-@dataclass(frozen=True)
-class CloseJob(Duty):
-    """The job is over: stop what runs for it."""
+_At = tuple[bytes, int, int, int, int]
+"""Job, slot, epoch, incarnation and number of a committed segment."""
 
 
 def assigned(state: State, job: Job) -> list[SlotState]:
@@ -150,81 +65,172 @@ def duties(state: State, node: bytes, job: Job) -> Iterator[Duty]:
     if job.status is JobStatus.OFFERED:
         return
     slots = assigned(state, job)
-    mine = [index for index, slot in enumerate(slots) if slot.worker.node == node]
     standby = job.standby is not None and job.standby.node == node
+    yield from _places(node, job, slots)
     if job.status is JobStatus.MATCHED:
-        for index in mine:
-            if not slots[index].worker.accepted:
-                yield TakePlace(job.id, job.attempt, index)
-        if standby and job.standby is not None and not job.standby.accepted:
-            yield TakePlace(job.id, job.attempt, STANDBY_SLOT)
         return
+    standby = standby and job.standby is not None and job.standby.accepted
     if job.status is JobStatus.PREPARING:
         for index, slot in enumerate(slots):
             if any(roots.node == node for roots in slot.attested):
                 continue
-            if index in mine:
+            if slot.worker.node == node:
                 yield PrepareSlot(job.id, index)
-            elif standby:
+            elif standby and not job.is_own(index):
                 yield PrepareCopy(job.id, index)
         return
-    for index, slot in enumerate(slots):
-        yield from _of_slot(state, node, job, index, slot, standby=standby)
-        if mine or standby:
-            yield ForgetSegments(job.id, index, slot.settled)
-    if job.status is JobStatus.FINISHING and all(holder != node for holder, _ in job.results):
-        last = len(job.stages) - 1
-        if standby or slots[last].worker.node == node:
-            yield MakeResult(job.id)
+    if job.status is JobStatus.ACTIVE:
+        for index in job.living:
+            yield from _of_slot(state, node, job, index, slots, standby=standby)
+    elif all(holder != node for holder, _ in job.results) and node in makers(job, slots):
+        yield MakeResult(job.id)
+
+
+def makers(job: Job, slots: list[SlotState]) -> tuple[bytes, ...]:
+    """Nodes that make and keep the result: the source alone when nobody else may see slot 0, else
+    the standby and the worker of the last stage of the first living lane."""
+    if job.is_own(0):
+        return (job.source,)
+    lane = next(lane for lane in range(job.lanes) if lane not in job.lost_lanes)
+    last = slots[job.slot_at(lane, len(job.stages) - 1)].worker.node
+    return (last,) if job.standby is None else (job.standby.node, last)
+
+
+def keep_from(job: Job, slots: list[SlotState], index: int) -> int:
+    """The first segment of a slot that somebody can still ask for: of a replacement at either end
+    of any of its links, the first one to be made again."""
+    ends = [other_end(job, index, link)[0] for link in links_of(job, index)]
+    return min(slots[at].held for at in (index, *ends))
+
+
+def until(state: State, job: Job, slots: list[SlotState], index: int) -> int:
+    """Our slot may run segments below this: D unsettled ones, what its logs hold (2 R beyond D),
+    and in lanes mode `diloco` one beyond the last round that is decided."""
+    slot = slots[index]
+    room = keep_from(job, slots, index) + job.unsettled + 2 * job.state_every
+    most = min(job.rounds, slot.settled + job.unsettled, room)
+    if job.lane_mode is not LaneMode.DILOCO:
+        return most
+    number = min(slot.committed, most)
+    while number < most and (number == 0 or is_decided(state, job, number - 1)):
+        number += 1
+    return number
+
+
+def is_decided(state: State, job: Job, number: int) -> bool:
+    """Whether it is known whose contributions of a round go into the next segment."""
+    found = state.round(job.id, number)
+    return found is not None and found.decided > 0
+
+
+def _places(node: bytes, job: Job, slots: list[SlotState]) -> Iterator[Duty]:
+    matched = job.status is JobStatus.MATCHED
+    for index in job.living:
+        slot = slots[index]
+        if slot.worker.node == node and not slot.worker.accepted:
+            yield TakePlace(job.id, job.attempt if matched else slot.incarnation, index)
+    if job.standby is not None and job.standby.node == node and not job.standby.accepted:
+        yield TakePlace(job.id, job.attempt if matched else job.standby_turn, STANDBY_SLOT)
 
 
 def _of_slot(
-    state: State, node: bytes, job: Job, index: int, slot: SlotState, *, standby: bool
+    state: State, node: bytes, job: Job, index: int, slots: list[SlotState], *, standby: bool
 ) -> Iterator[Duty]:
-    worker = slot.worker.node == node
-    if worker and slot.committed < job.rounds:
-        yield CommitSegment(job.id, index, slot.committed)
-        yield RunSegments(job.id, index, min(job.rounds, slot.settled + job.unsettled))
+    slot = slots[index]
+    worker = slot.worker.node == node and slot.worker.accepted
+    if slot.case is not None:
+        yield from _of_case(job, index, slot, slot.case, worker=worker, standby=standby)
+    if worker:
+        yield from _of_worker(state, job, index, slots)
+    if standby and slot.held and not job.is_own(index) and slot.worker.accepted:
+        yield HoldState(job.id, index, job.epoch, slot.held)
     for number in range(slot.settled, slot.committed):
         segment = state.segment(job.id, index, number)
         if segment is None:
             continue
-        yield from _proofs(node, job, index, number, segment, worker=worker, standby=standby)
+        at = (job.id, index, segment.epoch, segment.incarnation, number)
+        yield from _proofs(at, segment, worker=worker, standby=standby)
         audit = state.audit(job.id, index, number)
         if audit is not None:
-            yield from _of_audit(node, job, index, number, audit, worker=worker)
+            yield from _of_audit(node, at, audit, worker=worker)
+    if worker:
+        yield ForgetSegments(job.id, index, keep_from(job, slots, index))
+    elif standby:
+        yield ForgetSegments(job.id, index, slot.held)
 
 
-def _proofs(
-    node: bytes,
-    job: Job,
-    index: int,
-    number: int,
-    segment: Segment,
-    *,
-    worker: bool,
-    standby: bool,
+def _of_worker(state: State, job: Job, index: int, slots: list[SlotState]) -> Iterator[Duty]:
+    slot = slots[index]
+    at = (job.id, index, job.epoch, slot.incarnation)
+    ends = {link: slots[other_end(job, index, link)[0]] for link in links_of(job, index)}
+    if all(end.worker.accepted for end in ends.values()):
+        yield OpenSlot(*at)
+    there = [
+        (link, end.worker.session, end.incarnation)
+        for link, end in ends.items()
+        if end.worker.accepted
+    ]
+    yield ReachPeers(*at, tuple(there))
+    if slot.committed < job.rounds:
+        if slot.committed - slot.settled < job.unsettled:
+            yield CommitSegment(*at, slot.committed)
+        yield RunSegments(*at, until(state, job, slots, index))
+    if job.lane_mode is LaneMode.DILOCO:
+        yield from _contributions(state, job, index, slots)
+
+
+def _contributions(state: State, job: Job, index: int, slots: list[SlotState]) -> Iterator[Duty]:
+    """Siblings' contributions of rounds that are not decided. There are two such rounds at most:
+    nobody commits to a segment before the round before it is decided."""
+    stage, lane = job.stage_of(index), job.lane_of(index)
+    newest = max(slots[at].committed for at in job.living)
+    for number in range(max(0, newest - 2), newest):
+        found = state.round(job.id, number)
+        if not job.contributes(number) or (found is not None and found.decided):
+            continue
+        held = 0 if found is None else found.attested[index]
+        missing = tuple(
+            other
+            for other in range(job.lanes)
+            if other not in (lane, *job.lost_lanes)
+            and slots[job.slot_at(other, stage)].committed > number
+            and not held >> other & 1
+        )
+        if missing:
+            yield HoldContributions(job.id, index, job.epoch, number, missing)
+
+
+def _of_case(
+    job: Job, index: int, slot: SlotState, case: Case, *, worker: bool, standby: bool
 ) -> Iterator[Duty]:
+    if worker and not case.present:
+        yield SayPresent(job.id, index, job.epoch, slot.incarnation, case.opened)
+    if standby and case.present:
+        _, link = other_end(job, case.accuser, case.link)
+        at = (job.id, index, job.epoch, slot.incarnation, case.opened)
+        yield TryDelivery(*at, link, case.seq)
+
+
+def _proofs(at: _At, segment: Segment, *, worker: bool, standby: bool) -> Iterator[Duty]:
     if segment.proof is not ProofStatus.WAITING:
         return
     if standby and not segment.standby_hash:
         if segment.proof_key:
-            yield ProveState(job.id, index, number)
+            yield ProveState(*at)
         else:
-            yield HoldState(job.id, index, number)
+            job, index, epoch, _, number = at
+            yield HoldState(job, index, epoch, number + 1)
     if worker and segment.standby_hash and not segment.worker_hash:
-        yield ProveState(job.id, index, number)
+        yield ProveState(*at)
 
 
-def _of_audit(
-    node: bytes, job: Job, index: int, number: int, audit: Audit, *, worker: bool
-) -> Iterator[Duty]:
+def _of_audit(node: bytes, at: _At, audit: Audit, *, worker: bool) -> Iterator[Duty]:
     if audit.auditor == node and audit.status is AuditStatus.DRAWN:
-        yield ReplaySegment(job.id, index, number, audit.attempt)
+        yield ReplaySegment(*at, audit.attempt)
     if worker and audit.status is AuditStatus.COMMITTED:
-        yield OpenSeal(job.id, index, number)
+        yield OpenSeal(*at)
     if audit.auditor == node and audit.status is AuditStatus.OPENED:
-        yield OpenVerdict(job.id, index, number, audit.attempt)
+        yield OpenVerdict(*at, audit.attempt)
 
 
 def party(state: State, job: Job) -> Party:
@@ -241,6 +247,12 @@ def party(state: State, job: Job) -> Party:
             if audit is not None and audit.held:
                 found.add((audit.auditor, audit.session))
     return frozenset(found)
+
+
+def lost_places(state: State, job: Job) -> list[Former]:
+    """Everybody who worked in a slot of the job and does not any more."""
+    formers = [former for slot in assigned(state, job) for former in slot.former]
+    return [former for former in formers if former.cause not in (Cause.UNANSWERED, Cause.DECLINED)]
 
 
 def sessions(party: Party) -> frozenset[str]:
