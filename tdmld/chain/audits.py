@@ -3,18 +3,22 @@
     drawn --AuditCommit--> committed --Open (worker)--> opened --AuditOpen--> passed | mismatch
       |  \\--AuditFail--> failed --(draw_delay)--+
       +--(audit_window)--------------------------+--> drawn again, other owner, audit_redraws times
-    committed --(open_window)---> unopened: the worker's fault, the job is refunded
+    committed --(open_window)---> unopened: as a mismatch
     opened    --(reveal_window)-> silent: the segment is `unaudited`, the auditor not paid
 
 The auditor commits before the worker opens, so it could copy nothing; once the worker has opened,
 nobody else is drawn, for that one could copy. Passed if and only if the auditor's list root equals
-the one that follows from the worker's Commit and opening. The auditor is paid for its verdict
+the one that follows from the worker's Commit and opening. A mismatch takes the worker's place and
+rolls the job back to the segment's start (replacement.py). The auditor is paid for its verdict
 whichever it is: a false one gains it nothing more.
 
 **Draw.** SHA-256(beacon ‖ job ‖ slot u32 ‖ segment u64), its first 8 bytes as a number, below
 rate x 2^64 / 10^6; the beacon is that of the height linked + draw_delay. When that height or one
 since `linked` is tainted the segment is drawn in any case (unless the offer asked for no audits at
 all): whoever leads several views on end knows the beacon before it withholds the first of them.
+
+A segment after which lanes differ (`Segment.forced`, segments.py) is drawn in any case; without a
+verdict on it the job ends. The source's own slot in a split job is never drawn.
 
 **Who audits.** Owners other than the submitter, the source's and the workers' of this job, by work
 stake (an owner that genesis names as auditor counts one unit more; each has a lot of its own, so
@@ -42,6 +46,7 @@ from tdmld.chain.execution import Execution, known_job, known_slot, require
 from tdmld.chain.records import (
     Audit,
     AuditStatus,
+    Cause,
     CloseReason,
     Due,
     Job,
@@ -51,6 +56,7 @@ from tdmld.chain.records import (
     StandingAsk,
     Timer,
 )
+from tdmld.chain.replacement import rollback, vacate
 from tdmld.chain.settlement import arm_settlement, count, pay_auditor
 from tdmld.chain.state import u32, u64
 from tdmld.chain.transactions import AuditCommit, AuditFail, AuditOpen, Open
@@ -66,7 +72,7 @@ def auditor_commitment(list_root: bytes, salt: bytes, auditor: bytes) -> bytes:
 
 def is_drawn(beacon: bytes, tainted: bool, job: Job, slot: int, number: int) -> bool:
     """Whether a linked segment is audited. `tainted`: any height since it was linked (AUDIT-1)."""
-    if job.audit_rate == 0:
+    if job.audit_rate == 0 or job.is_own(slot):
         return False
     lot = int.from_bytes(sha256(beacon, job.id, u32(slot), u64(number))[:8], "big")
     return tainted or lot * limits.RATE_ONE < job.audit_rate << 64
@@ -77,24 +83,25 @@ def draw(run: Execution, entry: Due) -> None:
     job = run.job(entry.job)
     segment = run.segment(job.id, entry.slot, entry.segment)
     tainted = run.state.last_tainted > segment.linked
-    if is_drawn(run.context.beacon, tainted, job, entry.slot, entry.segment):
+    drawn = is_drawn(run.context.beacon, tainted, job, entry.slot, entry.segment)
+    if drawn or segment.forced:
         start(run, job, entry.slot, entry.segment)
     else:
         undrawn = replace(segment, status=SegmentStatus.UNDRAWN)
         run.state.put_segment(job.id, entry.slot, entry.segment, undrawn)
-        arm_settlement(run, job, entry.slot)
+        arm_settlement(run, job)
 
 
 def start(run: Execution, job: Job, slot: int, number: int) -> None:
     """A linked segment was drawn: reserve the auditor's pay and draw the auditor."""
-    if job.audit_budget - job.audits_reserved < job.audit_price:
+    if job.audit_budget - job.audits_reserved < job.audit_price_of(slot):
         _go_on(run, job, slot, number, SegmentStatus.UNAUDITED, "the audit budget is spent")
         return
     auditor = choose(run, job, slot, number, attempt=0, tried=())
     if auditor is None and not _eligible(run, job, (), busy=True):
         _go_on(run, job, slot, number, SegmentStatus.BY_SUBMITTER, "no other owner can audit it")
         return
-    reserved = job.audits_reserved + job.audit_price
+    reserved = job.audits_reserved + job.audit_price_of(slot)
     run.state.put_job(replace(job, audits_reserved=reserved))
     segment = run.segment(job.id, slot, number)
     drawn = replace(segment, status=SegmentStatus.DRAWN)
@@ -142,7 +149,8 @@ def _eligible(
 ) -> dict[bytes, list[tuple[bytes, StandingAsk]]]:
     """Nodes that may audit the job now, by owner; with `busy` also those without capacity left."""
     party = {job.submitter, run.state.owner_of(job.source), *tried}
-    party |= {run.slot(job.id, slot).worker.owner for slot in range(job.slots)}
+    party |= {run.slot(job.id, slot).worker.owner for slot in job.living}
+    party |= {*job.excluded}
     found: dict[bytes, list[tuple[bytes, StandingAsk]]] = {}
     for node, ask in run.state.asks():
         record = run.state.node(node)
@@ -256,7 +264,7 @@ def audit_open(run: Execution, node: bytes, opening: AuditOpen) -> None:
         passed = replace(segment, status=SegmentStatus.PASSED)
         run.state.put_segment(job.id, slot, number, passed)
         run.emit(AuditPassed(job.id, slot, number, node))
-        arm_settlement(run, job, slot)
+        arm_settlement(run, job)
         return
     audit = replace(audit, status=AuditStatus.MISMATCH)
     run.state.put_audit(job.id, slot, number, audit)
@@ -264,9 +272,9 @@ def audit_open(run: Execution, node: bytes, opening: AuditOpen) -> None:
     run.state.put_segment(job.id, slot, number, bad)
     run.emit(AuditMismatch(job.id, slot, number, node))
     pay_auditor(run, job.id, slot, number, audit)
-    count(run, run.slot(job.id, slot).worker.owner, mismatches=1)
     detail = f"slot {slot}, segment {number}: the auditor's replay differs from the commitment"
-    refund(run, job.id, CloseReason.MISMATCH, detail)
+    if rollback(run, job.id, number, detail):
+        vacate(run, job.id, slot, Cause.MISMATCH, audit.owner)
 
 
 # -- silence
@@ -283,9 +291,11 @@ def audit_over(run: Execution, entry: Due) -> None:
         unopened = replace(audit, status=AuditStatus.UNOPENED)
         run.state.put_audit(job.id, slot, number, unopened)
         count_open_audit(run, audit.auditor, -1)
-        count(run, run.slot(job.id, slot).worker.owner, faults=1)
+        reserved = job.audits_reserved - job.audit_price_of(slot)
+        run.state.put_job(replace(job, audits_reserved=reserved))
         detail = f"slot {slot}, segment {number}: the worker did not open its seal"
-        refund(run, job.id, CloseReason.FAULT, detail)
+        if rollback(run, job.id, number, detail):
+            vacate(run, job.id, slot, Cause.UNOPENED, audit.owner)
         return
     if audit.held:
         count_open_audit(run, audit.auditor, -1)
@@ -313,7 +323,8 @@ def audit_over(run: Execution, entry: Due) -> None:
 def _no_verdict(run: Execution, job: Job, entry: Due, audit: Audit, reason: str) -> None:
     silent = replace(audit, status=AuditStatus.SILENT)
     run.state.put_audit(job.id, entry.slot, entry.segment, silent)
-    run.state.put_job(replace(job, audits_reserved=job.audits_reserved - job.audit_price))
+    reserved = job.audits_reserved - job.audit_price_of(entry.slot)
+    run.state.put_job(replace(job, audits_reserved=reserved))
     _go_on(run, job, entry.slot, entry.segment, SegmentStatus.UNAUDITED, reason)
 
 
@@ -323,7 +334,12 @@ def _go_on(
     segment = run.segment(job.id, slot, number)
     run.state.put_segment(job.id, slot, number, replace(segment, status=status, note=reason))
     run.emit(Unaudited(job.id, slot, number, reason))
-    arm_settlement(run, job, slot)
+    if segment.forced:
+        stage = job.stage_of(slot)
+        detail = f"segment {number}: lanes differ in stage {stage}, and slot {slot} was not audited"
+        refund(run, job.id, CloseReason.MISMATCH, detail)
+        return
+    arm_settlement(run, job)
 
 
 def _spoken_of(

@@ -8,12 +8,24 @@ every case.
 
 from msgspec.structs import replace
 
-from tdmld.chain import due
+from tdmld.chain import due, rounds
 from tdmld.chain.errors import InvariantViolation
 from tdmld.chain.events import JobEnded
 from tdmld.chain.execution import Execution
 from tdmld.chain.records import AuditStatus, CloseReason, Due, Job, JobStatus, Timer
-from tdmld.chain.settlement import settle_cleared
+from tdmld.chain.settlement import pay_auditor, settle_cleared
+
+_OF_JOB = (
+    Timer.MATCH,
+    Timer.ACCEPT,
+    Timer.ACTIVATE,
+    Timer.DEADLINE,
+    Timer.RESULT,
+    Timer.SETTLE,
+    Timer.STANDBY,
+)
+_OF_SLOT = (Timer.STALL, Timer.REPLACE, Timer.CASE)
+_OF_SEGMENT = (Timer.KEY, Timer.DRAW, Timer.AUDIT)
 
 
 def refund(run: Execution, job_id: bytes, reason: CloseReason, detail: str) -> None:
@@ -29,9 +41,10 @@ def end(
     job = run.job(job_id)
     if job.final:
         raise InvariantViolation(f"the job {job_id.hex()} would end twice")
-    for timer in (Timer.MATCH, Timer.ACCEPT, Timer.ACTIVATE, Timer.DEADLINE, Timer.RESULT):
+    for timer in _OF_JOB:
         due.cancel(run.state, Due(timer, job_id))
-    if job.standby is not None:
+    if job.class_id:
+        rounds.stop(run, job)
         for slot in range(job.slots):
             _stop_slot(run, job, slot)
         release(run, job)
@@ -56,26 +69,58 @@ def end(
 
 
 def release(run: Execution, job: Job) -> None:
-    """Give the capacity that a matching took back to the nodes."""
-    for slot in range(job.slots):
-        worker = run.slot(job.id, slot).worker
-        _take(run, worker.node, memory=-job.stages[job.stage_of(slot)].memory)
-    if job.standby is not None:
-        _take(run, job.standby.node, standby=-job.slots)
+    """Give the capacity that a job's members use back to the nodes."""
+    _use(run, job, -1)
 
 
 def reserve(run: Execution, job: Job) -> None:
     """Take the capacity that a matching needs."""
-    for slot in range(job.slots):
-        worker = run.slot(job.id, slot).worker
-        _take(run, worker.node, memory=job.stages[job.stage_of(slot)].memory)
+    _use(run, job, 1)
+
+
+def _use(run: Execution, job: Job, sign: int) -> None:
+    for slot in job.living:
+        use_slot(run, job, slot, run.slot(job.id, slot).worker.node, sign)
     if job.standby is not None:
-        _take(run, job.standby.node, standby=job.slots)
+        use_standby(run, job, job.standby.node, sign)
+
+
+def use_slot(run: Execution, job: Job, slot: int, node: bytes, sign: int) -> None:
+    """Take (1) or give back (-1) what a slot needs of its worker's node."""
+    _take(run, node, memory=sign * job.stages[job.stage_of(slot)].memory)
+
+
+def use_standby(run: Execution, job: Job, node: bytes, sign: int) -> None:
+    """The same of the standby's node."""
+    _take(run, node, standby=sign * job.slots)
 
 
 def count_open_audit(run: Execution, node: bytes, change: int) -> None:
     """One audit more (+1) or less (-1) is open at `node`."""
     _take(run, node, audits=change)
+
+
+def void(run: Execution, job_id: bytes, slot: int, first: int) -> None:
+    """Take back the unsettled segments of a slot from `first` on: nobody works, copies or audits
+    for them any more, and nobody but an auditor whose verdict is known is paid for them."""
+    state = run.slot(job_id, slot)
+    for segment in range(first, state.committed):
+        for timer in _OF_SEGMENT:
+            due.cancel(run.state, Due(timer, job_id, slot, segment))
+        audit = run.state.audit(job_id, slot, segment)
+        if audit is not None and audit.status is AuditStatus.PASSED:
+            pay_auditor(run, job_id, slot, segment, audit)
+        elif audit is not None and audit.open:
+            if audit.held:
+                count_open_audit(run, audit.auditor, -1)
+            job = run.job(job_id)
+            left = job.audits_reserved - job.audit_price_of(slot)
+            run.state.put_job(replace(job, audits_reserved=left))
+        run.state.put_audit(job_id, slot, segment, None)
+        run.state.put_segment(job_id, slot, segment, None)
+    if first < state.committed:
+        run.state.put_slot(job_id, slot, replace(state, committed=first))
+        rounds.void_slot(run, run.job(job_id), slot, first)
 
 
 def _take(
@@ -96,11 +141,11 @@ def _take(
 
 
 def _stop_slot(run: Execution, job: Job, slot: int) -> None:
-    due.cancel(run.state, Due(Timer.STALL, job.id, slot))
-    due.cancel(run.state, Due(Timer.SETTLE, job.id, slot))
+    for timer in _OF_SLOT:
+        due.cancel(run.state, Due(timer, job.id, slot))
     state = run.slot(job.id, slot)
     for segment in range(state.settled, state.committed):
-        for timer in (Timer.KEY, Timer.DRAW, Timer.AUDIT):
+        for timer in _OF_SEGMENT:
             due.cancel(run.state, Due(timer, job.id, slot, segment))
         audit = run.state.audit(job.id, slot, segment)
         if audit is not None and audit.open:

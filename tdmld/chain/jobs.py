@@ -1,15 +1,9 @@
 """A job's life between its members' acceptance and its end (ANNEX A2).
 
-    preparing --(boundary 0 of every slot attested twice, equal)--> active
-    active    --(every segment of every slot settled)-------------> finishing
-    finishing --(result attested twice, Fetched; or window)-------> closed
-    preparing, active --(unequal roots, silence, deadline)--------> refunded
-
-**Who is to blame for a stall.** A pipeline stops as a whole when one of its members does. When the
-`segment_window` of a slot ends, the job is refunded; a fault is counted for the slots that are
-furthest behind, and for nobody where no slot is ahead of another: then the chain cannot tell. While
-any slot waits at its limit D for a settlement that is on its way, nobody is blamed, for its
-neighbours wait with it.
+preparing --(boundary 0 of every slot attested twice, equal)--> active
+active    --(every segment of every slot settled)-------------> finishing
+finishing --(result attested twice, Fetched; or window)-------> closed
+preparing, active --(unequal roots, nobody left, deadline)----> refunded
 """
 
 from msgspec.structs import replace
@@ -19,7 +13,7 @@ from tdmld.chain.closing import end, refund
 from tdmld.chain.events import JobActive, ResultDisputed, ResultKnown
 from tdmld.chain.execution import Execution, known_job, known_slot, require
 from tdmld.chain.records import CloseReason, Due, GenesisRoots, Job, JobStatus, Timer
-from tdmld.chain.settlement import arm_stall, count, waits_for_settlement
+from tdmld.chain.settlement import arm_stall, count
 from tdmld.chain.transactions import AttestGenesis, AttestResult, Fetched
 
 
@@ -29,17 +23,18 @@ def attest_genesis(run: Execution, node: bytes, found: AttestGenesis) -> None:
     require(job.status is JobStatus.PREPARING, f"the job is {job.status}, not preparing")
     slot = known_slot(run, job, found.slot)
     is_standby = job.standby is not None and job.standby.node == node
+    own = job.is_own(found.slot)
     require(
-        is_standby or slot.worker.node == node,
+        slot.worker.node == node or (is_standby and not own),
         "boundary 0 is attested by the slot's worker and by the standby",
     )
     require(all(roots.node != node for roots in slot.attested), "this node has attested this slot")
     mine = GenesisRoots(node, found.shared, found.lane, found.data)
     slot = replace(slot, attested=(*slot.attested, mine))
-    if len(slot.attested) < 2:
+    if len(slot.attested) < 2 and not own:
         run.state.put_slot(job.id, found.slot, slot)
         return
-    one, two = slot.attested
+    one, two = slot.attested[0], slot.attested[-1]
     if (one.shared, one.lane, one.data) != (two.shared, two.lane, two.data):
         run.state.put_slot(job.id, found.slot, slot)
         detail = f"slot {found.slot}: worker and standby found different states at boundary 0"
@@ -54,7 +49,7 @@ def _activate(run: Execution, job: Job) -> None:
     run.state.put_job(replace(job, status=JobStatus.ACTIVE, active=run.height))
     due.cancel(run.state, Due(Timer.ACTIVATE, job.id))
     for slot in range(job.slots):
-        arm_stall(run, job, slot)
+        arm_stall(run, job, slot, run.parameters.activate_window)
     run.emit(JobActive(job.id))
 
 
@@ -68,30 +63,10 @@ def activate_over(run: Execution, entry: Due) -> None:
     if job.standby is not None and any(
         all(roots.node != job.standby.node for roots in run.slot(job.id, slot).attested)
         for slot in range(job.slots)
+        if not job.is_own(slot)
     ):
         count(run, job.standby.owner, faults=1)
     refund(run, job.id, CloseReason.GENESIS, "boundary 0 was not attested in time")
-
-
-def stall(run: Execution, entry: Due) -> None:
-    """Due: a slot has not committed for a whole `segment_window`."""
-    job = run.job(entry.job)
-    slots = [run.slot(job.id, slot) for slot in range(job.slots)]
-    if any(waits_for_settlement(run, job, slot) for slot in range(job.slots)):
-        due.put(run.state, entry, run.height + run.parameters.segment_window)
-        return
-    furthest = max(slot.committed for slot in slots)
-    behind = min(slot.committed for slot in slots)
-    if behind < furthest:
-        for slot in slots:
-            if slot.committed == behind:
-                count(run, slot.worker.owner, faults=1)
-    segment = slots[entry.slot].committed
-    detail = (
-        f"slot {entry.slot} did not commit segment {segment} within "
-        f"{run.parameters.segment_window} blocks"
-    )
-    refund(run, job.id, CloseReason.FAULT, detail)
 
 
 def deadline(run: Execution, entry: Due) -> None:
@@ -105,12 +80,15 @@ def deadline(run: Execution, entry: Due) -> None:
 
 
 def attest_result(run: Execution, node: bytes, found: AttestResult) -> None:
-    """A holder has the result. Two equal ids make it known; nobody attests twice."""
+    """A holder has the result. Two equal ids make it known, or that of the only holder; nobody
+    attests twice."""
     job = known_job(run, found.job)
     require(job.status is JobStatus.FINISHING, f"the job is {job.status}, not finishing")
     require(node in result_holders(run, job), "this node is no holder of the result")
     require(all(node != other for other, _ in job.results), "this node has attested a result")
     others = {result for _, result in job.results}
+    if len(result_holders(run, job)) == 1:
+        others.add(found.result)
     job = replace(job, results=(*job.results, (node, found.result)))
     if found.result in others:
         job = replace(job, result=found.result)
@@ -121,8 +99,11 @@ def attest_result(run: Execution, node: bytes, found: AttestResult) -> None:
 
 
 def result_holders(run: Execution, job: Job) -> tuple[bytes, ...]:
-    """Nodes that make and keep the result: the standby, and the last worker of lane 0."""
-    last = run.slot(job.id, len(job.stages) - 1).worker.node
+    """Nodes that make and keep the result: the standby, and the last worker of the first lane. Of
+    a split job only the source has all of it."""
+    if job.is_own(0):
+        return (job.source,)
+    last = run.slot(job.id, job.living[len(job.stages) - 1]).worker.node
     return (last,) if job.standby is None else (job.standby.node, last)
 
 

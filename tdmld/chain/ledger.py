@@ -32,9 +32,11 @@ from tdmld.chain import (
     limits,
     market,
     offers,
+    replacement,
+    rounds,
     segments,
-    settlement,
     slashing,
+    stalls,
 )
 from tdmld.chain.codec import decode
 from tdmld.chain.crypto import verify
@@ -52,6 +54,7 @@ from tdmld.chain.transactions import (
     REGISTER_DOMAIN,
     Accept,
     Ask,
+    AttestContributions,
     AttestGenesis,
     AttestResult,
     AuditCommit,
@@ -61,20 +64,24 @@ from tdmld.chain.transactions import (
     Commit,
     Decline,
     Fetched,
+    Leave,
     Nominate,
     Offer,
     Open,
     Payload,
+    Present,
     ProposalEvidence,
     Register,
     Return,
     Revoke,
+    Stall,
     StandbyProof,
     Transaction,
     Transfer,
     Unbond,
     VoteEvidence,
     Withdraw,
+    Witness,
     registration_bytes,
 )
 
@@ -255,13 +262,15 @@ def _effect(run: Execution, transaction: Transaction) -> None:
         case Ask():
             market.ask(run, signer, payload, transaction.chain_id)
         case Accept():
-            market.accept(run, signer, payload)
+            replacement.accept(run, signer, payload)
         case Decline():
-            market.decline(run, signer, payload)
+            replacement.decline(run, signer, payload)
         case AttestGenesis():
             jobs.attest_genesis(run, signer, payload)
         case Commit():
             segments.commit(run, signer, payload)
+        case AttestContributions():
+            rounds.attest(run, signer, payload)
         case StandbyProof():
             segments.standby_proof(run, signer, payload)
         case AuditCommit():
@@ -274,6 +283,14 @@ def _effect(run: Execution, transaction: Transaction) -> None:
             audits.audit_open(run, signer, payload)
         case AttestResult():
             jobs.attest_result(run, signer, payload)
+        case Leave():
+            stalls.leave(run, signer, payload)
+        case Stall():
+            stalls.stall(run, signer, payload)
+        case Present():
+            stalls.present(run, signer, payload)
+        case Witness():
+            stalls.witness(run, signer, payload)
 
 
 _DUE: dict[Timer, Callable[[Execution, Due], None]] = {
@@ -281,12 +298,16 @@ _DUE: dict[Timer, Callable[[Execution, Due], None]] = {
     Timer.ACCEPT: market.accept_over,
     Timer.ACTIVATE: jobs.activate_over,
     Timer.DEADLINE: jobs.deadline,
-    Timer.STALL: jobs.stall,
+    Timer.STALL: stalls.window_over,
     Timer.KEY: segments.proof_key,
     Timer.DRAW: audits.draw,
     Timer.AUDIT: audits.audit_over,
-    Timer.SETTLE: settlement.settle,
+    Timer.SETTLE: replacement.settle,
     Timer.RESULT: jobs.result_over,
+    Timer.ROUND: rounds.over,
+    Timer.REPLACE: replacement.replace_over,
+    Timer.STANDBY: replacement.standby_over,
+    Timer.CASE: stalls.case_over,
 }
 
 

@@ -4,11 +4,13 @@ Matching is a reverse auction that the chain holds by itself, `match_delay` afte
 
 1. An ask is *eligible* for a slot when it is in force, of the job's class, its node has the stage's
    memory left, its owner is neither the submitter nor the source's, it did not decline this job,
-   and its price is within the ceiling: `ceil(ask price x parameters x tokens / 10^9)`.
-   Between neighbours of a lane there is a *path*: one of them was dialled by `dial_receipts` other
-   owners, or one has a receipt of the other that they are connected directly.
+   and its price is within the ceiling, `ceil(ask price x parameters x tokens / 10^9)`; the
+   weight of the slot's lane multiplies both.
+   Between the two ends of each link there is a *path*: one of them was dialled by `dial_receipts`
+   other owners, or one has a receipt of the other that they are connected directly.
 2. Slots choose in (lane, stage) order: lowest `price x (2,000,000 - reputation)`, then lowest
    SHA-256(beacon ‖ job ‖ slot ‖ node). A node serves one slot of a job; owners differ in a lane.
+   In a split job slot 0 is the source's, for nothing, if its ask stands and fits.
 3. Then one standby for all slots, in the same order by the ask's price, with `standby_slots` left
    for all of them, of an owner that works in no slot.
 
@@ -20,7 +22,7 @@ A matching looks at every ask there is, whatever comes of it: so each one burns 
 deposit. Asks are free, so a node may put one in every ASKS-th part of an epoch only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -44,6 +46,7 @@ from tdmld.chain.records import (
     Timer,
 )
 from tdmld.chain.reputation import reputation
+from tdmld.chain.segments import neighbours
 from tdmld.chain.settlement import count
 from tdmld.chain.state import u32
 from tdmld.chain.transactions import (
@@ -62,6 +65,15 @@ ANY_CLASS = "any"
 def slot_price(ask_price: int, parameters: int, tokens: int) -> int:
     """Units per segment of a slot, from an ask per 10^6 parameters and 10^3 tokens, rounded up."""
     return -(-ask_price * parameters * tokens // 10**9)
+
+
+def price_of(job: Job, slot: int, ask: StandingAsk) -> int:
+    """Units per segment of the slot by this ask; a lane's weight multiplies it. The source's own
+    slot is not paid."""
+    if job.is_own(slot):
+        return 0
+    parameters = job.stages[job.stage_of(slot)].parameters
+    return slot_price(ask.price, parameters, job.tokens) * job.weight_of(slot)
 
 
 # -- asks
@@ -187,18 +199,19 @@ class Assignment:
 def match(run: Execution, entry: Due) -> None:
     """Due: cast the job, or end it."""
     job = _pay(run, run.job(entry.job))
-    found = cast(job, _candidates(run, job), run.context.beacon, run.parameters.dial_receipts)
+    found = cast(job, candidates_for(run, job), run.context.beacon, run.parameters.dial_receipts)
     if found is None:
         detail = "no set of asks in force fits the offer's class, memory and prices"
         end(run, job.id, JobStatus.EXPIRED, CloseReason.NO_MATCH, detail)
         return
     for slot, worker in enumerate(found.workers):
-        run.state.put_slot(job.id, slot, SlotState(worker))
+        run.state.put_slot(job.id, slot, SlotState(worker, job.attempt))
     job = replace(
         job,
         status=JobStatus.MATCHED,
         class_id=found.class_id,
         standby=found.standby,
+        standby_turn=job.attempt,
         matched=run.height,
     )
     run.state.put_job(job)
@@ -245,58 +258,60 @@ def cast(
 def _cast_class(
     job: Job, class_id: str, candidates: Sequence[Candidate], beacon: bytes, dial_receipts: int
 ) -> Assignment | None:
-    workers: list[Member] = []
-    before: Candidate | None = None
+    chosen: list[Candidate] = []
     for slot in range(job.slots):
         stage = job.stages[job.stage_of(slot)]
-        lane = workers[job.lane_of(slot) * len(job.stages) :]
-        busy_nodes = {worker.node for worker in workers}
-        busy_owners = {worker.owner for worker in lane}
-        if not lane:
-            before = None
+        busy_nodes = {c.node for c in chosen}
+        busy_owners = {c.owner for c in chosen[job.slot_at(job.lane_of(slot), 0) :]}
+        ends = [chosen[other] for other in neighbours(job, slot) if other < slot]
 
-        def order(
-            c: Candidate, slot: int = slot, size: int = stage.parameters
-        ) -> tuple[int, bytes]:
-            return slot_price(c.ask.price, size, job.tokens) * c.weight, _lot(beacon, job, slot, c)
+        def order(c: Candidate, slot: int = slot) -> tuple[int, bytes]:
+            return price_of(job, slot, c.ask) * c.weight, lot(beacon, job, slot, c)
 
         eligible = [
             c
             for c in candidates
             if c.node not in busy_nodes
             and c.owner not in busy_owners
+            and (c.node == job.source) == job.is_own(slot)
             and c.memory >= stage.memory
-            and slot_price(c.ask.price, stage.parameters, job.tokens) <= job.slot_price_max
-            and (before is None or _path(before, c, dial_receipts))
+            and price_of(job, slot, c.ask) <= job.slot_price_max * job.weight_of(slot)
+            and all(has_path(c, end.node, end.ask, dial_receipts) for end in ends)
         ]
         if not eligible:
             return None
         best = min(eligible, key=order)
-        price = slot_price(best.ask.price, stage.parameters, job.tokens)
-        workers.append(Member(best.node, best.owner, price))
-        before = best
+        chosen.append(best)
+    workers = [Member(c.node, c.owner, price_of(job, slot, c.ask)) for slot, c in enumerate(chosen)]
     owners = {worker.owner for worker in workers}
-    holders = [c for c in candidates if c.owner not in owners and c.standby_slots >= job.slots]
-    if not holders:
-        return None
+    standby = cast_standby(job, candidates, owners, beacon)
+    return None if standby is None else Assignment(class_id, tuple(workers), standby)
+
+
+def cast_standby(
+    job: Job, candidates: Sequence[Candidate], workers: Collection[bytes], beacon: bytes
+) -> Member | None:
+    """The cheapest node that can hold copies of all slots; `workers`: owners that work in them."""
+    holders = [c for c in candidates if c.owner not in workers and c.standby_slots >= job.slots]
     best = min(
         holders,
-        key=lambda c: (c.ask.price * c.weight, _lot(beacon, job, limits.STANDBY_SLOT, c)),
+        key=lambda c: (c.ask.price * c.weight, lot(beacon, job, limits.STANDBY_SLOT, c)),
+        default=None,
     )
-    return Assignment(class_id, tuple(workers), Member(best.node, best.owner, job.standby_price))
+    return None if best is None else Member(best.node, best.owner, job.standby_price)
 
 
-def _path(a: Candidate, b: Candidate, dial_receipts: int) -> bool:
-    """Whether tensors can go from one to the other without a relay (MATCH-3)."""
-    dialled = max(a.ask.open, b.ask.open) >= dial_receipts
-    return dialled or b.node in a.ask.paths or a.node in b.ask.paths
+def has_path(a: Candidate, node: bytes, ask: StandingAsk | None, dial_receipts: int) -> bool:
+    """Whether tensors can go from `a` to `node`, whose ask this is, without a relay (MATCH-3)."""
+    dialled = max(a.ask.open, 0 if ask is None else ask.open) >= dial_receipts
+    return dialled or node in a.ask.paths or (ask is not None and a.node in ask.paths)
 
 
-def _lot(beacon: bytes, job: Job, slot: int, candidate: Candidate) -> bytes:
+def lot(beacon: bytes, job: Job, slot: int, candidate: Candidate) -> bytes:
     return sha256(beacon, job.id, u32(slot), candidate.node)
 
 
-def _candidates(run: Execution, job: Job) -> list[Candidate]:
+def candidates_for(run: Execution, job: Job) -> list[Candidate]:
     """Nodes whose asks are in force and that may work for this job. Asks that are over go, once
     their nodes could ask again."""
     found, over, pause = [], [], ask_pause(run.parameters)
@@ -307,7 +322,11 @@ def _candidates(run: Execution, job: Job) -> list[Candidate]:
             if run.height >= standing.height + pause:
                 over.append(node)
             continue
-        if record.owner in party or node in job.declined or record.from_height > run.height:
+        if node in job.declined or record.from_height > run.height:
+            continue
+        if record.owner in party and not (job.is_own(0) and node == job.source):
+            continue
+        if record.owner in job.excluded:
             continue
         weight = 2 * limits.RATE_ONE - reputation(run.state.facts(record.owner))
         found.append(
@@ -339,7 +358,8 @@ def accept(run: Execution, node: bytes, answer: Accept) -> None:
         run.state.put_job(job)
     else:
         state = run.slot(job.id, answer.slot)
-        run.state.put_slot(job.id, answer.slot, replace(state, worker=member))
+        taken = replace(state, worker=member, since=run.height)
+        run.state.put_slot(job.id, answer.slot, taken)
     if _missing_answers(run, job):
         return
     run.state.put_job(replace(job, status=JobStatus.PREPARING))

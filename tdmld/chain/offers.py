@@ -1,6 +1,7 @@
 """Offers: what a job may ask for, and the money that it locks until it ends.
 
-escrow        rounds x slots x (slot_price_max + standby_price): workers and standby
+escrow        rounds x (slot_price_max x weight of the lane, of each paid slot, + standby_price of
+              each slot): workers and standby
 audit budget  named by the offer, at least what its rate draws on average
 fees          tx_fee x the most job-bound transactions that can ever succeed
 deposit       offer_deposit, against spam: a part burns for each matching, the rest comes back
@@ -14,10 +15,10 @@ from tdmld.chain import due, limits
 from tdmld.chain.events import JobOffered
 from tdmld.chain.execution import Execution, require
 from tdmld.chain.genesis import Parameters
-from tdmld.chain.records import Due, Job, Timer
-from tdmld.chain.transactions import Offer
+from tdmld.chain.records import SPLIT, Due, Job, Timer
+from tdmld.chain.transactions import LaneMode, Offer
 
-PRIVACY_MODES = ("open", "sealed")
+PRIVACY_MODES = ("open", "sealed", SPLIT)
 """What this version of the protocol can carry."""
 
 
@@ -48,6 +49,22 @@ def suggested_audit_budget(rate: int, slots: int, rounds: int, price: int) -> in
     return price * min(slots * rounds, 2 * audits_expected(rate, slots, rounds) + 4)
 
 
+def repairs_expected(offer: Offer, parameters: Parameters) -> int:
+    """The most transactions that vacancies, rollbacks and accusations can cause: places that are
+    asked for, given up and answered, and segments that are made and audited once more."""
+    slots = offer.lanes * len(offer.stages)
+    redone = slots * offer.unsettled * (limits.INCARNATIONS + limits.ROLLBACKS)
+    audits = parameters.audit_redraws + 1 + 2 if offer.audit_rate else 0
+    attested = offer.lanes - 1 if offer.lane_mode is LaneMode.DILOCO else 0
+    return (
+        redone * (1 + 2 + audits + attested)  # Commit, StandbyProof, audits, AttestContributions
+        + 2 * slots * limits.INCARNATIONS  # Accept or Decline; Leave
+        + 3 * slots * limits.STALLS  # Stall, Present, Witness
+        + limits.STANDBY_TURNS
+        + 1  # Accept or Decline
+    )
+
+
 def transactions_expected(offer: Offer, parameters: Parameters) -> int:
     """The most job-bound transactions that can ever succeed for a job: their fees are locked."""
     slots = offer.lanes * len(offer.stages)
@@ -58,17 +75,27 @@ def transactions_expected(offer: Offer, parameters: Parameters) -> int:
         limits.MATCH_TRIES * (slots + 1)  # Accept or Decline
         + 2 * slots  # AttestGenesis
         + segments  # Commit
+        + slots * (offer.rounds - 1) * (offer.lanes - 1) * (offer.lane_mode is LaneMode.DILOCO)
+        # AttestContributions: each names at least one lane more
         + 2 * copies  # StandbyProof
         + audits * (parameters.audit_redraws + 1 + 2)  # AuditCommit or AuditFail; two openings
         + 2  # AttestResult
+        + repairs_expected(offer, parameters)
     )
+
+
+def paid_weight(offer: Offer) -> int:
+    """Slots that are paid, each counted as often as its lane's weight says."""
+    own = 1 if offer.privacy == SPLIT else 0
+    return sum(offer.lane_weights) * len(offer.stages) - own
 
 
 def lock_of(offer: Offer, parameters: Parameters) -> Lock:
     """How much an offer takes from the submitter's balance besides its own fee."""
     slots = offer.lanes * len(offer.stages)
+    round_price = paid_weight(offer) * offer.slot_price_max + slots * offer.standby_price
     return Lock(
-        escrow=offer.rounds * slots * (offer.slot_price_max + offer.standby_price),
+        escrow=offer.rounds * round_price,
         audit_budget=offer.audit_budget,
         fees=parameters.tx_fee * transactions_expected(offer, parameters),
         deposit=parameters.offer_deposit,
@@ -149,6 +176,7 @@ def check_offer(wanted: Offer) -> None:
     for stage in wanted.stages:
         _between("parameters of a stage", stage.parameters, 1, limits.PARAMETERS)
         _between("memory of a stage", stage.memory, 1, limits.MEMORY_BYTES)
+    _check_lanes(wanted)
     require(wanted.class_id != "", 'class: name one, or "any"')
     require(
         wanted.privacy in PRIVACY_MODES,
@@ -161,7 +189,7 @@ def check_offer(wanted: Offer) -> None:
         wanted.audit_price > 0 or wanted.audit_budget == 0,
         "audit_price: 0 buys no audits; set a price, or a budget of 0",
     )
-    expected = audits_expected(wanted.audit_rate, wanted.lanes * len(wanted.stages), wanted.rounds)
+    expected = audits_expected(wanted.audit_rate, paid_weight(wanted), wanted.rounds)
     require(
         wanted.audit_price > 0 or wanted.audit_rate == 0, "audit_price: audits are not for free"
     )
@@ -169,6 +197,26 @@ def check_offer(wanted: Offer) -> None:
         wanted.audit_budget >= expected * wanted.audit_price,
         f"audit_budget: the rate draws {expected} audits on average, which cost "
         f"{expected * wanted.audit_price}",
+    )
+
+
+def _check_lanes(wanted: Offer) -> None:
+    """What lanes, ring and privacy ask of each other."""
+    require(
+        (wanted.lane_mode is LaneMode.SINGLE) == (wanted.lanes == 1),
+        f"lane_mode: {wanted.lane_mode} with lanes = {wanted.lanes}; single goes with 1 lane",
+    )
+    require(len(wanted.lane_weights) == wanted.lanes, "lane_weights: one for each lane")
+    for weight in wanted.lane_weights:
+        _between("weight of a lane", weight, 1, limits.LANE_WEIGHT)
+    require(not wanted.ring or len(wanted.stages) > 1, "ring: it takes two stages or more")
+    require(
+        wanted.privacy != SPLIT or (wanted.ring and wanted.lanes == 1),
+        "privacy split: the source holds both ends of a ring of one lane",
+    )
+    require(
+        wanted.lane_mode is not LaneMode.DILOCO or wanted.rounds > 1,
+        "rounds: lane mode diloco takes two or more, for the last one only closes",
     )
 
 

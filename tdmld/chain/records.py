@@ -6,6 +6,7 @@ Keys are raw 32-byte public keys; the empty bytes mean "nobody yet" or "not know
 """
 
 from enum import StrEnum
+
 from tdmld.chain.codec import Amount, Hash, Maybe32, Natural, PublicKey, Record
 from tdmld.chain.transactions import LaneMode, LinkRoots, Stage
 
@@ -181,7 +182,8 @@ class Cause(StrEnum):
     LEFT = "left"  # it gave the place up itself
     MISMATCH = "mismatch"  # an audit found another list than it committed to
     UNOPENED = "unopened"  # it did not open its seal
-    UNPROVEN = "unproven"  # its copies, or those it should have confirmed, were not proven
+    UNPROVEN = "unproven"  # it did not prove its copies, or, a worker, did not answer their proofs
+    UNEQUAL = "unequal"  # its copies were found unequal; nobody knows by whose fault
     UNANSWERED = "unanswered"  # asked to take the place, it did not answer
     DECLINED = "declined"  # asked to take the place, it gave it back
     MOVED = "moved"  # the standby, which took a slot
@@ -259,6 +261,8 @@ class Job(Record, frozen=True):
     standby_turn: Natural = 0
     """The `attempt` of the standby's Accept and Decline: it grows with each vacancy of its place
     and each node that is asked. At the matching it is `attempt`."""
+    standby_since: Natural = 0
+    """Height at which the present standby accepted; 0 at the matching's."""
     repaired: Natural = 0
     """Height of the last vacancy, rollback or acceptance of a place; 0 where there was none."""
     lost_lanes: tuple[Natural, ...] = ()
@@ -280,9 +284,14 @@ class Job(Record, frozen=True):
     @property
     def living(self) -> tuple[int, ...]:
         """The slots of the lanes that are not lost, ascending."""
-        return tuple(
-            slot for slot in range(self.slots) if self.lane_of(slot) not in self.lost_lanes
-        )
+        if not self.lost_lanes:
+            return tuple(range(self.slots))
+        return tuple(s for s in range(self.slots) if self.lane_of(s) not in self.lost_lanes)
+
+    @property
+    def copied(self) -> bool:
+        """Whether somebody holds copies now: a standby that accepted."""
+        return self.standby is not None and self.standby.accepted
 
     def stage_of(self, slot: int) -> int:
         return slot % len(self.stages)
@@ -296,6 +305,10 @@ class Job(Record, frozen=True):
     def weight_of(self, slot: int) -> int:
         """How many times the micro-batches of a lane of weight 1 pass the slot: prices follow."""
         return self.lane_weights[self.lane_of(slot)]
+
+    def audit_price_of(self, slot: int) -> int:
+        """What an audit of one segment of the slot is paid: a heavier lane is more to replay."""
+        return self.audit_price * self.weight_of(slot)
 
     def is_own(self, slot: int) -> bool:
         """Whether the source works in the slot itself, for a text that it shows to nobody: not
@@ -435,6 +448,8 @@ class Segment(Record, frozen=True):
     worker_hash: Maybe32 = b""
     settled: Natural = 0
     """Height of its payment; 0 while it is unsettled."""
+    holder: Maybe32 = b""
+    """Owner of the standby that gave `standby_hash`."""
 
 
 class Round(Record, frozen=True):

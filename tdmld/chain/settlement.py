@@ -2,12 +2,22 @@
 
 A segment is *ready* when its draw has come out in its favour (records.CLEARED: not drawn, passed,
 or flagged `unaudited`), `settle_window` has passed since it was linked, and the copy that is due
-after it was proven or the time for that is over. Segments of a slot settle in order, each once.
-One due entry a slot pays worker, standby and auditor of every segment that is ready.
+after it was proven or the time for that is over.
 
-Worker: the agreed price. Standby: `standby_price` for every segment since the last proven boundary,
-when its keyed hash equalled the worker's. Auditor: `audit_price`, from the audit budget.
+**A round settles together**: segment n of every slot is paid in one block, once all of them are
+ready. So `settled` is one number for the whole job, and everything that a rollback or a replacement
+may take back is unpaid. Segments settle in order, each once; one due entry a job pays them.
+
+Worker: the agreed price; nothing for the source's own slot. Standby: `standby_price` for every
+segment since the last proven boundary, when its keyed hash equalled the worker's. Auditor:
+`audit_price`, from the audit budget.
+
+**What must be kept.** A replacement begins at `held`: the newest settled boundary that the present
+standby has proven to hold. Until then its own worker and its neighbours keep what leads on from
+there, so `held` also bounds how far a slot runs ahead (`allowed`).
 """
+
+from collections.abc import Iterable
 
 from msgspec.structs import replace
 
@@ -30,11 +40,14 @@ from tdmld.chain.records import (
     SlotState,
     Timer,
 )
+from tdmld.chain.state import State
 
 
-def copy_due_after(job: Job, segment: int) -> bool:
-    """Whether the state after `segment` must be proven by the standby."""
+def copy_due_after(job: Job, slot: int, segment: int) -> bool:
+    """Whether the state of a slot after `segment` must be proven by the standby."""
     boundary = segment + 1
+    if job.is_own(slot):
+        return False
     return boundary % job.state_every == 0 or boundary == job.rounds
 
 
@@ -48,68 +61,92 @@ def at_limit(job: Job, slot: SlotState) -> bool:
     return slot.committed < job.rounds and slot.committed - slot.settled >= job.unsettled
 
 
-def waits_for_settlement(run: Execution, job: Job, slot: int) -> bool:
-    """Whether the slot is at its limit D, and what it waits for is the chain and not a neighbour.
+def keep_from(state: State, job: Job, slot: int, ends: Iterable[int]) -> int:
+    """The oldest boundary that the slot and the slots at the `ends` of its links may need again:
+    what belongs to earlier segments may be forgotten."""
+    found = (state.slot(job.id, other) for other in (slot, *ends))
+    return min((other.held for other in found if other is not None), default=0)
 
-    A slot at its limit whose next segment is not even linked waits for the other end of a link.
-    """
-    state = run.slot(job.id, slot)
-    if not at_limit(job, state):
+
+def allowed(state: State, job: Job, slot: int, ends: Iterable[int]) -> int:
+    """How many segments the slot may have finished now: at most D unsettled ones, and no more than
+    it has room to keep (`keep_from`). Beyond that it stalls; nothing is dropped."""
+    record = state.slot(job.id, slot)
+    settled = 0 if record is None else record.settled
+    room = keep_from(state, job, slot, ends) + job.unsettled + 2 * job.state_every
+    return min(job.rounds, settled + job.unsettled, room)
+
+
+def waits_for_settlement(run: Execution, job: Job) -> bool:
+    """Whether a slot is at its limit D, and all have linked what is to be settled next: then it is
+    the chain that everybody waits for, and no member."""
+    slots = [run.slot(job.id, slot) for slot in job.living]
+    if not any(at_limit(job, state) for state in slots):
         return False
-    waiting = run.segment(job.id, slot, state.settled)
-    return waiting.status is not SegmentStatus.COMMITTED
+    for number, state in zip(job.living, slots, strict=True):
+        segment = run.state.segment(job.id, number, state.settled)
+        if segment is None or segment.status is SegmentStatus.COMMITTED:
+            return False
+    return True
 
 
-def arm_stall(run: Execution, job: Job, slot: int) -> None:
-    """(Re)start the slot's `segment_window`, or stop it where the slot is done or must wait."""
+def arm_stall(run: Execution, job: Job, slot: int, window: int = 0) -> None:
+    """(Re)start the slot's window (`segment_window`, or another), or stop it where the slot is
+    done, must wait, or is vacant."""
     state = run.slot(job.id, slot)
     entry = Due(Timer.STALL, job.id, slot)
-    if state.committed == job.rounds or at_limit(job, state):
+    if state.committed == job.rounds or at_limit(job, state) or not state.worker.accepted:
         due.cancel(run.state, entry)
     else:
-        due.put(run.state, entry, run.height + run.parameters.segment_window)
+        due.put(run.state, entry, run.height + (window or run.parameters.segment_window))
 
 
-def arm_settlement(run: Execution, job: Job, slot: int) -> None:
-    """Set the slot's settlement for the first height at which its next segment can be ready.
+def arm_settlement(run: Execution, job: Job) -> None:
+    """Set the job's settlement for the first height at which its next round can be ready.
 
-    Nothing is set while that segment still lacks a link or a verdict: their coming calls again.
+    Nothing is set while a segment of it still lacks a link or a verdict: their coming calls again.
     """
-    state = run.slot(job.id, slot)
-    entry = Due(Timer.SETTLE, job.id, slot)
-    if state.settled == state.committed:
-        return
-    segment = run.segment(job.id, slot, state.settled)
-    if segment.status not in CLEARED:
+    entry = Due(Timer.SETTLE, job.id)
+    at = _round_ready_at(run, job)
+    if at is None:
         due.cancel(run.state, entry)
-        return
-    due.put(run.state, entry, max(run.height + 1, _ready_at(run, segment)))
+    else:
+        due.put(run.state, entry, max(run.height + 1, at))
 
 
 def settle(run: Execution, entry: Due) -> None:
-    """Due: pay every segment of the slot that is ready, in order."""
+    """Due: pay every round that is ready, in order."""
     job = run.job(entry.job)
     if job.status is not JobStatus.ACTIVE:
         raise InvariantViolation(f"a settlement is due in a job that is {job.status}")
-    was_at_limit = at_limit(job, run.slot(job.id, entry.slot))
-    while (segment := _next(run, job.id, entry.slot)) is not None:
-        if segment.status not in CLEARED or _ready_at(run, segment) > run.height:
-            break
-        pay_segment(run, job.id, entry.slot)
-    state = run.slot(job.id, entry.slot)
-    if state.settled == job.rounds and _all_settled(run, job):
+    limited = any(at_limit(job, run.slot(job.id, slot)) for slot in job.living)
+    while (at := _round_ready_at(run, job)) is not None and at <= run.height:
+        for slot in job.living:
+            pay_segment(run, job.id, slot)
+    if run.slot(job.id, job.living[0]).settled == job.rounds:
         _finish(run, job.id)
         return
-    arm_settlement(run, job, entry.slot)
-    if was_at_limit and not at_limit(job, state):
-        # Slots of a lane wait for each other: all get a whole window from here.
-        for slot in range(job.slots):
+    arm_settlement(run, run.job(job.id))
+    if limited:
+        # They waited for each other: all get a whole window from here.
+        for slot in job.living:
             arm_stall(run, job, slot)
+
+
+def _round_ready_at(run: Execution, job: Job) -> int | None:
+    """Height from which on the next segment of every slot may settle; None where one may not."""
+    at = 0
+    for slot in job.living:
+        segment = _next(run, job.id, slot)
+        if segment is None or segment.status not in CLEARED:
+            return None
+        at = max(at, _ready_at(run, segment))
+    return at
 
 
 def settle_cleared(run: Execution, job: Job) -> None:
     """At a refund: pay what already is in the clear, in order, windows or not."""
-    for slot in range(job.slots):
+    for slot in job.living:
         while (segment := _next(run, job.id, slot)) is not None and segment.status in CLEARED:
             pay_segment(run, job.id, slot)
 
@@ -122,32 +159,49 @@ def pay_segment(run: Execution, job_id: bytes, slot: int) -> None:
     if segment.settled or number >= job.rounds:
         raise InvariantViolation(f"segment {number} of slot {slot} would be paid twice")
     worker = state.worker
-    run.state.put_slot(job_id, slot, replace(state, settled=number + 1))
     proof = segment.proof
     if proof is ProofStatus.WAITING:
         proof = ProofStatus.MISSING
-    run.state.put_segment(job_id, slot, number, replace(segment, settled=run.height, proof=proof))
-    pay(run, job_id, worker.owner, "worker", worker.price)
-    count(run, worker.owner, segments=1)
-    if proof is ProofStatus.EQUAL and job.standby is not None:
+    settled = replace(segment, settled=run.height, proof=proof)
+    run.state.put_slot(job_id, slot, _settled_slot(job, slot, state, settled))
+    run.state.put_segment(job_id, slot, number, settled)
+    if not job.is_own(slot):
+        pay(run, job_id, worker.owner, "worker", worker.price)
+        count(run, worker.owner, segments=1)
+    if proof is ProofStatus.EQUAL:
         amount = job.standby_price * copied_segments(job, number)
-        pay(run, job_id, job.standby.owner, "standby", amount)
-        count(run, job.standby.owner, proofs=1)
+        pay(run, job_id, segment.holder, "standby", amount)
+        count(run, segment.holder, proofs=1)
     audit = run.state.audit(job_id, slot, number)
     if audit is not None and audit.status is AuditStatus.PASSED:
         pay_auditor(run, job_id, slot, number, audit)
     run.emit(SegmentSettled(job_id, slot, number))
 
 
+def _settled_slot(job: Job, slot: int, state: SlotState, segment: Segment) -> SlotState:
+    """The slot once its next segment has settled: where a replacement would begin."""
+    boundary, held, unproven = state.settled + 1, state.held, state.unproven
+    if segment.proof is ProofStatus.EQUAL:
+        unproven = 0
+        if job.standby is not None and job.standby.owner == segment.holder:
+            held = boundary
+    elif segment.proof is not ProofStatus.NONE and segment.committed >= job.standby_since:
+        unproven += 1
+    if not job.copied or job.is_own(slot):
+        held, unproven = boundary, 0
+    return replace(state, settled=boundary, held=held, unproven=unproven)
+
+
 def pay_auditor(run: Execution, job_id: bytes, slot: int, segment: int, audit: Audit) -> None:
     """Pay an auditor for its verdict, whatever it was, out of what the draw reserved."""
     job = run.job(job_id)
-    reserved = job.audits_reserved - job.audit_price
+    price = job.audit_price_of(slot)
+    reserved = job.audits_reserved - price
     if audit.paid or reserved < 0:
         raise InvariantViolation("an audit would be paid twice")
     run.state.put_job(replace(job, audits_reserved=reserved))
-    run.state.put_audit(job_id, slot, segment, replace(audit, paid=job.audit_price))
-    pay(run, job_id, audit.owner, "auditor", job.audit_price)
+    run.state.put_audit(job_id, slot, segment, replace(audit, paid=price))
+    pay(run, job_id, audit.owner, "auditor", price)
     count(run, audit.owner, audits=1)
 
 
@@ -190,13 +244,10 @@ def _ready_at(run: Execution, segment: Segment) -> int:
     return max(at, segment.proof_until) if segment.proof is ProofStatus.WAITING else at
 
 
-def _all_settled(run: Execution, job: Job) -> bool:
-    return all(run.slot(job.id, slot).settled == job.rounds for slot in range(job.slots))
-
-
 def _finish(run: Execution, job_id: bytes) -> None:
     job = replace(run.job(job_id), status=JobStatus.FINISHING, finished=run.height)
     run.state.put_job(job)
     due.cancel(run.state, Due(Timer.DEADLINE, job_id))
+    due.cancel(run.state, Due(Timer.STANDBY, job_id))
     due.put(run.state, Due(Timer.RESULT, job_id), run.height + run.parameters.result_window)
     run.emit(JobFinishing(job_id))

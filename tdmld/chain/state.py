@@ -295,7 +295,7 @@ class State:
     def segment(self, job: bytes, slot: int, segment: int) -> Segment | None:
         return self.read(Segment, b"g" + job + u32(slot) + u64(segment))
 
-    def put_segment(self, job: bytes, slot: int, segment: int, record: Segment) -> None:
+    def put_segment(self, job: bytes, slot: int, segment: int, record: Segment | None) -> None:
         self.write(b"g" + job + u32(slot) + u64(segment), record)
 
     def round(self, job: bytes, number: int) -> Round | None:
@@ -308,7 +308,7 @@ class State:
     def audit(self, job: bytes, slot: int, segment: int) -> Audit | None:
         return self.read(Audit, b"u" + job + u32(slot) + u64(segment))
 
-    def put_audit(self, job: bytes, slot: int, segment: int, audit: Audit) -> None:
+    def put_audit(self, job: bytes, slot: int, segment: int, audit: Audit | None) -> None:
         self.write(b"u" + job + u32(slot) + u64(segment), audit)
 
     def earnings(self, job: bytes, owner: bytes) -> Earnings:
