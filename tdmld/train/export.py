@@ -17,7 +17,7 @@ from tdmld.files import write_file
 from tdmld.train import limits
 from tdmld.train.errors import FileError
 from tdmld.train.spec import Spec
-from tdmld.train.statefile import StateFile, TensorData, write_safetensors
+from tdmld.train.statefile import StateFile, TensorData, state_tensors, write_safetensors
 
 RESULT_FILES = ("config.json", "model.safetensors")
 """What the result id covers, in this order."""
@@ -52,10 +52,12 @@ def merge_states(spec: Spec, shared_files: Sequence[Path], out: Path) -> Result:
         tensors: list[TensorData] = []
         for stage, path in enumerate(shared_files):
             found = list(stack.enter_context(StateFile(path)))
-            expected = [(w.name, w.dtype, w.shape) for w in spec.shared(stage)]
-            if [tensor[:3] for tensor in found] != expected:
+            state = [t for t in state_tensors(spec, stage) if t.part == "shared"]
+            if [tensor[:3] for tensor in found] != [(t.name, t.dtype, t.shape) for t in state]:
                 raise FileError(f"{path} does not hold the weights of stage {stage}")
-            tensors.extend(found)
+            # The outer step's momentum is part of the state and none of the model.
+            model = {weight.name for weight in spec.shared(stage)}
+            tensors.extend(tensor for tensor in found if tensor.name in model)
         return write_result(spec, tensors, out)
 
 

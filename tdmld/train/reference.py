@@ -8,7 +8,7 @@ one class of machine.
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,12 @@ from torch import nn
 
 from tdmld.files import write_file
 from tdmld.train import optimizer
+from tdmld.train.compress import (
+    Contribution,
+    Place,
+    decode_contribution,
+    encode_contribution,
+)
 from tdmld.train.data import Tokens, window_index
 from tdmld.train.digest import Leaf, digest, state_root
 from tdmld.train.draw import draw_weight
@@ -26,6 +32,7 @@ from tdmld.train.errors import FileError, SegmentFault
 from tdmld.train.evaluate import load_model
 from tdmld.train.export import Result, write_result
 from tdmld.train.model import arithmetic, mean_cross_entropy, pixel_values, whole_model
+from tdmld.train.outer import combine, outer_step
 from tdmld.train.schedule import step_scalars
 from tdmld.train.segment import OnStep, StepReport
 from tdmld.train.spec import Spec, spec_bytes, spec_id
@@ -42,10 +49,13 @@ BoundaryRoots = dict[str, tuple[bytes, bytes]]
 
 @dataclass(frozen=True)
 class Reference:
-    """What the reference found: roots of boundaries 0 to rounds, one loss a step, the model."""
+    """What the reference found: roots of boundaries 0 to rounds, the losses, the model."""
 
     boundaries: tuple[BoundaryRoots, ...]
+    lane_losses: tuple[tuple[float, ...], ...]
+    """One a step, for each lane."""
     losses: tuple[float, ...]
+    """One a step: the mean of the lanes, by their weights."""
     seconds: float
     result: Result
 
@@ -63,20 +73,66 @@ class _Wire(torch.autograd.Function):
         return round_to_wire(gradients[0], context.wire), None
 
 
+Tensors = tuple[torch.Tensor, ...]
+
+
 @dataclass(frozen=True)
 class _Group:
     """The parameters that one stage of the job owns, by name, and its running statistics."""
 
     names: tuple[str, ...]
     weights: tuple[nn.Parameter, ...]
-    first: tuple[torch.Tensor, ...]
-    second: tuple[torch.Tensor, ...]
     statistics: tuple[tuple[str, torch.Tensor], ...]
+    momenta: Tensors
+    """Of the outer step, in `diloco`."""
+
+    @property
+    def model(self) -> list[tuple[str, torch.Tensor]]:
+        """What the stage owns of the model."""
+        return [*zip(self.names, self.weights, strict=True), *self.statistics]
 
     @property
     def shared(self) -> list[tuple[str, torch.Tensor]]:
         """The shared part of the stage's state."""
-        return [*zip(self.names, self.weights, strict=True), *self.statistics]
+        return [
+            *self.model,
+            *((f"outer.{n}", m) for n, m in zip(self.names, self.momenta, strict=False)),
+        ]
+
+    @property
+    def floats(self) -> list[torch.Tensor]:
+        """The running statistics without the counters."""
+        return [value for _, value in self.statistics if value.dtype == torch.float32]
+
+
+@dataclass(frozen=True)
+class _Private:
+    """What one lane keeps of a stage for itself."""
+
+    first: Tensors
+    second: Tensors
+    residual: Tensors
+    """In `diloco`: the pieces of `flat`."""
+    flat: torch.Tensor
+
+    def leaves(self, names: Sequence[str], step: int) -> list[Leaf]:
+        """The leaves of the lane part of the state after `step` steps."""
+        return [
+            *_leaves("lane", "exp_avg.", zip(names, self.first, strict=True)),
+            *_leaves("lane", "exp_avg_sq.", zip(names, self.second, strict=True)),
+            *_leaves("lane", "residual.", zip(names, self.residual, strict=False)),
+            Leaf("step", "lane", "I64", (), digest(step.to_bytes(8, "little"))),
+        ]
+
+
+def _private(group: _Group, spec: Spec) -> _Private:
+    """Zero moments and residual."""
+    first, second = (tuple(torch.zeros(w.shape) for w in group.weights) for _ in range(2))
+    sizes = [weight.numel() for weight in group.weights]
+    flat = torch.zeros(sum(sizes) if spec.is_diloco else 0)
+    pieces = torch.split(flat, sizes) if spec.is_diloco else ()
+    residual = tuple(p.view(w.shape) for p, w in zip(pieces, group.weights, strict=False))
+    return _Private(first, second, residual, flat)
 
 
 def run_reference(
@@ -85,39 +141,254 @@ def run_reference(
     out: Path,
     on_step: OnStep | None = None,
     given: Path | None = None,
+    included: Mapping[int, Sequence[int]] | None = None,
 ) -> Reference:
     """Run the whole job and write `roots.json` and the model directory under `out`.
 
-    `given` is the Hugging Face directory that a job goes on from, read by transformers itself.
-    SegmentFault when a loss or a gradient is not finite, as in the engine. OSError when `out`
-    cannot be written. FileError when `given` is missing or holds no such model.
+    One process plays all lanes, one after the other. `given` is the Hugging Face directory that a
+    job goes on from, read by transformers itself. `included` names the lanes of a `diloco` round
+    that entered its outer step, where that were not all. SegmentFault when a loss or a gradient is
+    not finite, as in the engine. OSError when `out` cannot be written. FileError when `given` is
+    missing or holds no such model.
     """
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    model = whole_model(spec)
-    _fill(model, spec, given)
-    tied = _untie(model) if spec.model.tied(spec.config) else None
-    _mark_cuts(model, spec)
-    groups = _groups(model, spec, tied)
-    boundaries, losses = [_roots(groups, 0)], []
-    for step in range(spec.train.steps):
-        before = time.perf_counter()
-        loss, norm = _step(model, groups, tied, spec, data, step)
-        losses.append(loss)
-        if on_step is not None:
-            on_step(StepReport(step, loss, time.perf_counter() - before, 0.0, 0.0, norm))
-        if (step + 1) % spec.pipeline.segment_steps == 0:
-            boundaries.append(_roots(groups, step + 1))
+    play = _Play(spec, data, given, on_step)
+    boundaries = [play.roots(0)]
+    for number in range(spec.training_rounds):
+        if spec.is_diloco:
+            lanes = (included or {}).get(number, range(spec.lanes))
+            boundaries.append(play.apart(number))
+            play.meet(number, tuple(lanes))
+        else:
+            for step in range(spec.boundary_step(number), spec.boundary_step(number + 1)):
+                play.together(step)
+            boundaries.append(play.roots(spec.boundary_step(number + 1)))
+    if spec.is_diloco:
+        boundaries.append(play.roots(spec.train.steps))
     seconds = time.perf_counter() - began
     tensors = [
         TensorData(name, _NAMES[value.dtype], tuple(value.shape), tensor_bytes(value))
-        for group in groups
-        for name, value in group.shared
+        for group in play.groups
+        for name, value in group.model
     ]
     result = write_result(spec, tensors, out / MODEL_DIRECTORY)
-    found = Reference(tuple(boundaries), tuple(losses), seconds, result)
+    told = tuple(tuple(losses) for losses in play.losses)
+    means = tuple(_weighted(losses, spec) for losses in zip(*told, strict=True))
+    found = Reference(tuple(boundaries), told, means, seconds, result)
     _write_roots(spec, found, out / ROOTS_FILE)
     return found
+
+
+def _weighted(losses: Sequence[float], spec: Spec) -> float:
+    if len(losses) == 1:
+        return losses[0]
+    pairs = zip(losses, spec.lane_weights, strict=True)
+    return sum(loss * weight for loss, weight in pairs) / sum(spec.lane_weights)
+
+
+class _Play:
+    """The whole model, and what each lane keeps for itself."""
+
+    def __init__(
+        self, spec: Spec, data: Tokens, given: Path | None, on_step: OnStep | None
+    ) -> None:
+        self.spec, self.data, self.on_step = spec, data, on_step
+        self.model = whole_model(spec)
+        _fill(self.model, spec, given)
+        self.tied = _untie(self.model) if spec.model.tied(spec.config) else None
+        _mark_cuts(self.model, spec)
+        self.groups = _groups(self.model, spec, self.tied)
+        self.private = [[_private(group, spec) for group in self.groups]]
+        # Lanes that meet at every step have equal moments: one copy plays for all.
+        for _ in range(spec.lanes - 1 if spec.is_diloco else 0):
+            self.private.append([_private(group, spec) for group in self.groups])
+        self.losses: list[list[float]] = [[] for _ in range(spec.lanes)]
+        self._contributions: list[list[Contribution]] = []
+
+    def roots(self, step: int) -> BoundaryRoots:
+        """The roots of every slot's state after `step` steps."""
+        found: BoundaryRoots = {}
+        for lane in range(self.spec.lanes):
+            private = self.private[lane if self.spec.is_diloco else 0]
+            for stage, (group, own) in enumerate(zip(self.groups, private, strict=True)):
+                shared = state_root(_leaves("shared", "", group.shared))
+                found[f"{lane}.{stage}"] = shared, state_root(own.leaves(group.names, step))
+        return found
+
+    def together(self, step: int) -> None:
+        """One step of lanes that meet in it."""
+        began = time.perf_counter()
+        before = self._copy()
+        told: list[list[list[torch.Tensor]]] = []
+        buffers: list[list[list[torch.Tensor]]] = []
+        for lane in range(self.spec.lanes):
+            self._restore(before)
+            told.append(self._gradients(lane, step))
+            buffers.append([[one.clone() for one in group.floats] for group in self.groups])
+        if self.spec.lanes > 1:
+            for stage, group in enumerate(self.groups):
+                self._meet_in_step(stage, group, told, buffers)
+        norm = self._update(told[0], self.private[0], step)
+        self._report(step, _weighted([own[-1] for own in self.losses], self.spec), norm, began)
+
+    def _meet_in_step(
+        self,
+        stage: int,
+        group: _Group,
+        told: list[list[list[torch.Tensor]]],
+        buffers: list[list[list[torch.Tensor]]],
+    ) -> None:
+        """Put the mean of all lanes' gradients into those of lane 0, and that of the buffers into
+        the model; its counters have seen the last lane's micro-batches."""
+        spec, wire = self.spec, self.spec.pipeline.lanes.wire
+        total = sum(spec.lane_weights)
+        flats = [
+            round_to_wire(torch.cat([one.reshape(-1) for one in lane[stage]]), wire)
+            for lane in told
+        ]
+        mean = flats[0] * spec.lane_weights[0]
+        for flat, weight in zip(flats[1:], spec.lane_weights[1:], strict=True):
+            mean = mean + flat * weight
+        mean = mean / total
+        at = 0
+        for gradient in told[0][stage]:
+            gradient.copy_(mean[at : at + gradient.numel()].view(gradient.shape))
+            at += gradient.numel()
+        for number, value in enumerate(group.floats):
+            mixed = buffers[0][stage][number] * spec.lane_weights[0]
+            for lane in range(1, spec.lanes):
+                mixed = mixed + buffers[lane][stage][number] * spec.lane_weights[lane]
+            value.copy_(mixed / total)
+        for _, value in group.statistics:
+            if value.dtype == torch.int64:
+                value.add_((total - spec.lane_weights[-1]) * spec.train.micro_batches)
+
+    def apart(self, number: int) -> BoundaryRoots:
+        """The steps of one segment in every lane by itself, and the roots at its end."""
+        spec, before = self.spec, self._copy()
+        self._contributions = []
+        for lane, private in enumerate(self.private):
+            self._restore(before)
+            for step in range(spec.boundary_step(number), spec.boundary_step(number + 1)):
+                began = time.perf_counter()
+                norm = self._update(self._gradients(lane, step), private, step)
+                self._report(step, self.losses[lane][-1], norm, began)
+            self._contributions.append(
+                [self._contribute(lane, stage, number, before) for stage in range(spec.stages)]
+            )
+        self._restore(before)
+        return self.roots(spec.boundary_step(number + 1))
+
+    def _contribute(
+        self, lane: int, stage: int, number: int, before: Mapping[str, torch.Tensor]
+    ) -> Contribution:
+        group, private = self.groups[stage], self.private[lane][stage]
+        pairs = zip(group.names, group.weights, strict=True)
+        delta = torch.cat([(before[name] - weight.detach()).reshape(-1) for name, weight in pairs])
+        fed = delta.add(private.flat, alpha=float(self.spec.outer.feedback))
+        buffers = torch.cat([torch.zeros(0), *(value.reshape(-1) for value in group.floats)])
+        place = Place(lane, stage, number)
+        raw = encode_contribution(self.spec, place, fed.numpy(), buffers.numpy())
+        found = decode_contribution(self.spec, place, raw)
+        told = torch.zeros_like(fed)
+        told[torch.from_numpy(found.places)] = torch.from_numpy(found.values)
+        private.flat.copy_(fed - told)
+        return found
+
+    def meet(self, number: int, lanes: tuple[int, ...]) -> None:
+        """The outer step with what `lanes` contributed to round `number`."""
+        spec = self.spec
+        steps = spec.boundary_step(number + 1) - spec.boundary_step(number)
+        weights = [spec.lane_weights[lane] for lane in lanes]
+        for stage, group in enumerate(self.groups):
+            for lane in set(range(spec.lanes)) - set(lanes):
+                own = self._contributions[lane][stage]
+                kept = torch.zeros_like(self.private[lane][stage].flat)
+                kept[torch.from_numpy(own.places)] = torch.from_numpy(own.values)
+                self.private[lane][stage].flat.add_(kept)
+            chosen = [self._contributions[lane][stage] for lane in lanes]
+            mean, buffers = combine(chosen, weights, sum(w.numel() for w in group.weights))
+            outer_step(group.weights, group.momenta, mean, spec.outer)
+            at = 0
+            for value in group.floats:
+                values = torch.from_numpy(buffers[at : at + value.numel()])
+                value.copy_(values.view(value.shape))
+                at += value.numel()
+            for _, value in group.statistics:
+                if value.dtype == torch.int64:
+                    value.add_(steps * spec.train.micro_batches * sum(weights))
+
+    def _copy(self) -> dict[str, torch.Tensor]:
+        """The model's values by name."""
+        return {
+            name: value.detach().clone() for group in self.groups for name, value in group.model
+        }
+
+    def _restore(self, values: Mapping[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for group in self.groups:
+                for name, value in group.model:
+                    value.copy_(values[name])
+
+    def _report(self, step: int, loss: float, norm: float, began: float) -> None:
+        if self.on_step is not None:
+            seconds = time.perf_counter() - began
+            self.on_step(StepReport(step, loss, seconds, 0.0, 0.0, norm))
+
+    def _gradients(self, lane: int, step: int) -> list[list[torch.Tensor]]:
+        """The gradients of each stage over a lane's micro-batches of a step; notes its loss."""
+        spec, data, batches = self.spec, self.data, self.spec.micro_batches(lane)
+        total: torch.Tensor | None = None
+        for micro_batch in range(batches):
+            starts = [
+                window_index(spec, lane, step, micro_batch, sequence)
+                for sequence in range(spec.train.micro_batch_size)
+            ]
+            rows = [data.window(start, spec.window_bytes) for start in starts]
+            loss = _forward(self.model, spec, rows, step)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        mean = float(total / batches)
+        if not math.isfinite(mean):
+            raise SegmentFault("nonfinite", step, f"the loss is {mean}")
+        self.losses[lane].append(mean)
+        if self.tied is not None:
+            entry, head = self.tied
+            assert entry.grad is not None
+            assert head.grad is not None
+            entry.grad.add_(head.grad)
+            head.grad = None
+        found = []
+        for group in self.groups:
+            gradients = [
+                torch.zeros(weight.shape) if weight.grad is None else weight.grad
+                for weight in group.weights
+            ]
+            optimizer.average_gradients(gradients, batches)
+            found.append(gradients)
+            for weight in group.weights:
+                weight.grad = None
+        return found
+
+    def _update(
+        self, gradients: list[list[torch.Tensor]], private: Sequence[_Private], step: int
+    ) -> float:
+        """Clip, optimize; the greatest gradient norm of a stage."""
+        spec, largest = self.spec, 0.0
+        for group, own, told in zip(self.groups, private, gradients, strict=True):
+            norm = optimizer.gradient_norm(told)
+            if not math.isfinite(norm):
+                raise SegmentFault("nonfinite", step, f"the gradient norm is {norm}")
+            if isinstance(spec.clip, StageClip):
+                optimizer.clip_gradients(told, norm, float(spec.clip.norm))
+            with torch.no_grad():
+                optimizer.adamw_step(
+                    group.weights, told, own.first, own.second, step_scalars(spec, step)
+                )
+            largest = max(largest, norm)
+        return largest
 
 
 def _layers(model: nn.Module, spec: Spec) -> list[nn.Module]:
@@ -205,9 +476,9 @@ def _groups(
             for every in (parameters, statistics)
         )
         weights = tuple(parameters[name] for name in names)
-        first, second = (tuple(torch.zeros(weight.shape) for weight in weights) for _ in range(2))
         own = tuple((name, statistics[name]) for name in other)
-        groups.append(_Group(names, weights, first, second, own))
+        momenta = tuple(torch.zeros(w.shape) for w in weights) if spec.is_diloco else ()
+        groups.append(_Group(names, weights, own, momenta))
     return groups
 
 
@@ -227,68 +498,6 @@ def _forward(model: nn.Module, spec: Spec, rows: list[bytes], step: int) -> torc
     with arithmetic(spec.train.precision, tokens.device):
         logits = model(input_ids=tokens[:, :-1].contiguous(), use_cache=False).logits
     return mean_cross_entropy(logits.to(torch.float32), tokens[:, 1:].contiguous())
-
-
-def _step(
-    model: nn.Module,
-    groups: Sequence[_Group],
-    tied: tuple[nn.Parameter, nn.Parameter] | None,
-    spec: Spec,
-    data: Tokens,
-    step: int,
-) -> tuple[float, float]:
-    """One optimizer step; (loss, largest gradient norm of a stage)."""
-    total: torch.Tensor | None = None
-    for micro_batch in range(spec.train.micro_batches):
-        starts = [
-            window_index(spec, 0, step, micro_batch, sequence)
-            for sequence in range(spec.train.micro_batch_size)
-        ]
-        rows = [data.window(start, spec.window_bytes) for start in starts]
-        loss = _forward(model, spec, rows, step)
-        loss.backward()  # type: ignore[no-untyped-call]
-        total = loss.detach() if total is None else total + loss.detach()
-    assert total is not None
-    mean = float(total / spec.train.micro_batches)
-    if tied is not None:
-        assert tied[0].grad is not None
-        assert tied[1].grad is not None
-        tied[0].grad.add_(tied[1].grad)
-        tied[1].grad = None
-    largest = 0.0
-    for group in groups:
-        gradients = [
-            torch.zeros(weight.shape) if weight.grad is None else weight.grad
-            for weight in group.weights
-        ]
-        optimizer.average_gradients(gradients, spec.train.micro_batches)
-        norm = optimizer.gradient_norm(gradients)
-        if not math.isfinite(norm) or not math.isfinite(mean):
-            raise SegmentFault("nonfinite", step, f"loss {mean}, gradient norm {norm}")
-        if isinstance(spec.clip, StageClip):
-            optimizer.clip_gradients(gradients, norm, float(spec.clip.norm))
-        with torch.no_grad():
-            optimizer.adamw_step(
-                group.weights, gradients, group.first, group.second, step_scalars(spec, step)
-            )
-        largest = max(largest, norm)
-    for group in groups:
-        for weight in group.weights:
-            weight.grad = None
-    return mean, largest
-
-
-def _roots(groups: Sequence[_Group], step: int) -> BoundaryRoots:
-    """The roots of every slot's state after `step` steps."""
-    found: BoundaryRoots = {}
-    for stage, group in enumerate(groups):
-        lane = [
-            *_leaves("lane", "exp_avg.", zip(group.names, group.first, strict=True)),
-            *_leaves("lane", "exp_avg_sq.", zip(group.names, group.second, strict=True)),
-            Leaf("step", "lane", "I64", (), digest(step.to_bytes(8, "little"))),
-        ]
-        found[f"0.{stage}"] = (state_root(_leaves("shared", "", group.shared)), state_root(lane))
-    return found
 
 
 def _leaves(part: str, prefix: str, named: Iterable[tuple[str, torch.Tensor]]) -> list[Leaf]:

@@ -18,6 +18,7 @@ from tdmld.train.channel import Channel
 from tdmld.train.data import step_indices
 from tdmld.train.digest import ZERO_DIGEST, digest, indices_root, link_root, merkle_root
 from tdmld.train.errors import SegmentFault
+from tdmld.train.lanes import DilocoSegment, exchange
 from tdmld.train.model import mean_cross_entropy, pixel_values, token_rows, vocabulary
 from tdmld.train.schedule import operations, step_scalars, traffic
 from tdmld.train.segment import (
@@ -51,24 +52,29 @@ def run_segment(
 
     The slot must stand at the segment's first step (ValueError). `on_step` is called after each
     step, in the same thread. SegmentFault when the program refuses an input or meets a value that
-    is not finite; the slot's state is undefined then. What the channel raises passes through.
+    is not finite, FileError when a contribution is missing or malformed; the slot's state is
+    undefined then. What the channel raises passes through.
     """
-    length = slot.spec.pipeline.segment_steps
-    if slot.step != segment * length or not 0 <= segment < slot.spec.rounds:
-        raise ValueError(f"segment {segment} starts at step {segment * length}, not {slot.step}")
+    first, last = slot.spec.boundary_step(segment), slot.spec.boundary_step(segment + 1)
+    if slot.step != first or not 0 <= segment < slot.spec.rounds:
+        raise ValueError(f"segment {segment} starts at step {first}, not {slot.step}")
     start = slot.roots()
+    diloco = DilocoSegment(slot, segment, included, contributions) if slot.spec.is_diloco else None
+    if diloco is not None:
+        diloco.begin()
     frames: dict[tuple[str, str], list[tuple[int, bytes]]] = {
         (link, direction): []
         for link in slot.spec.links(slot.lane, slot.stage)
         for direction in ("sent", "received")
     }
     steps = []
-    for _ in range(length):
+    for _ in range(first, last):
         began = time.perf_counter()
         work = _Step(slot, channel, frames)
         steps.append(work.run())
         if on_step is not None:
             on_step(work.report(time.perf_counter() - began))
+    contribution = b"" if diloco is None else diloco.end()
     end = slot.roots()
     return SegmentRecord(
         segment=segment,
@@ -82,6 +88,8 @@ def run_segment(
         ),
         has_loss=slot.spec.has_loss(slot.stage),
         steps=tuple(steps),
+        contribution=contribution,
+        included=tuple(included),
     )
 
 
@@ -198,6 +206,9 @@ class _Step:
         slot, spec = self.slot, self.slot.spec
         gradients = collect_gradients(slot)
         optimizer.average_gradients(gradients, spec.micro_batches(slot.lane))
+        if spec.has_lane_links:
+            with torch.no_grad():
+                exchange(slot, gradients, self._send_parts, self._receive_part)
         began = time.perf_counter()
         root = merkle_root(tensor_bytes(gradient) for gradient in gradients)
         self.verifying += time.perf_counter() - began
@@ -224,16 +235,22 @@ class _Step:
         return root
 
     def _receive(self, link: str, seq: int) -> torch.Tensor:
-        spec, step = self.slot.spec, self.slot.step
+        spec, stage = self.slot.spec, self.slot.stage
+        return self._take(link, seq, spec.boundary(stage, link), spec.wire(stage, link))
+
+    def _receive_part(self, link: str, seq: int, values: int, wire: str) -> torch.Tensor:
+        return self._take(link, seq, (values,), wire)
+
+    def _take(self, link: str, seq: int, shape: tuple[int, ...], wire: str) -> torch.Tensor:
+        step = self.slot.step
         began = time.perf_counter()
         payload = self.channel.receive(link, seq)
         arrived = time.perf_counter()
         self.waiting += arrived - began
-        self._note(link, "received", seq, payload)
+        self._note(link, "received", seq, digest(payload))
         self.verifying += time.perf_counter() - arrived
-        stage = self.slot.stage
         try:
-            tensor = decode(payload, spec.boundary(stage, link), spec.wire(stage, link))
+            tensor = decode(payload, shape, wire)
         except WireError as error:
             raise SegmentFault("size", step, f"frame {seq} of {link}: {error}") from error
         finally:
@@ -244,14 +261,18 @@ class _Step:
         return tensor
 
     def _send(self, link: str, seq: int, tensor: torch.Tensor) -> None:
-        payload = encode(tensor, self.slot.spec.wire(self.slot.stage, link))
-        began = time.perf_counter()
-        self._note(link, "sent", seq, payload)
-        self.verifying += time.perf_counter() - began
-        self.channel.send(link, seq, payload)
+        self._send_parts((link,), seq, encode(tensor, self.slot.spec.wire(self.slot.stage, link)))
 
-    def _note(self, link: str, direction: str, seq: int, payload: memoryview | bytes) -> None:
+    def _send_parts(self, links: Sequence[str], seq: int, payload: memoryview) -> None:
+        began = time.perf_counter()
         value = digest(payload)
+        for link in links:
+            self._note(link, "sent", seq, value)
+        self.verifying += time.perf_counter() - began
+        for link in links:
+            self.channel.send(link, seq, payload)
+
+    def _note(self, link: str, direction: str, seq: int, value: bytes) -> None:
         self.digests.append(value)
         self.frames[link, direction].append((seq, value))
 

@@ -1,5 +1,6 @@
 """A slot at work: a stage's weights, its optimizer state, and where it stands."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,10 @@ class Slot:
     """What a segment works on. Make it with `create`, then `init_from_seed`, `init_from_file` or
     `load`.
 
-    The shared part of the state is the weights and running statistics; the lane part the two AdamW
-    moments and the number of steps done. All sequences stand in the order of parameter names.
+    The shared part of the state is the weights and running statistics, and in `diloco` the momentum
+    of the outer step; the lane part the two AdamW moments, the number of steps done, and in
+    `diloco` the residual: what of this lane's deltas was not told the others. All sequences stand
+    in the order of parameter names; `residual` and `outer_momentum` are flat, empty elsewhere.
     """
 
     def __init__(self, spec: Spec, stage: int, lane: int, data: Tokens | None) -> None:
@@ -43,9 +46,48 @@ class Slot:
         self.weights = list(self.module.weights.values())
         self.first_moments = [torch.zeros_like(w, requires_grad=False) for w in self.weights]
         self.second_moments = [torch.zeros_like(w, requires_grad=False) for w in self.weights]
-        self._shared: dict[str, torch.Tensor] = {**self.module.weights, **self.module.statistics}
+        count = sum(w.numel() for w in self.weights) if spec.is_diloco else 0
+        self.outer_momentum, self.residual = torch.zeros(count), torch.zeros(count)
+        self.outer_momenta = self._views(self.outer_momentum)
+        private = {
+            "exp_avg": self.first_moments,
+            "exp_avg_sq": self.second_moments,
+            "residual": self._views(self.residual),
+        }
+        self._parts: dict[str, dict[str, torch.Tensor]] = {
+            "shared": {
+                **self.module.weights,
+                **self.module.statistics,
+                **self._named("outer", self.outer_momenta),
+            },
+            "lane": {
+                name: tensor
+                for kind, tensors in private.items()
+                for name, tensor in self._named(kind, tensors).items()
+            },
+        }
         self.step = 0
         self._leaves: dict[str, tuple[Leaf, ...]] | None = None
+
+    def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """The pieces of a flat tensor that belong to the weights, none of an empty one."""
+        if not flat.numel():
+            return []
+        pieces = torch.split(flat, [weight.numel() for weight in self.weights])
+        return [piece.view(w.shape) for piece, w in zip(pieces, self.weights, strict=True)]
+
+    def _named(self, kind: str, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {f"{kind}.{name}": tensor for name, tensor in zip(self.names, tensors, strict=False)}
+
+    @property
+    def statistics(self) -> list[torch.Tensor]:
+        """The buffers that training changes, in order of names."""
+        return list(self.module.statistics.values())
+
+    @property
+    def moving(self) -> list[torch.Tensor]:
+        """What the steps of a segment change and lanes share: weights, then buffers."""
+        return [*self.weights, *self.module.statistics.values()]
 
     @classmethod
     def create(cls, spec: Spec, stage: int, lane: int, data: Tokens | None) -> "Slot":
@@ -61,7 +103,9 @@ class Slot:
             raise FileError("the job goes on from given weights; fetch the stage's first state")
         with torch.no_grad():
             for weight in self.spec.shared(self.stage):
-                self._shared[weight.name].copy_(torch.from_numpy(draw_weight(self.spec, weight)))
+                self._parts["shared"][weight.name].copy_(
+                    torch.from_numpy(draw_weight(self.spec, weight))
+                )
         self._begin()
 
     def init_from_file(self, path: Path) -> None:
@@ -72,22 +116,22 @@ class Slot:
         with StateFile(path) as file:
             if file.manifest("shared").root.hex() != self.spec.init.roots[self.stage]:
                 raise FileError(f"{path} does not hold the weights that the spec names; fetch it")
-            self._take("shared", self._checked("shared", file))
+            expected = [(w.name, w.dtype, w.shape) for w in self.spec.shared(self.stage)]
+            self._take("shared", self._checked(file, expected))
         self._begin()
 
     def _begin(self) -> None:
-        for moment in (*self.first_moments, *self.second_moments):
-            moment.zero_()
+        for tensor in (*self._parts["lane"].values(), self.outer_momentum):
+            tensor.zero_()
         self.step = 0
         self.touch()
 
-    def _checked(self, part: str, file: StateFile) -> list[TensorData]:
-        """The tensors of a file; FileError unless they are this slot's."""
+    def _checked(
+        self, file: StateFile, expected: Sequence[tuple[str, str, tuple[int, ...]]]
+    ) -> list[TensorData]:
+        """The tensors of a file; FileError unless they are the expected ones."""
         found = list(file)
-        expected = state_tensors(self.spec, self.stage)
-        if [t[:3] for t in found] != [
-            (t.name, t.dtype, t.shape) for t in expected if t.part == part
-        ]:
+        if [t[:3] for t in found] != list(expected):
             raise FileError(f"{file.path} is no state of stage {self.stage} of this job")
         return found
 
@@ -96,18 +140,9 @@ class Slot:
         self._leaves = None
 
     def _tensors(self, part: str) -> list[TensorData]:
-        if part == "shared":
-            named: list[tuple[str, torch.Tensor]] = sorted(self._shared.items())
-        else:
-            moments = (("exp_avg", self.first_moments), ("exp_avg_sq", self.second_moments))
-            named = [
-                (f"{kind}.{name}", tensor)
-                for kind, tensors in moments
-                for name, tensor in zip(self.names, tensors, strict=True)
-            ]
         found = [
             TensorData(name, _NAMES[tensor.dtype], tuple(tensor.shape), tensor_bytes(tensor))
-            for name, tensor in named
+            for name, tensor in sorted(self._parts[part].items())
         ]
         if part == "lane":
             found.append(TensorData("step", "I64", (), self.step.to_bytes(8, "little")))
@@ -144,16 +179,13 @@ class Slot:
         """
         for part in PARTS:
             with StateFile(directory / part_file(part)) as file:
-                self._take(part, self._checked(part, file))
+                tensors = state_tensors(self.spec, self.stage)
+                expected = [(t.name, t.dtype, t.shape) for t in tensors if t.part == part]
+                self._take(part, self._checked(file, expected))
         self.touch()
         return self.roots()
 
     def _take(self, part: str, found: list[TensorData]) -> None:
-        lane: dict[str, torch.Tensor] = {}
-        for name, first, second in zip(
-            self.names, self.first_moments, self.second_moments, strict=True
-        ):
-            lane |= {f"exp_avg.{name}": first, f"exp_avg_sq.{name}": second}
         with torch.no_grad():
             for name, dtype, shape, data in found:
                 if name == "step" and part == "lane":
@@ -161,6 +193,5 @@ class Slot:
                     if not 0 <= self.step <= self.spec.train.steps:
                         raise FileError(f"a state after {self.step} steps is none of this job")
                     continue
-                target = self._shared[name] if part == "shared" else lane[name]
                 values = np.frombuffer(data, dtype=_LAYOUTS[dtype]).reshape(shape).copy()
-                target.copy_(torch.from_numpy(values))
+                self._parts[part][name].copy_(torch.from_numpy(values))

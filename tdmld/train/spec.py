@@ -226,6 +226,10 @@ class Spec(Fields, frozen=True):
         others = range(self.lanes) if self.has_lane_links else ()
         return (*up, *down, *(f"lane{other}" for other in others if other != lane))
 
+    def logged_links(self, lane: int, stage: int, segment: int) -> tuple[str, ...]:
+        """The links of a slot that frames cross in a segment: none in one without steps."""
+        return self.links(lane, stage) if segment < self.training_rounds else ()
+
     def other_end(self, lane: int, stage: int, link: str) -> tuple[int, int, str]:
         """(lane, stage, link) of a link as its other end has it. KeyError for a link it lacks."""
         if link not in self.links(lane, stage):

@@ -66,15 +66,24 @@ class StateTensor(msgspec.Struct, frozen=True):
 
 
 def state_tensors(spec: Spec, stage: int) -> tuple[StateTensor, ...]:
-    """Every tensor of a slot's state, shared part first, each part sorted by name."""
+    """Every tensor of a slot's state, shared part first, each part sorted by name.
+
+    In `diloco` the shared part has the momentum of the outer step, too, and the lane part what was
+    not told the other lanes yet.
+    """
+    weights = spec.weights(stage)
+
+    def like_weights(part: Literal["shared", "lane"], kind: str) -> list[StateTensor]:
+        return [StateTensor(part, f"{kind}.{w.name}", "F32", w.shape) for w in weights]
+
     shared = [StateTensor("shared", w.name, w.dtype, w.shape) for w in spec.shared(stage)]
-    lane = [
-        StateTensor("lane", f"{moment}.{weight.name}", "F32", weight.shape)
-        for moment in ("exp_avg", "exp_avg_sq")
-        for weight in spec.weights(stage)
-    ]
+    lane = [*like_weights("lane", "exp_avg"), *like_weights("lane", "exp_avg_sq")]
     lane.append(StateTensor("lane", "step", "I64", ()))
-    return tuple(shared + sorted(lane, key=lambda tensor: tensor.name))
+    if spec.is_diloco:
+        shared += like_weights("shared", "outer")
+        lane += like_weights("lane", "residual")
+    parts = (sorted(part, key=lambda tensor: tensor.name) for part in (shared, lane))
+    return tuple(tensor for part in parts for tensor in part)
 
 
 def part_file(part: str) -> str:

@@ -3,8 +3,7 @@
 import json
 import queue
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,20 +151,23 @@ def tokens_of(spec: Spec, text: bytes = TEXT) -> Tokens:
     return Tokens(spec, list(cut_shards(text)))
 
 
-Boxes = Mapping[tuple[int, str], "queue.SimpleQueue[tuple[int, bytes]]"]
+End = tuple[int, int, str]
+"""(lane, stage, link)"""
+Boxes = Mapping[End, "queue.SimpleQueue[tuple[int, bytes]]"]
 
 
 class QueueChannel:
     """A slot's links to the slots in other threads; received frames go to its frame log."""
 
     def __init__(
-        self, spec: Spec, stage: int, boxes: Boxes, logs: Mapping[str, FrameLogWriter]
+        self, spec: Spec, lane: int, stage: int, boxes: Boxes, logs: Mapping[str, FrameLogWriter]
     ) -> None:
-        self.spec, self.stage, self.boxes, self.logs = spec, stage, boxes, logs
+        self.spec, self.lane, self.stage = spec, lane, stage
+        self.boxes, self.logs = boxes, logs
         self.held: dict[tuple[str, int], bytes] = {}
 
     def receive(self, link: str, seq: int) -> memoryview:
-        number, payload = self.boxes[self.stage, link].get(timeout=60)
+        number, payload = self.boxes[self.lane, self.stage, link].get(timeout=60)
         assert number == seq
         self.logs[link].append(seq, bytes(64), payload)
         self.held[link, seq] = payload
@@ -175,8 +177,37 @@ class QueueChannel:
         del self.held[link, seq]
 
     def send(self, link: str, seq: int, payload: memoryview) -> None:
-        _, other, back = self.spec.other_end(0, self.stage, link)
-        self.boxes[other, back].put((seq, bytes(payload)))
+        assert len(payload) <= self.spec.link_frame_bytes(self.stage, link)
+        self.boxes[self.spec.other_end(self.lane, self.stage, link)].put((seq, bytes(payload)))
+
+
+class Meeting:
+    """Where the threads of a diloco job wait until a round's contributions are all there."""
+
+    def __init__(self, spec: Spec, included: Mapping[int, Sequence[int]]) -> None:
+        self._barrier = threading.Barrier(spec.slots)
+        self._lanes, self._included = tuple(range(spec.lanes)), included
+
+    def lanes(self, segment: int) -> tuple[int, ...]:
+        """The lanes that enter the outer step of `segment`; returns when all slots ask."""
+        if segment == 0:
+            return ()
+        self._barrier.wait(timeout=120)
+        return tuple(self._included.get(segment - 1, self._lanes))
+
+    def abort(self) -> None:
+        """Somebody failed: nobody shall wait."""
+        self._barrier.abort()
+
+
+def slot_place(root: Path, lane: int, stage: int) -> Path:
+    """The directory of a slot of `run_job`."""
+    return root / (str(stage) if lane == 0 else f"{lane}.{stage}")
+
+
+def contributions_place(root: Path, stage: int) -> Path:
+    """Where the slots of a stage leave their contributions."""
+    return root / f"contributions-{stage}"
 
 
 def run_pipeline(
@@ -186,25 +217,41 @@ def run_pipeline(
     prepare: Callable[[Any], None] | None = None,
     given: Path | None = None,
 ) -> list[list[SegmentRecord]]:
-    """Run a job, one thread a stage: records by stage and segment.
+    """Run a job of one lane, one thread a stage: records by stage and segment. See `run_job`."""
+    records = run_job(spec, data, root, prepare, given)
+    return [records[0, stage] for stage in range(spec.stages)]
 
-    `given` is a Hugging Face directory to go on from. Under `root` appear
-    `<stage>/state/<boundary>` and `<stage>/ring/<segment>.<link>.received`.
+
+def run_job(
+    spec: Spec,
+    data: Tokens,
+    root: Path,
+    prepare: Callable[[Any], None] | None = None,
+    given: Path | None = None,
+    included: Mapping[int, Sequence[int]] | None = None,
+) -> dict[tuple[int, int], list[SegmentRecord]]:
+    """Run a job, one thread a slot: (lane, stage) -> records by segment.
+
+    `given` is a Hugging Face directory to go on from; `included` as in `run_reference`. In a
+    slot's directory appear `state/<boundary>` and `ring/<segment>.<link>.received`.
     """
     from tdmld.train.runner import run_segment
     from tdmld.train.slot import Slot
 
-    boxes: Boxes = defaultdict(queue.SimpleQueue)
-    for stage in range(spec.stages):
-        for link in ("up", "down"):
-            boxes[stage, link]  # made here: threads must not race to make them
-    records: list[list[SegmentRecord]] = [[] for _ in range(spec.stages)]
+    slots = [(lane, stage) for lane in range(spec.lanes) for stage in range(spec.stages)]
+    boxes: Boxes = {
+        (lane, stage, link): queue.SimpleQueue()
+        for lane, stage in slots
+        for link in spec.links(lane, stage)
+    }
+    records: dict[tuple[int, int], list[SegmentRecord]] = {slot: [] for slot in slots}
     errors: list[BaseException] = []
+    meeting = Meeting(spec, included or {})
 
-    def work(stage: int) -> None:
-        place = root / str(stage)
+    def work(lane: int, stage: int) -> None:
+        place = slot_place(root, lane, stage)
         (place / "ring").mkdir(parents=True)
-        slot = Slot.create(spec, stage, 0, data if spec.reads_text(stage) else None)
+        slot = Slot.create(spec, stage, lane, data if spec.reads_text(stage) else None)
         if given is None:
             slot.init_from_seed()
         else:
@@ -214,27 +261,32 @@ def run_pipeline(
         slot.save(place / "state" / "0")
         if prepare is not None:
             prepare(slot)
+        more: dict[str, Any] = {}
         for segment in range(spec.rounds):
             logs = {
                 link: FrameLogWriter(
                     place / "ring" / frame_log_name(segment, link, "received"), spec.frame_bytes
                 )
-                for link in spec.links(0, stage)
+                for link in spec.logged_links(lane, stage, segment)
             }
-            channel = QueueChannel(spec, stage, boxes, logs)
-            records[stage].append(run_segment(slot, segment, channel))
+            channel = QueueChannel(spec, lane, stage, boxes, logs)
+            if spec.is_diloco:
+                more["included"] = meeting.lanes(segment)
+                more["contributions"] = contributions_place(root, stage)
+            records[lane, stage].append(run_segment(slot, segment, channel, **more))
             assert not channel.held  # every buffer was released
             for log in logs.values():
                 log.close()
             slot.save(place / "state" / str(segment + 1))
 
-    def guarded(stage: int) -> None:
+    def guarded(lane: int, stage: int) -> None:
         try:
-            work(stage)
+            work(lane, stage)
         except BaseException as error:  # carried to the test's own thread
             errors.append(error)
+            meeting.abort()
 
-    threads = [threading.Thread(target=guarded, args=(n,)) for n in range(spec.stages)]
+    threads = [threading.Thread(target=guarded, args=slot) for slot in slots]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -244,16 +296,22 @@ def run_pipeline(
     return records
 
 
-def replayed(spec: Spec, data: Tokens, root: Path, stage: int, segment: int) -> SegmentRecord:
-    """The record of a segment of `run_pipeline`, run again from its start state and its logs."""
+def replayed(
+    spec: Spec, data: Tokens, root: Path, stage: int, segment: int, lane: int = 0, **more: Any
+) -> SegmentRecord:
+    """The record of a segment of `run_job`, run again from its start state and its logs.
+
+    `more`: what `run_segment` needs in a diloco job.
+    """
     from tdmld.train.runner import run_segment
     from tdmld.train.slot import Slot
 
-    slot = Slot.create(spec, stage, 0, data if spec.reads_text(stage) else None)
-    place = root / str(stage)
+    slot = Slot.create(spec, stage, lane, data if spec.reads_text(stage) else None)
+    place = slot_place(root, lane, stage)
     slot.load(place / "state" / str(segment))
-    with LogChannel(place / "ring", segment, spec.links(0, stage), spec.frame_bytes) as channel:
-        return run_segment(slot, segment, channel)
+    links = spec.logged_links(lane, stage, segment)
+    with LogChannel(place / "ring", segment, links, spec.frame_bytes) as channel:
+        return run_segment(slot, segment, channel, **more)
 
 
 SHORT: dict[str, Any] = {
@@ -263,7 +321,14 @@ SHORT: dict[str, Any] = {
 }
 
 
-def check_equal(spec: Spec, root: Path, given: Path | None = None, *, replay: bool = False) -> None:
+def check_equal(
+    spec: Spec,
+    root: Path,
+    given: Path | None = None,
+    *,
+    replay: bool = False,
+    included: Mapping[int, Sequence[int]] | None = None,
+) -> None:
     """Run the job cut and whole; every root, loss and byte of the result must be the same.
 
     With `replay` every segment is run again from its logs, too, and must give the same record.
@@ -271,23 +336,35 @@ def check_equal(spec: Spec, root: Path, given: Path | None = None, *, replay: bo
     from tdmld.train.reference import run_reference
 
     data = tokens_of(spec, text_of(spec.family))
-    records = run_pipeline(spec, data, root / "live", given=given)
-    reference = run_reference(spec, data, root / "reference", given=given)
-    for stage, own in enumerate(records):
+    live = root / "live"
+    records = run_job(spec, data, live, given=given, included=included)
+    reference = run_reference(spec, data, root / "reference", given=given, included=included)
+    assert len(reference.boundaries) == spec.rounds + 1
+    for (lane, stage), own in records.items():
         for segment, record in enumerate(own):
             before, after = reference.boundaries[segment : segment + 2]
-            assert (record.start_shared, record.start_lane) == before[f"0.{stage}"]
-            assert (record.end_shared, record.end_lane) == after[f"0.{stage}"]
-    told = [own for own in records if own[0].has_loss]
-    assert [loss for own in told for record in own for loss in record.losses or ()] == list(
-        reference.losses
-    )
-    for stage in range(spec.stages) if replay else ():
-        for segment, record in enumerate(records[stage]):
-            assert replayed(spec, data, root / "live", stage, segment) == record
-    final = [root / "live" / str(n) / "state" / str(spec.rounds) for n in range(spec.stages)]
-    merged = merge_states(spec, [place / part_file("shared") for place in final], root / "out")
-    assert merged.result_id == reference.result.result_id
+            assert (record.start_shared, record.start_lane) == before[f"{lane}.{stage}"]
+            assert (record.end_shared, record.end_lane) == after[f"{lane}.{stage}"]
+            assert record.end_shared == after[f"0.{stage}"][0]  # lanes agree
+        if own[0].has_loss:
+            losses = [loss for record in own for loss in record.losses or ()]
+            assert losses == list(reference.lane_losses[lane])
+    for lane, stage in records if replay else ():
+        for segment, record in enumerate(records[lane, stage]):
+            more: dict[str, Any] = {}
+            if spec.is_diloco:
+                place = contributions_place(live, stage)
+                more = {"included": record.included, "contributions": place}
+            again = replayed(spec, data, live, stage, segment, lane, **more)
+            assert again == record
+    for lane in range(spec.lanes):
+        final = [
+            slot_place(live, lane, stage) / "state" / str(spec.rounds)
+            for stage in range(spec.stages)
+        ]
+        out = root / f"out-{lane}"
+        merged = merge_states(spec, [place / part_file("shared") for place in final], out)
+        assert merged.result_id == reference.result.result_id
 
 
 def published(spec: Spec, place: Path, dtype: str = "float32") -> Path:
