@@ -12,6 +12,7 @@ from blake3 import blake3
 from tdmld.chain.blocks import start_view, view_epoch
 from tdmld.chain.crypto import KeyPair, sha256
 from tdmld.chain.epochs import committee
+from tdmld.chain.errors import InvalidTransaction
 from tdmld.chain.genesis import (
     Genesis,
     Parameters,
@@ -24,18 +25,20 @@ from tdmld.chain.ledger import (
     BlockResult,
     Receipt,
     apply_block,
+    check_transaction,
     genesis_changes,
     next_due,
     recount,
 )
 from tdmld.chain.limits import STANDBY_SLOT
 from tdmld.chain.records import AuditStatus, Job, JobStatus, ProofStatus, SlotState
-from tdmld.chain.segments import audit_list_root, links_of
+from tdmld.chain.segments import audit_list_root, links_of, other_end
 from tdmld.chain.state import State
 from tdmld.chain.transactions import (
     OWNER_KINDS,
     Accept,
     Ask,
+    AttestContributions,
     AttestGenesis,
     AttestResult,
     AuditCommit,
@@ -44,12 +47,18 @@ from tdmld.chain.transactions import (
     Commit,
     Decline,
     Fetched,
+    LaneMode,
+    Leave,
+    LeaveReason,
     LinkRoots,
     Offer,
     Open,
     Payload,
+    Present,
     Stage,
+    Stall,
     StandbyProof,
+    Witness,
     decode_transaction,
     sign_transaction,
     verify_transaction,
@@ -78,6 +87,9 @@ class Vice(StrEnum):
     FORGES_COPY = "proves another state than the true one"
     LOSES_COPY = "never proves its copy"
     OTHER_RESULT = "attests another result"
+    LEAVES = "gives its slot up after a segment"
+    ACCUSES = "says that its neighbours do not deliver"
+    WITHHOLDS = "does not deliver frames, also not to the witness"
 
 
 def mark(*parts: object) -> bytes:
@@ -267,7 +279,12 @@ class World:
             "source": node_key(0).public,
             "session": mark("session", 0),
         }
-        return Offer(**{**fields, **changes})  # type: ignore[arg-type]
+        fields.update(changes)
+        lanes = fields["lanes"]
+        assert isinstance(lanes, int)
+        if lanes > 1:
+            fields = {"lane_mode": LaneMode.SYNC, "lane_weights": (1,) * lanes, **fields}
+        return Offer(**fields)  # type: ignore[arg-type]
 
     def submit(self, **changes: object) -> bytes:
         """Owner 0 offers a job; its id."""
@@ -297,27 +314,32 @@ class World:
                 return job
             result = self.play(job_id)
             failed = [receipt.reason for receipt in result.receipts if not receipt.ok]
-            assert not failed or self.job(job_id).final, failed
+            after = self.job(job_id)
+            assert not failed or after.final or after.repaired == self.height, failed
         raise AssertionError(f"still {self.job(job_id).status} after {blocks} blocks")
 
     def state_roots(self, job: Job, slot: int, boundary: int) -> tuple[bytes, bytes]:
-        return mark("shared", job.id, slot, boundary), mark("lane", job.id, slot, boundary)
+        """Lanes have the shared state of a stage in common."""
+        stage = job.stage_of(slot)
+        return mark("shared", job.id, stage, boundary), mark("lane", job.id, slot, boundary)
 
     def true_commit(self, job: Job, slot: int, number: int, node: bytes) -> Commit:
         """What an honest worker commits to."""
         start, end = self.state_roots(job, slot, number), self.state_roots(job, slot, number + 1)
         links = []
         for link in links_of(job, slot):
-            low = slot - 1 if link == "up" else slot
-            forward, back = mark("forward", low, number), mark("back", low, number)
-            sent, received = (back, forward) if link == "up" else (forward, back)
+            mine, other = (slot, link), other_end(job, slot, link)
+            first = min(mine, other)
+            sent, received = (
+                mark("frames", first, forward, number) for forward in (mine == first, mine != first)
+            )
             links.append(LinkRoots(link, sent, received))
         salt, steps = self.salt(node, slot, number), self.steps(job, slot, number)
         return Commit(
             job=job.id,
-            epoch=0,
+            epoch=job.epoch,
             slot=slot,
-            incarnation=0,
+            incarnation=self._slot(job, slot).incarnation,
             segment=number,
             start_shared=start[0],
             start_lane=start[1],
@@ -326,6 +348,7 @@ class World:
             links=tuple(links),
             seal=blake3(salt + steps).digest(),
             loss=2_500_000 - number,
+            contribution=mark("delta", slot, number) if job.contributes(number) else b"",
         )
 
     def salt(self, node: bytes, slot: int, number: int) -> bytes:
@@ -345,11 +368,73 @@ class World:
         elif job.status is JobStatus.PREPARING:
             yield from self._attestations(job)
         elif job.status is JobStatus.ACTIVE:
-            for slot in range(job.slots):
+            yield from self._places(job)
+            for slot in job.living:
                 yield from self._commits(job, slot)
+                yield from self._contributions(job, slot)
                 yield from self._audits(job, slot)
+                yield from self._cases(job, slot)
         elif job.status is JobStatus.FINISHING:
             yield from self._results(job)
+
+    def _places(self, job: Job) -> Iterator[tuple[bytes, Payload]]:
+        """Answers of nodes that are asked for a vacant place."""
+        asked = [(slot, self._slot(job, slot)) for slot in job.living]
+        places = [(slot, state.worker, state.incarnation) for slot, state in asked]
+        if job.standby is not None:
+            places.append((STANDBY_SLOT, job.standby, job.standby_turn))
+        for slot, member, turn in places:
+            if member.accepted or self.has(member.node, Vice.IGNORES_PLACE):
+                continue
+            if self.has(member.node, Vice.DECLINES):
+                yield member.node, Decline(job.id, turn, slot)
+            else:
+                yield member.node, Accept(job.id, turn, slot, mark("session of", member.node))
+
+    def _contributions(self, job: Job, slot: int) -> Iterator[tuple[bytes, Payload]]:
+        state = self._slot(job, slot)
+        number = state.committed - 1
+        if number < 0 or not job.contributes(number) or not state.worker.accepted:
+            return
+        record = self.state.round(job.id, number)
+        stage, lanes = job.stage_of(slot), {job.lane_of(other) for other in job.living}
+        held = tuple(
+            lane
+            for lane in sorted(lanes - {job.lane_of(slot)})
+            if self._slot(job, job.slot_at(lane, stage)).committed > number
+        )
+        said = 0 if record is None else record.attested[slot]
+        if held and (record is None or not record.decided) and said != sum(1 << k for k in held):
+            yield state.worker.node, AttestContributions(job.id, job.epoch, slot, number, held)
+
+    def _cases(self, job: Job, slot: int) -> Iterator[tuple[bytes, Payload]]:
+        """Accusations, and what is said to them; the witness finds who withholds."""
+        state = self._slot(job, slot)
+        node, of = state.worker.node, (job.id, job.epoch, slot, state.incarnation)
+        if not state.worker.accepted:
+            return
+        if self.has(node, Vice.LEAVES) and state.committed > state.settled:
+            yield node, Leave(*of, LeaveReason.DEVICE)
+            return
+        case = state.case
+        if case is not None and not case.present:
+            yield node, Present(*of, case.opened)
+        elif case is not None and job.standby is not None and job.standby.accepted:
+            delivered = not self.has(node, Vice.WITHHOLDS) and not self.has(node, Vice.MUTE)
+            yield job.standby.node, Witness(*of, case.opened, delivered)
+        elif self.has(node, Vice.ACCUSES) and links_of(job, slot):
+            payload = Stall(*of, state.stalls, links_of(job, slot)[0], state.committed)
+            if self._may(node, payload):
+                yield node, payload
+
+    def _may(self, node: bytes, payload: Payload) -> bool:
+        """Whether it would succeed in a block by itself."""
+        raw = decode_transaction(self.sign(self.keys[node], payload), self.chain_id)
+        try:
+            check_transaction(self.state, self.genesis, self.height + 1, raw)
+        except InvalidTransaction:
+            return False
+        return True
 
     def _answers(self, job: Job) -> Iterator[tuple[bytes, Payload]]:
         places = [(slot, self._slot(job, slot).worker) for slot in range(job.slots)]
@@ -383,6 +468,8 @@ class World:
         node, number = state.worker.node, state.committed
         if (
             number < job.rounds
+            and state.worker.accepted
+            and not self._waits_for_round(job, number)
             and number - state.settled < job.unsettled
             and number < self.stop_before.get(node, job.rounds)
         ):
@@ -402,6 +489,12 @@ class World:
                 ),
             )
 
+    def _waits_for_round(self, job: Job, number: int) -> bool:
+        if number == 0 or not job.contributes(number - 1):
+            return False
+        record = self.state.round(job.id, number - 1)
+        return record is None or not record.decided
+
     def _audits(self, job: Job, slot: int) -> Iterator[tuple[bytes, Payload]]:
         state = self._slot(job, slot)
         for number in range(state.settled, state.committed):
@@ -410,7 +503,7 @@ class World:
             if audit is None:
                 continue
             node, worker = audit.auditor, state.worker.node
-            at = (job.id, 0, slot, number)
+            at = (job.id, job.epoch, slot, number)
             salt, found = mark("auditor salt", node, *at), self._found(job, slot, number, node)
             if audit.status is AuditStatus.DRAWN:
                 if self.has(node, Vice.CANNOT_AUDIT):
@@ -435,7 +528,6 @@ class World:
     def _proof(self, job: Job, slot: int, number: int) -> Iterator[tuple[bytes, Payload]]:
         segment = self.state.segment(job.id, slot, number)
         assert segment is not None
-        assert job.standby is not None
         if (
             segment.proof is not ProofStatus.WAITING
             or not segment.proof_key
@@ -443,16 +535,17 @@ class World:
         ):
             return
         true = mark("keyed", segment.proof_key, slot, number)
-        node = self._slot(job, slot).worker.node if segment.standby_hash else job.standby.node
-        if self.has(node, Vice.LOSES_COPY):
+        standby = job.standby.node if job.standby is not None and job.standby.accepted else b""
+        node = self._slot(job, slot).worker.node if segment.standby_hash else standby
+        if not node or self.has(node, Vice.LOSES_COPY):
             return
         value = mark("forged") if self.has(node, Vice.FORGES_COPY) else true
-        yield node, StandbyProof(job.id, 0, slot, 0, number, value)
+        at = (job.id, job.epoch, slot, segment.incarnation, number)
+        yield node, StandbyProof(*at, value)
 
     def _results(self, job: Job) -> Iterator[tuple[bytes, Payload]]:
-        assert job.standby is not None
-        last = self._slot(job, len(job.stages) - 1).worker.node
-        for node in (job.standby.node, last):
+        last = self._slot(job, job.living[len(job.stages) - 1]).worker.node
+        for node in (last,) if job.standby is None else (job.standby.node, last):
             if all(node != other for other, _ in job.results):
                 other = self.has(node, Vice.OTHER_RESULT)
                 yield node, AttestResult(job.id, mark("other" if other else "result", job.id))
