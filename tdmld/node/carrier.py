@@ -11,14 +11,14 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import trio
 
 from tdmld import logs
-from tdmld.chain.crypto import KeyPair
+from tdmld.chain.crypto import KeyPair, public_key
 from tdmld.chain.errors import DecodeError
 from tdmld.node import control
 from tdmld.node.carriernet import CarrierNet, Relaying, tell_addresses
@@ -27,16 +27,23 @@ from tdmld.node.contentserver import ContentServer, JobContent
 from tdmld.node.contentstore import ContentStore
 from tdmld.node.control import Configure, Item, Message, Request
 from tdmld.node.controlsocket import ControlSocket
-from tdmld.node.errors import ControlError, LinkRefused, MachineError
+from tdmld.node.errors import (
+    ContentError,
+    ContentMismatch,
+    ControlError,
+    LinkRefused,
+    MachineError,
+)
 from tdmld.node.layout import SEED_BYTES, Layout
-from tdmld.node.link import Hello, LinkSigner, decode_message
-from tdmld.node.linkserver import HELLO_SECONDS
+from tdmld.node.link import Hello, LinkSigner, Place, decode_message
+from tdmld.node.linkserver import HELLO_SECONDS, LinkServer
 from tdmld.node.parentdeath import die_with_parent, leave_no_core
 from tdmld.node.seal import ContentKeys
 from tdmld.node.slotserver import SlotServer
 from tdmld.p2p import Ban, Host, PeerInfo, Stream, open_host
 from tdmld.p2p.errors import AddressInvalid, ListenFailed, P2PError
 from tdmld.train.errors import TrainError
+from tdmld.train.framelog import FrameEntry
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +51,7 @@ MAX_HELLO_BYTES = 16 * 1024
 _CANCELLED = (
     control.FetchData
     | control.FetchFile
+    | control.ProbeFrame
     | control.ListResult
     | control.DialBack
     | control.ConnectDirect
@@ -74,6 +82,10 @@ def read_session_key(path: Path) -> KeyPair:
     return KeyPair(seed)
 
 
+OtherEnd = tuple[bytes, int, int, str]
+"""Job, lane, stage and link name as the other end of a link has them."""
+
+
 class Carrier:
     """One run of the carrier, on an open host."""
 
@@ -94,6 +106,8 @@ class Carrier:
         self._jobs: dict[bytes, JobContent] = {}
         self._kept: dict[str, tuple[str, ...]] = {}
         self._slots: dict[control.Slot, SlotServer] = {}
+        self._links: dict[OtherEnd, LinkServer] = {}
+        """Of open slots, by who is at the other end."""
         self._fetches: dict[int, trio.CancelScope] = {}
         keys = ContentKeys(self._layout, key)
         self._store = ContentStore(self._layout, config.content_quota, keys)
@@ -170,12 +184,10 @@ class Carrier:
                 self._set_peers(request)
             case control.SetBans(_, bans):
                 self._host.set_bans([Ban(ban.subject, ban.until, ban.reason) for ban in bans])
-            case control.SetMembers(_, job, sessions, sealed):
-                self._jobs[job] = JobContent(frozenset(sessions), sealed)
-                if not sessions:
-                    del self._jobs[job]
-            case control.Rekey(_, job, sessions, sealed):
-                self._jobs[job] = JobContent(frozenset(sessions), sealed)
+            case control.SetMembers():
+                self._set_members(request)
+            case control.Rekey(_, _, _, sealed):
+                self._set_members(request)
                 await trio.to_thread.run_sync(self._store.rekey, sealed)
             case control.ImportText(_, path, sealed):
                 found = await trio.to_thread.run_sync(self._store.import_text, Path(path), sealed)
@@ -188,21 +200,50 @@ class Carrier:
                 target = Path(destination)
                 had = await self._client.fetch_file(item, limit, holders, target)
                 return control.Stored(request.id, had)
+            case control.ProbeFrame():
+                return await self._probe(request)
             case control.ListResult(_, job, holders):
                 files = await self._client.list_result(job, holders)
                 return control.Listing(request.id, files)
-            case control.Grant(_, slot, until):
+            case control.Grant(_, slot, until, included):
                 if slot in self._slots:
-                    self._slots[slot].grant(until)
+                    self._slots[slot].grant(until, included)
+            case control.SetLinkPeer(_, slot, link, session, incarnation):
+                if slot in self._slots:
+                    self._slots[slot].set_link_peer(link, session, incarnation)
             case control.CloseSlot(_, slot, abort):
                 if slot in self._slots:
                     await self._slots[slot].close(abort=abort)
-            case control.Discard(_, slot, segment):
+            case control.Discard(_, slot, keep_from):
                 if slot in self._slots:
-                    self._slots[slot].discard(segment)
+                    self._slots[slot].discard(keep_from)
             case _:
                 return await self._net.carry_out(request, lambda: self._kept)
         return control.Done(request.id)
+
+    def _set_members(self, request: control.SetMembers | control.Rekey) -> None:
+        self._jobs[request.job] = JobContent(
+            frozenset(request.sessions), request.sealed, request.private, frozenset(request.given)
+        )
+        if not request.sessions:
+            del self._jobs[request.job]
+
+    async def _probe(self, request: control.ProbeFrame) -> control.Probed:
+        """Whether a holder gives out a frame that it should have sent, signed by itself."""
+        slot, seq = request.slot, request.seq
+        sender = Place(slot.job, request.epoch, slot.lane, slot.stage, request.link)
+        item = control.FrameFile(slot, request.link, seq)
+        key = public_key(request.holder)
+
+        def check(frame: FrameEntry) -> None:
+            if not self._signer.check_kept(key, sender, seq, frame.digest, frame.signature):
+                raise ContentMismatch("the frame is not signed by its sender")
+
+        try:
+            await self._client.probe(item, request.limit, request.holder, check)
+        except ContentError as error:
+            return control.Probed(request.id, False, f"{error}"[: control.MAX_TEXT])
+        return control.Probed(request.id, True, "")
 
     def _set_peers(self, request: control.SetPeers) -> None:
         wanted = {peer.session: peer.addresses for peer in request.peers}
@@ -250,7 +291,13 @@ class Carrier:
         slot = request.slot
         directory = self._layout.slot(slot.job, slot.lane, slot.stage)
         server = SlotServer(
-            request, directory, memory, socket.socket(fileno=worker), self._signer, self._tell
+            request,
+            directory,
+            memory,
+            socket.socket(fileno=worker),
+            self._signer,
+            self._tell,
+            self._introduce,
         )
         self._slots[slot] = server
         nursery.start_soon(self._serve_slot, server)
@@ -264,6 +311,12 @@ class Carrier:
             server.fail(f"a defect of the carrier, see its log: {error!r}")
         finally:
             self._slots.pop(server.slot, None)
+            for link in server.links.values():
+                self._links.pop(_end(link.state.other), None)
+
+    def _introduce(self, links: Iterable[LinkServer]) -> None:
+        for link in links:
+            self._links[_end(link.state.other)] = link
 
     async def _accept_link(self, stream: Stream) -> None:
         """Whoever wants to open a link here; what is wrong with it is no defect of ours."""
@@ -278,9 +331,7 @@ class Carrier:
             hello = decode_message(await stream.receive(MAX_HELLO_BYTES))
         if not isinstance(hello, Hello):
             raise LinkRefused("a link begins with a Hello")
-        ours = hello.place.other
-        slot = self._slots.get(control.Slot(ours.job, ours.lane, ours.stage))
-        link = slot.links.get(ours.link) if slot is not None else None
+        link = self._links.get(_end(hello.place))
         if link is None:
             raise LinkRefused("no such link is open here")
         await link.answer(stream, hello)
@@ -290,6 +341,10 @@ class Carrier:
             return False
         slot = self._slots.get(item.slot)
         return slot is not None and slot.ring.is_open(item.segment, item.link, "sent")
+
+
+def _end(place: Place) -> OtherEnd:
+    return place.job, place.lane, place.stage, place.link
 
 
 async def main(fd: int) -> int:

@@ -237,6 +237,7 @@ class CarrierClient:
                 | control.Imported()
                 | control.Stored()
                 | control.Listing()
+                | control.Probed()
                 | control.Dialled()
                 | control.Direct()
                 | control.Network()

@@ -16,17 +16,19 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 import trio
+from blake3 import blake3
 
 from tdmld.files import write_file
 from tdmld.node import contentwire as wire
 from tdmld.node.contentstore import ContentStore
-from tdmld.node.control import Blob, Item
+from tdmld.node.control import Blob, ContributionFile, FrameFile, Item
 from tdmld.node.download import Download
 from tdmld.node.errors import ContentMismatch, ContentUnavailable, MachineError
 from tdmld.node.layout import Layout
 from tdmld.node.seal import ContentKeys, KeyName, sealed_size, unseal
 from tdmld.p2p import Host, Stream
 from tdmld.p2p.errors import DialFailed, P2PError, StreamError
+from tdmld.train.framelog import HEADER, FrameEntry
 from tdmld.train.limits import SHARD_BYTES
 
 log = logging.getLogger(__name__)
@@ -84,8 +86,44 @@ class ContentClient:
                 except (ContentUnavailable, ContentMismatch) as error:
                     answers[self._host.peer_id] = str(error)
             return await self._bring(
-                item, limit, holders, lambda _: (target, target), _accept, answers
+                item, limit, holders, lambda _: (target, target), _check_of(item), answers
             )
+
+    async def probe(
+        self, item: FrameFile, limit: int, holder: str, check: Callable[[FrameEntry], None]
+    ) -> None:
+        """Take one frame, of at most `limit` bytes, from a holder, and keep nothing of it; `check`
+        is given what is true of it. ContentUnavailable, ContentMismatch."""
+        try:
+            stream, located = await self._open_patiently(holder, item)
+            async with stream:
+                with _blaming(stream):
+                    check(await self._probed(stream, located, limit, item.seq))
+        except ContentMismatch:
+            raise
+        except _FAILURES as error:
+            raise ContentUnavailable(str(error) or "too slow") from error
+
+    async def _probed(
+        self, stream: Stream, located: wire.Located, limit: int, seq: int
+    ) -> FrameEntry:
+        size = located.size - HEADER.size
+        if not 0 < size <= limit:
+            raise ContentMismatch(f"a record of {located.size} bytes is no frame of this link")
+        head, hasher = b"", blake3()
+        for chunk in range(wire.chunk_count(located.size)):
+            with trio.fail_after(wire.CHUNK_SECONDS):
+                await stream.send(wire.encode_request(wire.Want(chunk)))
+                data = wire.decode_bytes(await stream.receive(wire.CHUNK_MESSAGE_BYTES))
+            if len(data) != wire.chunk_size(located.size, chunk):
+                raise ContentMismatch(f"chunk {chunk} has {len(data)} bytes")
+            if chunk == 0:
+                head, data = bytes(data[: HEADER.size]), data[HEADER.size :]
+            hasher.update(data)
+        number, length, signature, _ = HEADER.unpack(head)
+        if (number, length) != (seq, size):
+            raise ContentMismatch(f"a record of frame {number} instead of {seq}")
+        return FrameEntry(seq, signature, hasher.digest(), 0, size)
 
     async def fetch_data(
         self,
@@ -421,6 +459,8 @@ class ContentClient:
     def _copy(self, item: Item, limit: int, target: Path) -> None:
         """The holder is this machine: copy the file."""
         path, _ = self._store.path(item)
+        if isinstance(item, ContributionFile):
+            _check_content(path, item.content)
         with path.open("rb") as file:
             size = path.stat().st_size
             if size > limit:
@@ -478,8 +518,23 @@ def _blaming(stream: Stream) -> Iterator[None]:
         raise
 
 
-async def _accept(download: Download, group: Sequence[str]) -> None:
-    """Whoever asked checks the root."""
+def _check_of(item: Item) -> Check:
+    """A contribution is known by its hash; of the others whoever asked checks the root."""
+
+    async def check(download: Download, group: Sequence[str]) -> None:
+        if isinstance(item, ContributionFile):
+            await trio.to_thread.run_sync(_check_content, download.part, item.content)
+
+    return check
+
+
+def _check_content(path: Path, content: bytes) -> None:
+    hasher = blake3()
+    with path.open("rb") as file:
+        while piece := file.read(wire.CHUNK_BYTES):
+            hasher.update(piece)
+    if hasher.digest() != content:
+        raise ContentMismatch("another contribution than was asked for")
 
 
 def _key_of(located: wire.Located) -> KeyName:

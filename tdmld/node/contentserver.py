@@ -8,14 +8,22 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import trio
 
 from tdmld.chain.crypto import public_key
 from tdmld.node import contentwire as wire
-from tdmld.node.contentstore import ChunkList, ContentStore
-from tdmld.node.control import Item
+from tdmld.node.contentstore import ChunkList, ContentStore, chunks_of
+from tdmld.node.control import (
+    ContributionFile,
+    FrameFile,
+    GivenFile,
+    Item,
+    ResultFile,
+    StateFile,
+)
 from tdmld.node.errors import ContentError, ContentRefused, ContentUnavailable
 from tdmld.node.seal import ContentKeys, KeyName, key_box
 from tdmld.p2p import Stream
@@ -36,10 +44,31 @@ PEER_BURST_BYTES = 512 << 20
 
 @dataclass(frozen=True, slots=True)
 class JobContent:
-    """Who may have a job's content, and the spec id under which its data is sealed (None: open)."""
+    """Who may have a job's content, and the spec id under which its data is sealed (None: open).
+
+    private  nobody gets the result, nor states and contributions of stage 0
+    given    roots of the given weights that belong to the job
+    """
 
     sessions: frozenset[str]
     sealed: bytes | None = None
+    private: bool = False
+    given: frozenset[bytes] = frozenset()
+
+    def check(self, item: Item | wire.ListFiles) -> None:
+        """ContentRefused when no member may have it."""
+        match item:
+            case GivenFile(_, root):
+                if root not in self.given:
+                    raise ContentRefused("these weights are not given to this job")
+            case StateFile(slot) | ContributionFile(slot):
+                if self.private and slot.stage == 0:
+                    raise ContentRefused(
+                        "the submitter of this job keeps its first stage to itself"
+                    )
+            case ResultFile() | wire.ListFiles():
+                if self.private:
+                    raise ContentRefused("the submitter of this job keeps its result to itself")
 
 
 class Allowance:
@@ -69,6 +98,8 @@ class _Opened:
 
     job: bytes = b""
     fd: int = -1
+    begin: int = 0
+    """Where in the file the item begins."""
     chunks: ChunkList = _NOTHING
     downloads: bool = False
 
@@ -155,7 +186,7 @@ class ContentServer:
     ) -> wire.Reply:
         match request:
             case wire.ListFiles(job):
-                self._content(peer, job)
+                self._content(peer, job).check(request)
                 return wire.Files(await trio.to_thread.run_sync(self._store.result_files, job))
             case wire.AskKey(job, epoch, key):
                 spec = self._content(peer, job).sealed
@@ -173,17 +204,26 @@ class ContentServer:
         return key_box(public_key(peer), spec, name.epoch, key)
 
     async def _locate(self, peer: str, item: Item, opened: _Opened) -> wire.Located:
-        sealed = self._content(peer, wire.job_of(item)).sealed
+        content = self._content(peer, wire.job_of(item))
+        content.check(item)
         opened.close()
         opened.job = wire.job_of(item)
-        opened.chunks = _NOTHING
-        if self._is_open(item):
-            raise ContentUnavailable("not finished yet")
-        path, name = await trio.to_thread.run_sync(self._store.path, item, sealed)
-        opened.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        found = await trio.to_thread.run_sync(
-            self._store.identify, opened.fd, path, limiter=self._hashing
-        )
+        opened.chunks, opened.begin = _NOTHING, 0
+        name = None
+        if isinstance(item, FrameFile):
+            path, opened.begin, size = await trio.to_thread.run_sync(self._store.frame, item)
+            opened.fd = _open(path)
+            found = await trio.to_thread.run_sync(
+                chunks_of, opened.fd, opened.begin, size, limiter=self._hashing
+            )
+        else:
+            if self._is_open(item):
+                raise ContentUnavailable("not finished yet")
+            path, name = await trio.to_thread.run_sync(self._store.path, item, content.sealed)
+            opened.fd = _open(path)
+            found = await trio.to_thread.run_sync(
+                self._store.identify, opened.fd, path, limiter=self._hashing
+            )
         opened.chunks = found
         first = found.digests[: wire.LIST_CHUNKS * wire.DIGEST_BYTES]
         epoch, key = name or (0, b"")
@@ -201,7 +241,8 @@ class ContentServer:
             self._downloads[peer] += 1
         length = wire.chunk_size(size, chunk)
         await trio.sleep_until(self._allowance.take(peer, length, trio.current_time()))
-        piece = await trio.to_thread.run_sync(os.pread, opened.fd, length, chunk * wire.CHUNK_BYTES)
+        at = opened.begin + chunk * wire.CHUNK_BYTES
+        piece = await trio.to_thread.run_sync(os.pread, opened.fd, length, at)
         if len(piece) != length:
             raise ContentUnavailable("the file became shorter")
         await self._send(stream, piece)
@@ -219,3 +260,7 @@ class ContentServer:
         if content is None or peer not in content.sessions:
             raise ContentRefused("you are not a member of this job here")
         return content
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)

@@ -22,13 +22,24 @@ from tdmld.node.contentwire import (
     chunk_count,
     content_of,
 )
-from tdmld.node.control import Blob, FramesFile, Item, ResultFile, StateFile
+from tdmld.node.control import (
+    MAX_FRAME_BYTES,
+    Blob,
+    ContributionFile,
+    FrameFile,
+    FramesFile,
+    GivenFile,
+    Item,
+    ResultFile,
+    StateFile,
+)
 from tdmld.node.errors import ContentError, ContentMismatch, ContentRefused, ContentUnavailable
 from tdmld.node.jobfiles import remove_tree
 from tdmld.node.layout import Layout, free_bytes, is_file_name
 from tdmld.node.seal import ContentKeys, KeyName, seal, sealed_size, unseal
 from tdmld.train.digest import digest
-from tdmld.train.framelog import frame_log_name
+from tdmld.train.errors import FileError
+from tdmld.train.framelog import HEADER, frame_log_name, scan_frames
 from tdmld.train.limits import SHARD_BYTES, TEXT_BYTES
 from tdmld.train.statefile import part_file
 
@@ -77,6 +88,14 @@ class ContentStore:
                 if not is_file_name(name):
                     raise ContentUnavailable(f"{name!r} is no file of a result")
                 candidates = (self._layout.result(job) / name,)
+            case GivenFile(_, root):
+                candidates = (self._layout.given(root),)
+            case ContributionFile(slot, number, _):
+                candidates = tuple(
+                    self._layout.contributions(slot.job, slot.lane, slot.stage, number)
+                )
+            case FrameFile():
+                raise ContentUnavailable("a frame is no file")
             case FramesFile(slot, segment, link):
                 owner = self._layout.slot(slot.job, slot.lane, slot.stage)
                 candidates = (owner / "ring" / frame_log_name(segment, link, "sent"),)
@@ -111,14 +130,27 @@ class ContentStore:
         key = (str(path), facts.st_mtime_ns, facts.st_size)
         known = self._lists.get(key)
         if known is None:
-            digests = bytearray()
-            for chunk in range(chunk_count(facts.st_size)):
-                piece = os.pread(fd, CHUNK_BYTES, chunk * CHUNK_BYTES)
-                digests += blake3(piece).digest()
-            found = bytes(digests)
-            known = ChunkList(content_of(facts.st_size, found), facts.st_size, found)
+            known = chunks_of(fd, 0, facts.st_size)
             self._remember(key, known)
         return known
+
+    def frame(self, item: FrameFile) -> tuple[Path, int, int]:
+        """Log of a frame that a slot here sent, where its record begins and how long it is; the log
+        may still grow. ContentUnavailable."""
+        owner = self._layout.slot(item.slot.job, item.slot.lane, item.slot.stage)
+        logs = []
+        for path in owner.glob(f"ring/*.{item.link}.sent"):
+            number = path.name.partition(".")[0]
+            if number.isdecimal():
+                logs.append((int(number), path))
+        for _, path in sorted(logs, reverse=True):
+            with suppress(OSError, FileError), path.open("rb") as file:
+                for entry in scan_frames(file.fileno(), MAX_FRAME_BYTES, path.name):
+                    if entry.seq > item.seq:
+                        break
+                    if entry.seq == item.seq:
+                        return path, entry.offset - HEADER.size, HEADER.size + entry.length
+        raise ContentUnavailable("that frame was not sent, or is not kept any more")
 
     def _remember(self, key: tuple[str, int, int], found: ChunkList) -> None:
         with self._remembering:
@@ -273,6 +305,16 @@ class ContentStore:
             os.close(fd)
             raise
         return fd
+
+
+def chunks_of(fd: int, begin: int, size: int) -> ChunkList:
+    """The chunks of a piece of an open file."""
+    digests = bytearray()
+    for chunk in range(chunk_count(size)):
+        at = chunk * CHUNK_BYTES
+        digests += blake3(os.pread(fd, min(CHUNK_BYTES, size - at), begin + at)).digest()
+    found = bytes(digests)
+    return ChunkList(content_of(size, found), size, found)
 
 
 def _shards_of(file: BinaryIO) -> Iterator[bytes]:

@@ -21,7 +21,7 @@ from typing import Annotated
 import msgspec
 from blake3 import blake3
 
-from tdmld.node.control import Count, FileName, FramesFile, Id32, Item, Size, StateFile
+from tdmld.node.control import Blob, Count, FileName, GivenFile, Id32, Item, ResultFile, Size
 from tdmld.node.errors import ContentMismatch, ContentUnavailable
 
 CHUNK_BYTES = 1 << 20
@@ -157,7 +157,7 @@ def decode_bytes(raw: bytes) -> memoryview:
 
 def job_of(item: Item) -> bytes:
     """The job that an item belongs to."""
-    return item.slot.job if isinstance(item, StateFile | FramesFile) else item.job
+    return item.job if isinstance(item, Blob | ResultFile | GivenFile) else item.slot.job
 
 
 def chunk_count(size: int) -> int:

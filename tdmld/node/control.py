@@ -36,6 +36,7 @@ MAX_HOLDERS = 16
 MAX_TEXT = 2000
 MAX_CAUSE = 32
 MAX_SHARDS = 1024
+MAX_SEQ = 2**62 - 1
 MAX_LANES = 16
 MAX_LINKS = 2 + MAX_LANES - 1
 """Of a slot: up, down, and one to each sibling lane."""
@@ -60,6 +61,7 @@ Addresses = Annotated[
     tuple[Annotated[str, msgspec.Meta(max_length=256)], ...], msgspec.Meta(max_length=MAX_ADDRESSES)
 ]
 LinkName = Annotated[str, msgspec.Meta(pattern=r"^(up|down|lane(0|[1-9][0-9]?))$")]
+Seq = Annotated[int, msgspec.Meta(ge=0, le=MAX_SEQ)]
 Lane = Annotated[int, msgspec.Meta(ge=0, lt=MAX_LANES)]
 Roots = Annotated[tuple[Id32, ...], msgspec.Meta(max_length=MAX_GIVEN)]
 
@@ -220,7 +222,7 @@ class FrameFile(msgspec.Struct, frozen=True, tag=True):
 
     slot: Slot
     link: LinkName
-    seq: Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+    seq: Seq
 
 
 class ContributionFile(msgspec.Struct, frozen=True, tag=True):
@@ -233,7 +235,7 @@ class ContributionFile(msgspec.Struct, frozen=True, tag=True):
 
 
 class GivenFile(msgspec.Struct, frozen=True, tag=True):
-    """Given weights by the root of the shared state that they are; what is fetched has it."""
+    """Given weights, by the root of the part of a state that they are: who asks checks it."""
 
     job: Id32
     root: Id32
@@ -276,7 +278,7 @@ class ProbeFrame(Message, frozen=True):
     slot: Slot
     epoch: Count
     link: LinkName
-    seq: Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+    seq: Seq
     limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_FRAME_BYTES)]
     holder: Session
 
@@ -534,7 +536,7 @@ class WaitReported(Message, frozen=True):
 
     slot: Slot
     link: LinkName
-    seq: Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+    seq: Seq
     seconds: float
 
 

@@ -1,7 +1,8 @@
 """A link on its streams: connects, greets, always reads, sends what is due, says goodbye.
 
 The numbered log (`link.LinkLog`) decides; this shell moves bytes. At most one stream serves a link;
-a newer one replaces it. The end at the smaller stage dials, with back-off.
+a newer one replaces it. One end dials, with back-off: that whose link is "down", of a lane link the
+smaller lane's; the other one only when it has everything and misses the goodbye (LINK-7).
 """
 
 import logging
@@ -26,7 +27,7 @@ from tdmld.node.link import (
     frame_header,
     message_limit,
 )
-from tdmld.node.ring import SlotRing
+from tdmld.node.ring import Restored, SlotRing, cause_of
 from tdmld.p2p import Host, Stream
 from tdmld.p2p.errors import P2PError
 from tdmld.train.digest import digest
@@ -37,9 +38,14 @@ HELLO_SECONDS = 15.0
 """A peer that opened a stream and does not greet in this time is dropped."""
 REDIAL_FIRST_SECONDS = 0.1
 REDIAL_LAST_SECONDS = 5.0
+GOODBYE_PATIENCE_SECONDS = 3.0
+"""So long the end that does not dial waits for a goodbye that it misses."""
+EARLY_ACKS = 256
+"""Acknowledgements of what a predecessor sent, kept until our worker has made it too."""
 
 Room = Callable[[str], Awaitable[None]]
 Deliver = Callable[[str, int, memoryview], None]
+Broken = Callable[[str, str], None]
 
 
 class LinkServer:
@@ -47,8 +53,8 @@ class LinkServer:
 
     `room(link)` waits until one more frame can be taken (the peer then waits too): LINK-3 bounds
     what an honest peer sends, but a peer's Hello says itself what it holds of ours.
-    `deliver(link, seq, payload)` takes a verified frame.
-    `broken(text)` is called when the slot must stop: LinkMismatch, or the disk.
+    `deliver(link, seq, payload)` takes a verified frame that is in the ring.
+    `broken(text, cause)` is called when the slot must stop: LinkMismatch ("link"), or the disk.
     """
 
     def __init__(
@@ -57,10 +63,9 @@ class LinkServer:
         ring: SlotRing,
         signer: LinkSigner,
         peer: str,
-        frame_bytes: int,
         room: Room,
         deliver: Deliver,
-        broken: Callable[[str], None],
+        broken: Broken,
     ) -> None:
         self.state = state
         self.peer = peer
@@ -69,20 +74,25 @@ class LinkServer:
         self._peer_key = public_key(peer)
         self._ring = ring
         self._signer = signer
-        self._limit = message_limit(frame_bytes)
+        self._limit = message_limit(state.frame_bytes)
         self._room = room
         self._deliver = deliver
         self._broken = broken
         self._scope: trio.CancelScope | None = None
         self._changed = trio.Event()
-        self._kept = 0
-        """Frames of ours that the ring has: what may be sent."""
+        self._peer_changed = trio.Event()
+        self._kept = state.produced
+        """Frames of ours below it are in the ring, if any: what may be sent."""
+        self._logged = state.produced
+        """Frames of ours below it were logged in an earlier life of this slot (LINK-8)."""
         self._receiving = trio.Lock()
         """One arriving frame at a time, also when a newer stream replaces the one it came on."""
         self._stopped = False
         self._given: list[Ack] = []
-        """Our acknowledgements of segments that are not settled, said on every new stream: one that
-        was on its way when a stream broke is lost."""
+        """Our acknowledgements of segments that somebody may still need, said on every new stream:
+        one that was on its way when a stream broke is lost."""
+        self._early: dict[int, Ack] = {}
+        """The peer's, of what a predecessor of ours sent and we have not made yet, by segment."""
         self.acks: dict[int, Ack] = {}
         """The peer's acknowledgements of what we sent, by segment."""
 
@@ -92,19 +102,55 @@ class LinkServer:
         return self.state.place
 
     @property
+    def dials(self) -> bool:
+        """Whether this is the end that dials: both know it from the link's names."""
+        ours, theirs = self.place, self.state.other
+        return ours.link == "down" or (theirs.link != "down" and ours.lane < theirs.lane)
+
+    @property
     def connected(self) -> bool:
         """Whether a stream serves this link now."""
         return self._scope is not None
+
+    def restore(self, found: Restored) -> None:
+        """Go on with what the ring has (LINK-8); before anything else."""
+        state = self.state
+        state.restore(*found)
+        self._kept = self._logged = state.produced
+        frames = state.segment_frames
+        for segment in range(found.first // frames, state.consumed // frames):
+            self._acknowledge(segment)
+
+    def set_peer(self, session: str, incarnation: int) -> None:
+        """Somebody else has the other end now; older news change nothing (LINK-4)."""
+        if session == self.peer and incarnation == self.state.peer_incarnation:
+            return
+        key = public_key(session)
+        if not self.state.set_peer(incarnation):
+            return
+        log.info("link %s is to %s now", self.place.link, session)
+        self.peer, self._peer_key = session, key
+        if self.done.is_set():
+            self.done = trio.Event()
+        if self._scope is not None:
+            self._scope.cancel()
+        self._peer_changed.set()
+        self._peer_changed = trio.Event()
+        self._wake()
 
     async def produce(self, seq: int, payload: memoryview) -> None:
         """The worker's frame `seq`: sign, keep, send when a peer is there. One call at a time;
         ValueError (out of order), LinkMismatch, OSError (disk)."""
         value = digest(payload)
-        self.state.produce(seq, value)
-        signature = self._signer.sign_frame(self.place, seq, value)
-        await self._ring.append(self.place.link, "sent", seq, signature, payload)
-        self._kept += 1
-        self._wake()
+        if self.state.produce(seq, value):
+            signature = self._signer.sign_frame(self.place, seq, value)
+            await self._ring.append(self.place.link, "sent", seq, signature, payload, value)
+            self._kept += 1
+            self._wake()
+        if (seq + 1) % self.state.segment_frames == 0:
+            early = self._early.pop(seq // self.state.segment_frames, None)
+            if early is not None:
+                self._compare(early)
 
     async def stop(self) -> None:
         """Let the stream go and write no more to the ring; returns when nothing is being written.
@@ -116,17 +162,18 @@ class LinkServer:
             async with self._receiving:
                 pass
 
-    def discard(self, segment: int) -> None:
-        """Frames and acknowledgements of segments <= `segment` are of no use any more."""
-        self.state.discard(segment)
-        self.acks = {number: ack for number, ack in self.acks.items() if number > segment}
-        self._given = [ack for ack in self._given if ack.segment > segment]
+    def discard(self, keep_from: int) -> None:
+        """Frames and acknowledgements of segments < `keep_from` are of no use any more."""
+        self._ring.forget(self.place.link, self.state.discard(keep_from))
+        self.acks = {number: ack for number, ack in self.acks.items() if number >= keep_from}
+        self._given = [ack for ack in self._given if ack.segment >= keep_from]
 
-    async def dial(self, host: Host, protocol: str) -> None:
-        """Keep a stream until the goodbye; for the end at the smaller stage. Cancel to stop."""
+    async def keep(self, host: Host, protocol: str) -> None:
+        """Dial whenever it is this end's turn and no stream is there. Cancel to stop."""
         pause = REDIAL_FIRST_SECONDS
-        while not self.done.is_set():
-            before = self.state.consumed, self.state.produced
+        while True:
+            await self._until_due()
+            before, somebody = self._progress, self._peer_changed
             try:
                 stream = await host.open_stream(self.peer, protocol)
                 async with stream:
@@ -134,16 +181,38 @@ class LinkServer:
                     await self._greeted(stream, await self._first(stream))
             except (P2PError, LinkRefused) as error:
                 log.info("link %s to %s: %s", self.place.link, self.peer, error)
-            if (self.state.consumed, self.state.produced) != before:
+            if self._progress != before or somebody.is_set():
                 pause = REDIAL_FIRST_SECONDS
             if not self.done.is_set():
-                await trio.sleep(pause)
+                with trio.move_on_after(pause):
+                    await somebody.wait()
                 pause = min(pause * 2, REDIAL_LAST_SECONDS)
+
+    @property
+    def _progress(self) -> tuple[int, int]:
+        return self.state.consumed, self.state.produced
+
+    async def _until_due(self) -> None:
+        """Wait until there is something to dial for."""
+        waited = False
+        while True:
+            changed = self._changed
+            if not self.done.is_set() and not self.connected:
+                if self.dials or waited:
+                    return
+                if self.state.complete:
+                    waited = True
+                    with trio.move_on_after(GOODBYE_PATIENCE_SECONDS):
+                        await changed.wait()
+                        waited = False
+                    continue
+            waited = False
+            await changed.wait()
 
     async def answer(self, stream: Stream, hello: Hello) -> None:
         """Serve a stream that the peer opened and greeted on. LinkRefused, P2PError."""
         if stream.peer_id != self.peer:
-            raise LinkRefused(f"{stream.peer_id} is not the neighbour of this slot")
+            raise LinkRefused(f"{stream.peer_id} has not the other end of this link")
         await stream.send(encode_small(self.state.hello()))
         await self._greeted(stream, hello)
 
@@ -160,10 +229,10 @@ class LinkServer:
             cursor = self.state.greeted(hello)
             await self._serve(stream, cursor)
         except LinkMismatch as error:
-            self._broken(f"link {self.place.link} to {self.peer}: {error}")
+            self._broken(f"link {self.place.link} to {self.peer}: {error}", "link")
             raise
         except OSError as error:
-            self._broken(f"link {self.place.link}: {disk_text(error)}")
+            self._broken(f"link {self.place.link}: {disk_text(error)}", cause_of(error))
 
     async def _serve(self, stream: Stream, cursor: int) -> None:
         if self._scope is not None:
@@ -181,17 +250,19 @@ class LinkServer:
             finally:
                 if self._scope is scope:
                     self._scope = None
+                    self._wake()
 
     async def _write(self, stream: Stream, cursor: int, heard: trio.Event) -> None:
         said, acknowledged = False, -1
+        # One buffer a stream; untouched pages of it cost nothing.
+        buffer = memoryview(bytearray(self.state.frame_bytes))
         while not (said and heard.is_set()):
             changed = self._changed
             for ack in [ack for ack in self._given if ack.segment > acknowledged]:
                 await stream.send(encode_small(ack))
                 acknowledged = ack.segment
             if cursor < self._kept:
-                signature, payload = self._ring.read_sent(self.place.link, cursor)
-                await stream.send(frame_header(cursor, signature), payload)
+                await self._send_frame(stream, cursor, buffer)
                 cursor += 1
             elif self.state.complete and not said:
                 await stream.send(encode_small(Bye()))
@@ -199,6 +270,12 @@ class LinkServer:
             else:
                 await changed.wait()
         self.done.set()
+
+    async def _send_frame(self, stream: Stream, seq: int, buffer: memoryview) -> None:
+        signature, payload = await self._ring.read_sent(self.place.link, seq, buffer)
+        if seq < self._logged:
+            signature = self._signer.sign_frame(self.place, seq, self.state.sent_digest(seq))
+        await stream.send(frame_header(seq, signature), payload)
 
     async def _read(self, stream: Stream, heard: trio.Event) -> None:
         while not heard.is_set():
@@ -224,28 +301,36 @@ class LinkServer:
             raise LinkRefused("the slot was closed")
         fresh = self.state.admits(seq, payload.nbytes)
         value = digest(payload)
-        if not self._signer.check_frame(self._peer_key, self.place.other, seq, value, signature):
-            raise LinkRefused(f"frame {seq} is not signed by the neighbour's session key")
+        if not self._signer.check_frame(self._peer_key, self.state.other, seq, value, signature):
+            raise LinkRefused(f"frame {seq} is not signed by the other end's session key")
         self.state.consume(seq, value)
         if not fresh:
             return
-        await self._ring.append(self.place.link, "received", seq, signature, payload)
+        await self._ring.append(self.place.link, "received", seq, signature, payload, value)
         if (seq + 1) % self.state.segment_frames == 0:
-            segment = seq // self.state.segment_frames
-            root = self.state.roots(segment)[1]
-            signed = self._signer.sign_ack(self.place.other, segment, root)
-            self._given.append(Ack(segment, root, signed))
+            self._acknowledge(seq // self.state.segment_frames)
         self._wake()
         self._deliver(self.place.link, seq, payload)
 
+    def _acknowledge(self, segment: int) -> None:
+        """Say to the peer, now and on every new stream, that we have all of a segment."""
+        root = self.state.roots(segment)[1]
+        signed = self._signer.sign_ack(self.state.other, segment, root)
+        self._given.append(Ack(segment, root, signed))
+
     def _acknowledged(self, ack: Ack) -> None:
         end = (ack.segment + 1) * self.state.segment_frames
-        if self.state.produced < end <= self.state.peer_wanted:
-            return  # what our predecessor sent: it is compared by digest before we send it (LINK-5)
-        if end > self.state.produced:
+        if end > max(self.state.produced, self.state.peer_wanted):
             raise LinkRefused(f"segment {ack.segment} was acknowledged before it was sent")
         if not self._signer.check_ack(self._peer_key, self.place, ack):
-            raise LinkRefused("an acknowledgement that the neighbour did not sign")
+            raise LinkRefused("an acknowledgement that the other end did not sign")
+        if end <= self.state.produced:
+            self._compare(ack)
+        elif len(self._early) < EARLY_ACKS:
+            self._early[ack.segment] = ack
+
+    def _compare(self, ack: Ack) -> None:
+        """What the peer received is what we sent, or our predecessor did (LINK-5, LINK-6)."""
         if not self.state.keeps(ack.segment):
             return  # late: settled and forgotten, there is nothing left to compare it with
         if ack.root != self.state.roots(ack.segment)[0]:
