@@ -20,7 +20,8 @@ from tdmld.chain.records import (
     Segment,
     SlotState,
 )
-from tdmld.chain.segments import links_of, other_end
+from tdmld.chain.segments import links_of, neighbours, other_end
+from tdmld.chain.settlement import allowed, keep_from
 from tdmld.chain.state import State
 from tdmld.chain.transactions import LaneMode
 from tdmld.node.duty import (
@@ -96,22 +97,14 @@ def makers(job: Job, slots: list[SlotState]) -> tuple[bytes, ...]:
     return (last,) if job.standby is None else (job.standby.node, last)
 
 
-def keep_from(job: Job, slots: list[SlotState], index: int) -> int:
-    """The first segment of a slot that somebody can still ask for: of a replacement at either end
-    of any of its links, the first one to be made again."""
-    ends = [other_end(job, index, link)[0] for link in links_of(job, index)]
-    return min(slots[at].held for at in (index, *ends))
-
-
-def until(state: State, job: Job, slots: list[SlotState], index: int) -> int:
-    """Our slot may run segments below this: D unsettled ones, what its logs hold (2 R beyond D),
-    and in lanes mode `diloco` one beyond the last round that is decided."""
-    slot = slots[index]
-    room = keep_from(job, slots, index) + job.unsettled + 2 * job.state_every
-    most = min(job.rounds, slot.settled + job.unsettled, room)
+def until(state: State, job: Job, index: int) -> int:
+    """Our slot may run segments below this: what the chain allows, and in lanes mode `diloco` one
+    beyond the last round that is decided."""
+    most = allowed(state, job, index, neighbours(job, index))
     if job.lane_mode is not LaneMode.DILOCO:
         return most
-    number = min(slot.committed, most)
+    slot = state.slot(job.id, index)
+    number = min(0 if slot is None else slot.committed, most)
     while number < most and (number == 0 or is_decided(state, job, number - 1)):
         number += 1
     return number
@@ -154,7 +147,7 @@ def _of_slot(
         if audit is not None:
             yield from _of_audit(node, at, audit, worker=worker)
     if worker:
-        yield ForgetSegments(job.id, index, keep_from(job, slots, index))
+        yield ForgetSegments(job.id, index, keep_from(state, job, index, neighbours(job, index)))
     elif standby:
         yield ForgetSegments(job.id, index, slot.held)
 
@@ -174,7 +167,7 @@ def _of_worker(state: State, job: Job, index: int, slots: list[SlotState]) -> It
     if slot.committed < job.rounds:
         if slot.committed - slot.settled < job.unsettled:
             yield CommitSegment(*at, slot.committed)
-        yield RunSegments(*at, until(state, job, slots, index))
+        yield RunSegments(*at, until(state, job, index))
     if job.lane_mode is LaneMode.DILOCO:
         yield from _contributions(state, job, index, slots)
 

@@ -10,6 +10,7 @@ already are made again and compared.
 import logging
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ import trio
 from blake3 import blake3
 
 from tdmld.chain.crypto import address
+from tdmld.chain.errors import InvalidTransaction
 from tdmld.chain.records import Job, JobStatus
 from tdmld.chain.segments import links_of, other_end
 from tdmld.chain.state import State
@@ -342,7 +344,8 @@ class SlotWork:
         not to deliver what it cannot have."""
         key = (todo.job, todo.slot)
         if (waits := self._waits.get(key)) is not None:
-            await self._call_stall(key, waits)
+            with suppress(InvalidTransaction):  # a case against us may be open already
+                await self._call_stall(key, waits)
         await self._desk.submit(
             Present(todo.job, todo.epoch, todo.slot, todo.incarnation, todo.opened)
         )

@@ -8,10 +8,11 @@ import pytest
 
 from tdmld.chain.crypto import KeyPair
 from tdmld.chain.errors import InvalidTransaction
+from tdmld.chain.records import JobStatus
 from tdmld.chain.transactions import Decline, decode_transaction
 from tdmld.node.agent import RETRY_BLOCKS, Agent
 from tdmld.node.chainerrors import ServiceBusy, SpecUnavailable, StoreError
-from tdmld.node.duties import TakePlace
+from tdmld.node.duty import TakePlace
 from tests.node.chainkit import make_genesis
 from tests.node.fake_chain import FakeWitnesses
 
@@ -74,9 +75,11 @@ async def test_a_place_is_declined_in_time_when_nobody_has_the_spec(
 
     agent.chain.fetch_spec = nobody  # type: ignore[method-assign]
     agent.chain.submit = submit  # type: ignore[assignment, method-assign]
-    job = cast(Any, SimpleNamespace(id=bytes(32), spec_id=bytes(32), matched=10))
-    await agent._perform(
-        "place", lambda: agent._performer._take_place(job, TakePlace(bytes(32), 0, 1))
+    job = cast(
+        Any,
+        SimpleNamespace(id=bytes(32), spec_id=bytes(32), matched=10, status=JobStatus.MATCHED),
     )
+    place = TakePlace(bytes(32), 0, 1)
+    await agent._perform("place", lambda: agent._performer._take_place(cast(Any, None), job, place))
     found = [decode_transaction(raw, bytes(32)).payload for raw in submitted]
     assert found == ([Decline(bytes(32), 0, 1)] if declined else [])

@@ -7,132 +7,22 @@ import pytest
 import trio
 import trio.testing
 
-from tdmld.chain.codec import encode
-from tdmld.chain.crypto import KeyPair, address
+from tdmld.chain.crypto import address
 from tdmld.chain.records import JobStatus
 from tdmld.chain.transactions import AuditFail, Decline
-from tdmld.node.agent import PUBLISHED_SECONDS, RETRY_BLOCKS, Agent
+from tdmld.node.agent import PUBLISHED_SECONDS, RETRY_BLOCKS
 from tdmld.node.errors import ControlError, WorkerFailed
-from tdmld.node.machine import GenesisRoots, SlotFailed, SlotId, StepDone
-from tdmld.node.peers import PeerBook, PeerRecord, SignedRecord
+from tdmld.node.machine import FailureCause, SlotFailed, SlotId, StepDone
 from tdmld.p2p import PeerInfo
 from tests.chain.world import Vice, World, node_key
+from tests.node.agentkit import Rig
 from tests.node.fake_chain import (
     SPEC,
-    FakeChain,
-    FakeWitnesses,
     place_of,
     session_of,
     submit,
     worker_of,
 )
-
-
-class FakeMachine:
-    def __init__(self, index: int) -> None:
-        self.session = address(session_of(index))
-        self.send, self.events = trio.open_memory_channel[Any](100)
-        self.members: dict[bytes, frozenset[str]] = {}
-        self.peers: list[PeerInfo] = []
-        self.closed: list[bytes] = []
-        self.dropped: set[bytes] = set()
-        self.audits = self.draws = 0
-        self.heard = trio.Event()
-        """Set by the first call: the agent has read its directory and looked."""
-        self.broken: type[Exception] | None = None
-
-    async def set_members(
-        self, job: bytes, sessions: frozenset[str], sealed: bytes | None = None
-    ) -> None:
-        self.members[job] = sessions
-        self.heard.set()
-
-    async def set_peers(self, peers: list[PeerInfo]) -> None:
-        if self.broken is not None:
-            raise self.broken("too large for a message")
-        self.peers = peers
-
-    async def fetch_data(self, job: bytes, spec: bytes, holders: object) -> None: ...
-
-    async def open_slot(self, assignment: Any) -> GenesisRoots:
-        return GenesisRoots(bytes(32), bytes(32), bytes(32))
-
-    async def genesis_roots(self, job: bytes, spec: bytes, slot: SlotId) -> GenesisRoots:
-        self.draws += 1
-        raise KeyError("a defect")
-
-    async def grant(self, job: bytes, slot: SlotId, until: int) -> None: ...
-
-    async def hold_state(self, *arguments: object) -> None: ...
-
-    async def keyed_hash(self, *arguments: object) -> bytes:
-        return bytes(32)
-
-    async def settled(self, job: bytes, slot: SlotId, segment: int) -> None: ...
-
-    async def audit(self, task: object) -> None:
-        self.audits += 1
-        if self.broken is not None:
-            raise self.broken("step 3: a frame has values not finite")
-        await trio.sleep_forever()
-
-    async def drop_data(self, contents: set[bytes]) -> None:
-        self.dropped |= contents
-
-    async def close_job(self, job: bytes, reason: str) -> None:
-        if self.broken is not None:
-            raise self.broken("the disk does not answer")
-        self.closed.append(job)
-        self.heard.set()
-
-
-class Rig:
-    """The agent of node `index` in a world where all others are played by the world itself."""
-
-    def __init__(self, world: World, index: int, data_dir: Path) -> None:
-        self.world, self.index = world, index
-        self.chain, self.machine = FakeChain(world), FakeMachine(index)
-        self.book = PeerBook(world.chain_id)
-        self.agent = Agent(
-            key=node_key(index),
-            chain_id=world.chain_id,
-            chain=self.chain,  # type: ignore[arg-type]
-            machine=self.machine,  # type: ignore[arg-type]
-            book=self.book,
-            data_dir=data_dir,
-            ask=None,
-            ask_blocks=100,
-            witnessed=FakeWitnesses(),
-        )
-
-    def record(self, key: KeyPair, session: bytes, *addresses: str) -> None:
-        raw = encode(PeerRecord(key.public, 1, (), session, addresses, False))
-        self.book.add(SignedRecord(raw, key.sign("peer", self.world.chain_id, raw)))
-
-    async def block(self, *raws: bytes) -> None:
-        self.world.block(*raws)
-        await self.look()
-
-    async def play(self, job: bytes, *statuses: JobStatus) -> None:
-        self.world.play_until(job, *statuses)
-        await self.look()
-
-    async def look(self) -> None:
-        self.chain.feed.put(object())  # type: ignore[arg-type]
-        await trio.testing.wait_all_tasks_blocked()
-
-    def sent(self, kind: type[Any]) -> list[Any]:
-        return [payload for payload in self.chain.sent if isinstance(payload, kind)]
-
-    def remembers(self, job: bytes) -> list[str]:
-        """What the agent still holds of a job."""
-        found = []
-        for name, value in (vars(self.agent) | vars(self.agent._performer)).items():
-            if name == "_served" or not isinstance(value, dict | set):
-                continue
-            if any(key == job or (isinstance(key, tuple) and job in key) for key in value):
-                found.append(name)
-        return found
 
 
 @pytest.fixture
@@ -216,7 +106,7 @@ async def test_of_a_job_that_is_over_nothing_is_remembered(world: World, serve: 
     assert rig.remembers(job) == []
     # What the worker said last comes late, and is about nothing any more.
     rig.machine.send.send_nowait(StepDone(job, SlotId(0, 0), 1, None, 0.1))
-    rig.machine.send.send_nowait(SlotFailed(job, SlotId(0, 0), "killed"))
+    rig.machine.send.send_nowait(SlotFailed(job, SlotId(0, 0), "killed", FailureCause.KILLED))
     await rig.look()
     assert rig.remembers(job) == []
 
