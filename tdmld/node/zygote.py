@@ -19,6 +19,7 @@ import argparse
 import array
 import contextlib
 import gc
+import importlib
 import logging
 import os
 import select
@@ -40,6 +41,12 @@ log = logging.getLogger(__name__)
 
 MAX_FORK_DESCRIPTORS = 4
 NOT_FORKED = -1
+PRELOADED = (
+    "tdmld.node.worker",
+    "tdmld.train.runner",
+    "transformers.models.llama.modeling_llama",
+)
+"""The last one for what the code of all models imports, which transformers puts off."""
 
 
 class Fork(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -190,8 +197,8 @@ def import_everything() -> None:
     """Everything that a worker imports, with torch's settings made."""
     check_environment()
     check_torch()
-    import tdmld.node.worker
-    import tdmld.train.runner  # noqa: F401  # this and the others are wanted for being imported
+    for name in PRELOADED:
+        importlib.import_module(name)
 
     # What is here now is never garbage: a collection in a worker would only copy its pages.
     gc.collect()
