@@ -3,6 +3,7 @@
 import os
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -18,18 +19,21 @@ from tdmld.node.channel import (
     Free,
     Genesis,
     Granted,
+    LinkMemory,
     Packet,
     Segment,
     Sent,
     Step,
+    Waits,
     WorkerChannel,
     decode_packet,
     encode_packet,
 )
 from tdmld.node.errors import ControlError
 
-STAGES, FRAME = 2, 5000
-PLACES = 2 * STAGES + 2
+PLACES, FRAME = 6, 5000
+UP, DOWN = LinkMemory("up", PLACES, FRAME), LinkMemory("down", PLACES, FRAME)
+LANE = LinkMemory("lane3", 4, 3 * FRAME)
 
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
@@ -40,12 +44,13 @@ packets = st.one_of(
     st.builds(Arrived, links, u64, u32, u32),
     st.builds(Sent, links, u64, u32, u32),
     st.builds(Free, u32),
-    st.builds(Granted, u32),
+    st.builds(Granted, u32, st.sets(st.integers(0, 15)).map(lambda found: tuple(sorted(found)))),
     st.builds(Segment, u32),
     st.just(End()),
     st.builds(Genesis, digests, digests, digests),
     st.builds(Step, u64, st.none() | times, times, times, times, times),
-    st.builds(Failure, st.text(max_size=40)),
+    st.builds(Waits, links, u64, times),
+    st.builds(Failure, st.text(max_size=40), st.from_regex(r"[a-z_]{0,32}", fullmatch=True)),
 )
 
 
@@ -74,12 +79,12 @@ class Server:
     """The other end of a worker's channel."""
 
     def __init__(self) -> None:
-        fd = FrameMemory.create(1, STAGES, FRAME)
+        fd = FrameMemory.create([UP])
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         mine.setblocking(False)
         self.socket = mine
-        self.memory = FrameMemory(fd, ["up"], STAGES, FRAME)
-        self.worker = WorkerChannel(theirs, FrameMemory(fd, ["up"], STAGES, FRAME))
+        self.memory = FrameMemory(fd, [UP])
+        self.worker = WorkerChannel(theirs, FrameMemory(fd, [UP]))
         self._theirs = theirs
         os.close(fd)
 
@@ -139,8 +144,8 @@ def test_send_copies_and_waits_only_when_every_place_is_taken(server: Server) ->
 
 def test_a_grant_lets_segments_below_it_run(server: Server) -> None:
     server.say(Granted(2))
-    server.worker.wait_for_grant(0)
-    server.worker.wait_for_grant(1)
+    assert server.worker.wait_for_grant(0) == ()
+    assert server.worker.wait_for_grant(1) == ()
     server.say(End())
     with pytest.raises(WorkerChannel.Ended):
         server.worker.wait_for_grant(2)
@@ -169,26 +174,63 @@ def test_a_place_outside_the_memory_or_a_frame_that_is_too_long_is_refused(serve
 
 
 def test_a_memory_file_that_is_too_small_is_refused() -> None:
-    fd = FrameMemory.create(1, 1, 10)
+    fd = FrameMemory.create([UP._replace(frame_bytes=10)])
     try:
         with pytest.raises(ControlError, match="less than"):
-            FrameMemory(fd, ["up", "down"], 4, 100_000)
+            FrameMemory(fd, [UP, DOWN])
     finally:
         os.close(fd)
 
 
-def test_places_do_not_overlap() -> None:
-    fd = FrameMemory.create(2, STAGES, FRAME)
-    memory = FrameMemory(fd, ["up", "down"], STAGES, FRAME)
+def test_places_have_the_size_of_their_link_and_do_not_overlap() -> None:
+    links = [UP, DOWN, LANE]
+    fd = FrameMemory.create(links)
+    memory = FrameMemory(fd, links)
     os.close(fd)
     places = [
-        *memory.incoming("up"),
-        *memory.outgoing("up"),
-        *memory.incoming("down"),
-        *memory.outgoing("down"),
+        place
+        for link in links
+        for place in (*memory.incoming(link.link), *memory.outgoing(link.link))
     ]
-    assert places == list(range(4 * PLACES))
-    for place in places:
-        memory.view(place, FRAME)[:] = struct.pack("<I", place) * (FRAME // 4)
-    for place in places:
-        assert bytes(memory.view(place, FRAME)) == struct.pack("<I", place) * (FRAME // 4)
+    assert places == list(range(4 * PLACES + 2 * LANE.places))
+    sizes = {place: FRAME for place in places[: 4 * PLACES]}
+    sizes |= {place: 3 * FRAME for place in places[4 * PLACES :]}
+    for place, size in sizes.items():
+        memory.view(place, size)[:] = struct.pack("<I", place) * (size // 4)
+    for place, size in sizes.items():
+        assert bytes(memory.view(place, size)) == struct.pack("<I", place) * (size // 4)
+        with pytest.raises(ControlError, match="frame of"):
+            memory.view(place, size + 1)
+
+
+def test_a_grant_names_the_lanes_that_enter_its_segment(server: Server) -> None:
+    server.say(Granted(1))
+    server.say(Granted(2, (0, 2)))
+    server.say(Granted(3, (1,)))
+    assert [server.worker.wait_for_grant(segment) for segment in range(3)] == [(), (0, 2), (1,)]
+
+
+def test_a_worker_that_waits_long_says_so_and_goes_on_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(channel, "WAITS_SECONDS", 1)
+    server = Server()
+    monkeypatch.setattr(channel, "WAITS_SECONDS", 0)
+    place = server.memory.incoming("up")[0]
+    heard: list[Packet] = []
+
+    def serve() -> None:
+        server.socket.setblocking(True)
+        heard.append(server.hear())
+        server.memory.view(place, 2)[:] = b"ok"
+        server.say(Arrived("up", 4, place, 2))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert bytes(server.worker.receive("up", 4)) == b"ok"
+    thread.join()
+    (waits,) = heard
+    assert isinstance(waits, Waits)
+    assert (waits.link, waits.seq) == ("up", 4)
+    assert waits.seconds > 0.5
+    server.close()

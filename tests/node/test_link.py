@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tdmld.chain.crypto import KeyPair
-from tdmld.node.control import Dimensions
+from tdmld.node.control import Link
 from tdmld.node.errors import LinkMismatch, LinkRefused
 from tdmld.node.link import (
     HELD_DIGESTS,
@@ -33,9 +34,10 @@ from tdmld.train.framelog import read_frames
 from tests.node.fake_stream import FakeHost, FakeStream, stream_pair
 
 JOB, CHAIN = b"j" * 32, b"c" * 32
-DIMS = Dimensions(stages=2, rounds=2, segment_steps=2, micro_batches=3, frame_bytes=64)
-FRAMES = 12
-UPPER = Place(JOB, 0, 0, 0, "down")
+AHEAD, SEGMENT, FRAMES = 2, 6, 12
+DOWN = Link("down", "lower", 0, 1, "up", 2, SEGMENT, 64, AHEAD, 6)
+UP = Link("up", "upper", 0, 0, "down", 2, SEGMENT, 64, AHEAD, 6)
+UPPER, LOWER = Place(JOB, 0, 0, 0, "down"), Place(JOB, 0, 0, 1, "up")
 
 
 def payload(seq: int, direction: str) -> bytes:
@@ -46,13 +48,18 @@ def value(data: bytes) -> bytes:
     return blake3(data).digest()
 
 
+def make_log(place: Place, incarnation: int = 0, start: int = 0, **changes: int) -> LinkLog:
+    link = msgspec.structs.replace(DOWN if place.link == "down" else UP, **changes)
+    return LinkLog(place.job, place.epoch, (place.lane, place.stage), incarnation, link, start)
+
+
 def log_pair() -> tuple[LinkLog, LinkLog]:
-    return LinkLog(UPPER, 0, DIMS), LinkLog(UPPER.other, 0, DIMS)
+    return make_log(UPPER), make_log(LOWER)
 
 
 def test_both_ends_agree_about_the_link() -> None:
     upper, lower = log_pair()
-    assert UPPER.other.other == UPPER
+    assert (upper.place, upper.other) == (lower.other, lower.place) == (UPPER, LOWER)
     assert upper.greeted(lower.hello()) == 0
     assert lower.greeted(upper.hello()) == 0
 
@@ -80,15 +87,15 @@ def test_a_frame_of_a_wrong_size_is_refused(length: int) -> None:
         lower.admits(0, length)
 
 
-def test_a_peer_may_be_ahead_by_the_count_of_stages_and_no_more() -> None:
+def test_a_peer_may_be_ahead_by_so_much_and_no_more() -> None:
     _, lower = log_pair()
-    for seq in range(DIMS.stages):
+    for seq in range(AHEAD):
         assert lower.admits(seq, 5)
         lower.consume(seq, value(payload(seq, "down")))
     with pytest.raises(LinkRefused, match="ahead"):
-        lower.admits(DIMS.stages, 5)
+        lower.admits(AHEAD, 5)
     lower.produce(0, value(b"gradient"))
-    assert lower.admits(DIMS.stages, 5)
+    assert lower.admits(AHEAD, 5)
 
 
 def test_an_old_frame_is_dropped_when_equal_and_stops_the_slot_when_not() -> None:
@@ -106,12 +113,12 @@ def test_a_peer_that_holds_other_bytes_stops_the_slot() -> None:
     upper, _ = log_pair()
     upper.produce(0, value(b"one"))
     with pytest.raises(LinkMismatch):
-        upper.greeted(Hello(*UPPER.other, 0, 1, (value(b"two"),)))
+        upper.greeted(Hello(*LOWER, 0, 1, (value(b"two"),)))
 
 
 def test_a_replacement_is_compared_before_it_sends() -> None:
     upper, _ = log_pair()
-    assert upper.greeted(Hello(*UPPER.other, 0, 2, (value(b"0"), value(b"1")))) == 2
+    assert upper.greeted(Hello(*LOWER, 0, 2, (value(b"0"), value(b"1")))) == 2
     upper.produce(0, value(b"0"))
     with pytest.raises(LinkMismatch):
         upper.produce(1, value(b"other"))
@@ -121,10 +128,10 @@ def test_a_replacement_is_compared_before_it_sends() -> None:
     "place",
     [
         UPPER,
-        UPPER.other._replace(epoch=1),
-        UPPER.other._replace(job=b"k" * 32),
-        UPPER.other._replace(lane=1),
-        UPPER.other._replace(stage=3),
+        LOWER._replace(epoch=1),
+        LOWER._replace(job=b"k" * 32),
+        LOWER._replace(lane=1),
+        LOWER._replace(stage=3),
     ],
 )
 def test_a_hello_of_something_else_is_refused(place: Place) -> None:
@@ -135,10 +142,10 @@ def test_a_hello_of_something_else_is_refused(place: Place) -> None:
 
 def test_an_older_incarnation_is_fenced() -> None:
     upper, _ = log_pair()
-    upper.greeted(Hello(*UPPER.other, 3, 0, ()))
+    upper.greeted(Hello(*LOWER, 3, 0, ()))
     with pytest.raises(LinkRefused, match="older"):
-        upper.greeted(Hello(*UPPER.other, 2, 0, ()))
-    upper.greeted(Hello(*UPPER.other, 3, 0, ()))
+        upper.greeted(Hello(*LOWER, 2, 0, ()))
+    upper.greeted(Hello(*LOWER, 3, 0, ()))
 
 
 def test_what_was_discarded_cannot_be_asked_for() -> None:
@@ -146,10 +153,10 @@ def test_what_was_discarded_cannot_be_asked_for() -> None:
     for seq in range(6):
         upper.produce(seq, value(b"x"))
         upper.consume(seq, value(b"y"))
-    upper.discard(0)
+    upper.discard(1)
     with pytest.raises(LinkRefused, match="can be had"):
-        upper.greeted(Hello(*UPPER.other, 0, 5, ()))
-    assert upper.greeted(Hello(*UPPER.other, 0, 6, ())) == 6
+        upper.greeted(Hello(*LOWER, 0, 5, ()))
+    assert upper.greeted(Hello(*LOWER, 0, 6, ())) == 6
 
 
 def test_the_worker_must_send_in_order() -> None:
@@ -159,8 +166,7 @@ def test_the_worker_must_send_in_order() -> None:
 
 
 def test_a_hello_is_bounded() -> None:
-    dims = Dimensions(2, 1, 1, 1000, 64)
-    upper = LinkLog(UPPER, 0, dims)
+    upper = make_log(UPPER, segments=1, segment_frames=1000)
     for seq in range(600):
         upper.consume(seq, value(b"x"))
     assert len(upper.hello().held) == HELD_DIGESTS
@@ -187,7 +193,7 @@ class Side:
     arriving: trio.MemorySendChannel[int]
     arrived: trio.MemoryReceiveChannel[int]
     got: list[tuple[int, bytes]] = field(default_factory=list)
-    broken: list[str] = field(default_factory=list)
+    broken: list[tuple[str, str]] = field(default_factory=list)
     room: trio.Event = field(default_factory=trio.Event)
 
 
@@ -214,10 +220,10 @@ def make_rig(tmp_path: Path) -> Iterator[Make]:
     def make() -> Rig:
         keys = [KeyPair(bytes([n]) * 32) for n in (1, 2)]
         sides = []
-        for n, place in enumerate((UPPER, UPPER.other)):
+        for n, place in enumerate((UPPER, LOWER)):
             directory = tmp_path / str(n)
             directory.mkdir(exist_ok=True)
-            ring = SlotRing(directory, 6, 64, 2)
+            ring = SlotRing(directory, [(DOWN, UP)[n]])
             rings.append(ring)
             side = Side(None, keys[n], ring, *trio.open_memory_channel[int](100))  # type: ignore[arg-type]
             side.room.set()
@@ -230,14 +236,13 @@ def make_rig(tmp_path: Path) -> Iterator[Make]:
                 side.arriving.send_nowait(seq)
 
             side.server = LinkServer(
-                LinkLog(place, 0, DIMS),
+                make_log(place),
                 ring,
                 LinkSigner(keys[n], CHAIN),
                 keys[1 - n].address,
-                64,
                 room,
                 deliver,
-                side.broken.append,
+                lambda text, cause, side=side: side.broken.append((text, cause)),
             )
             sides.append(side)
         rig = Rig(*sides, FakeHost(keys[0].address))
@@ -265,7 +270,7 @@ async def test_everything_arrives_in_order_and_both_say_goodbye(
 ) -> None:
     rig = make_rig()
     rig.host.nursery = nursery
-    nursery.start_soon(rig.upper.server.dial, rig.host, "link")
+    nursery.start_soon(rig.upper.server.keep, rig.host, "link")
     await drive(rig)
     await rig.upper.server.done.wait()
     await rig.lower.server.done.wait()
@@ -282,7 +287,7 @@ async def test_each_segment_is_acknowledged_by_signature(
 ) -> None:
     rig = make_rig()
     rig.host.nursery = nursery
-    nursery.start_soon(rig.upper.server.dial, rig.host, "link")
+    nursery.start_soon(rig.upper.server.keep, rig.host, "link")
     await drive(rig)
     await rig.upper.server.done.wait()
     signer = LinkSigner(rig.lower.key, CHAIN)
@@ -310,7 +315,7 @@ async def test_a_stream_that_breaks_anywhere_loses_and_repeats_nothing(
         await accept(stream)
 
     rig.host.routes[rig.lower.key.address] = fragile
-    nursery.start_soon(rig.upper.server.dial, rig.host, "link")
+    nursery.start_soon(rig.upper.server.keep, rig.host, "link")
     await drive(rig)
     await rig.upper.server.done.wait()
     assert len(rig.host.opened) > 2
@@ -325,11 +330,11 @@ async def test_a_peer_that_was_away_is_served_from_disk(
 ) -> None:
     rig = make_rig()
     rig.host.nursery = nursery
-    # Four frames are made while nobody listens; the ring keeps two of them in memory.
+    # Four frames are made while nobody listens.
     for seq in range(4):
         await rig.upper.server.produce(seq, memoryview(payload(seq, "down")))
         await rig.lower.server.produce(seq, memoryview(payload(seq, "up")))
-    nursery.start_soon(rig.upper.server.dial, rig.host, "link")
+    nursery.start_soon(rig.upper.server.keep, rig.host, "link")
     for _ in range(4):
         await rig.lower.arrived.receive()
     assert rig.lower.got == [(n, payload(n, "down")) for n in range(4)]
@@ -368,7 +373,7 @@ async def test_a_flood_is_refused_before_it_fills_the_memory(make_rig: Make) -> 
     rig = make_rig()
     frames = [signed(rig, n, b"data") for n in range(4)]
     assert "ahead" in str(await attack(rig, *frames))
-    assert len(rig.lower.got) == DIMS.stages
+    assert len(rig.lower.got) == AHEAD
 
 
 async def test_a_peer_that_claims_to_hold_everything_waits_for_room(
@@ -397,8 +402,8 @@ async def test_an_acknowledgement_that_comes_after_the_segment_was_forgotten_har
         rig.lower.server.state.consume(seq, value(b"data"))
     signer = LinkSigner(rig.upper.key, CHAIN)
     root = rig.lower.server.state.roots(0)[0]
-    ack = encode_small(Ack(0, root, signer.sign_ack(UPPER.other, 0, root)))
-    rig.lower.server.discard(0)
+    ack = encode_small(Ack(0, root, signer.sign_ack(LOWER, 0, root)))
+    rig.lower.server.discard(1)
     hello = Hello(*UPPER, 0, 6, ())
     evil, theirs = stream_pair(rig.upper.key.address, rig.lower.key.address)
     for message in (encode_small(hello), ack, b"?"):
@@ -422,7 +427,7 @@ async def test_a_stranger_cannot_speak_on_a_link(make_rig: Make) -> None:
     rig = make_rig()
     evil, theirs = stream_pair(KeyPair(b"3" * 32).address, rig.lower.key.address)
     await evil.send(encode_small(rig.upper.server.state.hello()))
-    with pytest.raises(LinkRefused, match="not the neighbour"):
+    with pytest.raises(LinkRefused, match="not the other end"):
         await rig.accept(theirs)
 
 
@@ -430,4 +435,4 @@ async def test_a_frame_that_changes_when_sent_again_stops_the_slot(make_rig: Mak
     rig = make_rig()
     error = await attack(rig, signed(rig, 0, b"one"), signed(rig, 0, b"two"))
     assert isinstance(error, LinkMismatch)
-    assert len(rig.lower.broken) == 1
+    assert [cause for _, cause in rig.lower.broken] == ["link"]

@@ -11,8 +11,8 @@ import pytest
 import trio
 
 from tdmld.chain.crypto import KeyPair
-from tdmld.node.control import Dimensions
-from tdmld.node.link import Hello, LinkLog, LinkSigner, Place, decode_message
+from tdmld.node.control import Link
+from tdmld.node.link import Hello, LinkLog, LinkSigner, decode_message
 from tdmld.node.linkserver import LinkServer
 from tdmld.node.ring import SlotRing
 from tdmld.p2p import Host, PeerInfo, Stream, open_host
@@ -24,9 +24,9 @@ from wan import Conditions, Wan, open_wan
 
 PROTOCOL = "/test/link/1"
 FRAME_BYTES, FRAMES = 1 << 20, 6
-UPPER = Place(b"j" * 32, 0, 0, 0, "down")
-DIMS = Dimensions(FRAMES, 1, 1, FRAMES, FRAME_BYTES)
-"""So many stages that the upper end may be ahead by the whole job."""
+SIZES = (1, FRAMES, FRAME_BYTES, FRAMES, FRAMES)
+DOWN, UP = Link("down", "lower", 0, 1, "up", *SIZES), Link("up", "upper", 0, 0, "down", *SIZES)
+"""The upper end may be ahead by the whole job."""
 
 
 @dataclass
@@ -37,25 +37,24 @@ class End:
     broken: list[str] = field(default_factory=list)
 
 
-def make_end(place: Place, key: KeyPair, peer: KeyPair, directory: Path) -> End:
+def make_end(link: Link, key: KeyPair, peer: KeyPair, directory: Path) -> End:
     async def room(link: str) -> None: ...
 
     def deliver(link: str, seq: int, data: memoryview) -> None:
         end.got.append((seq, bytes(data)))
 
     directory.mkdir()
-    ring = SlotRing(directory, FRAMES, FRAME_BYTES, 2)
+    ring = SlotRing(directory, [link])
     signer = LinkSigner(key, bytes(32))
     end = End(None, ring)  # type: ignore[arg-type]
     end.server = LinkServer(
-        LinkLog(place, 0, DIMS),
+        LinkLog(b"j" * 32, 0, (0, 1 - link.other_stage), 0, link, 0),
         ring,
         signer,
         peer.address,
-        FRAME_BYTES,
         room,
         deliver,
-        end.broken.append,
+        lambda text, cause: end.broken.append(text),
     )
     return end
 
@@ -66,8 +65,8 @@ async def link_over(
 ) -> AsyncIterator[tuple[End, End, Host, Wan, list[int]]]:
     """Both ends, the upper one's host, the line, and what the peer wanted on each new stream."""
     keys = [KeyPair(bytes([n]) * 32) for n in (1, 2)]
-    upper = make_end(UPPER, keys[0], keys[1], directory / "upper")
-    lower = make_end(UPPER.other, keys[1], keys[0], directory / "lower")
+    upper = make_end(DOWN, keys[0], keys[1], directory / "upper")
+    lower = make_end(UP, keys[1], keys[0], directory / "lower")
     wanted: list[int] = []
 
     async def accept(stream: Stream) -> None:
@@ -93,7 +92,7 @@ async def drive(upper: End, lower: End, host: Host) -> list[bytes]:
     """All frames of the job, both ways, until both ends said goodbye."""
     frames = [os.urandom(FRAME_BYTES - seq) for seq in range(FRAMES)]
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(upper.server.dial, host, PROTOCOL)
+        nursery.start_soon(upper.server.keep, host, PROTOCOL)
         for seq, frame in enumerate(frames):
             await upper.server.produce(seq, memoryview(frame))
             await lower.server.produce(seq, memoryview(b"gradient"))

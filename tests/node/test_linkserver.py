@@ -5,13 +5,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 import trio.testing
 
 from tdmld.chain.crypto import KeyPair
-from tdmld.node.control import Dimensions
-from tdmld.node.link import Ack, Frame, Hello, LinkLog, LinkSigner, decode_message, encode_small
+from tdmld.node.link import Ack, Frame, Hello, LinkSigner, decode_message, encode_small
 from tdmld.node.linkserver import LinkServer
 from tdmld.node.ring import INLINE_BYTES, SlotRing
 from tdmld.p2p.errors import P2PError
@@ -19,10 +19,13 @@ from tdmld.train.framelog import FrameLogWriter, read_frames
 from tests.node.fake_stream import FakeStream, stream_pair
 from tests.node.test_link import (
     CHAIN,
+    DOWN,
+    LOWER,
     UPPER,
     Make,
     Rig,
     attack,
+    make_log,
     make_rig,  # noqa: F401 (a fixture)
     signed,
     value,
@@ -56,7 +59,7 @@ async def test_an_acknowledgement_is_said_again_on_a_new_stream(
             data = (signed(rig, n, b"data") for n in frames)
             heard.append(await until_acknowledged(mine, encode_small(greeting), *data))
     assert heard == 2 * [heard[0]]
-    rig.lower.server.discard(0)
+    rig.lower.server.discard(1)
     assert rig.lower.server._given == []
 
 
@@ -69,7 +72,7 @@ async def test_what_was_acknowledged_to_a_predecessor_is_no_fault(make_rig: Make
     """A replacement has not sent yet what its neighbour acknowledges again."""
     rig = make_rig()
     root = value(b"of what the predecessor sent")
-    signature = LinkSigner(rig.upper.key, CHAIN).sign_ack(UPPER.other, 0, root)
+    signature = LinkSigner(rig.upper.key, CHAIN).sign_ack(LOWER, 0, root)
     evil, theirs = stream_pair(rig.upper.key.address, rig.lower.key.address)
     for message in (encode_small(Hello(*UPPER, 0, 6, ())), encode_small(Ack(0, root, signature))):
         await evil.send(message)
@@ -84,13 +87,12 @@ async def test_a_large_frame_is_logged_beside_the_loop_and_sent_when_it_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = INLINE_BYTES + 1
-    ring = SlotRing(tmp_path, 6, size, 2)
+    ring = SlotRing(tmp_path, [msgspec.structs.replace(DOWN, frame_bytes=size)])
     server = LinkServer(
-        LinkLog(UPPER, 0, Dimensions(2, 2, 2, 3, size)),
+        make_log(UPPER, frame_bytes=size),
         ring,
         LinkSigner(KeyPair(b"1" * 32), CHAIN),
         KeyPair(b"2" * 32).address,
-        size,
         None,  # type: ignore[arg-type]
         None,  # type: ignore[arg-type]
         None,  # type: ignore[arg-type]
@@ -98,9 +100,9 @@ async def test_a_large_frame_is_logged_beside_the_loop_and_sent_when_it_is_kept(
     written = threading.Event()
     append = FrameLogWriter.append
 
-    def slow(writer: FrameLogWriter, *frame: Any) -> None:
+    def slow(writer: FrameLogWriter, *frame: Any) -> int:
         assert written.wait(10)
-        append(writer, *frame)
+        return append(writer, *frame)
 
     monkeypatch.setattr(FrameLogWriter, "append", slow)
     mine, theirs = stream_pair("lower", "upper")

@@ -5,32 +5,36 @@ import os
 import socket
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 import trio.testing
 
 from tdmld.chain.crypto import KeyPair
 from tdmld.node import channel, control
-from tdmld.node.channel import FrameMemory, Packet, decode_packet, encode_packet
-from tdmld.node.control import Dimensions, OpenSlot, Slot
+from tdmld.node.channel import FrameMemory, LinkMemory, Packet, decode_packet, encode_packet
+from tdmld.node.control import Link, OpenSlot, Slot
 from tdmld.node.link import LinkSigner
 from tdmld.node.slotserver import SlotServer
+from tdmld.train.digest import digest
 from tdmld.train.segment import LinkRoots, SegmentRecord, write_list
 from tests.node.fake_stream import FakeHost
 
 ME, PEER = KeyPair(b"1" * 32), KeyPair(b"2" * 32)
 SLOT = Slot(b"j" * 32, 0, 1)
-DIMS = Dimensions(stages=2, rounds=1, segment_steps=1, micro_batches=2, frame_bytes=100)
+FRAMES = 2
+UP = Link("up", PEER.address, 0, 0, "down", 1, FRAMES, 100, 2, 6)
+PLACES = [LinkMemory("up", 6, 100)]
 
 
 class Rig:
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, link: Link = UP) -> None:
         self.told: list[object] = []
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket = trio.socket.from_stdlib_socket(mine)
-        fd = FrameMemory.create(1, DIMS.stages, DIMS.frame_bytes)
-        self.memory = FrameMemory(fd, ["up"], DIMS.stages, DIMS.frame_bytes)
-        request = OpenSlot(1, SLOT, 0, 0, DIMS, PEER.address, None)
+        fd = FrameMemory.create(PLACES)
+        self.memory = FrameMemory(fd, PLACES)
+        request = OpenSlot(1, SLOT, 0, 0, 1, 0, (link,))
         signer = LinkSigner(ME, bytes(32))
         self.directory = root
         self.server = SlotServer(request, root, fd, theirs, signer, self.told.append)
@@ -47,6 +51,12 @@ class Rig:
         self.memory.view(place, 5)[:] = b"frame"
         await self.say(channel.Sent("up", seq, place, 5))
 
+    async def arrive(self, seq: int) -> None:
+        """As the link does with a frame that it has verified."""
+        data = memoryview(b"%05d" % seq)
+        await self.server.ring.append("up", "received", seq, bytes(64), data, digest(data))
+        self.server._deliver("up", seq, data)
+
     def broken(self) -> str:
         (event,) = [event for event in self.told if isinstance(event, control.SlotBroken)]
         return event.text
@@ -54,51 +64,73 @@ class Rig:
 
 @pytest.fixture
 async def rig(tmp_path: Path, nursery: trio.Nursery) -> Rig:
-    made = Rig(tmp_path)
-    nursery.start_soon(made.server.serve, FakeHost(ME.address), "link")
-    made.server.grant(DIMS.rounds)
-    assert await made.hear() == channel.Granted(DIMS.rounds)
-    return made
+    return await started(Rig(tmp_path), nursery)
+
+
+@pytest.fixture
+async def long_rig(tmp_path: Path, nursery: trio.Nursery) -> Rig:
+    """Whose segment has more frames than there are places."""
+    long = msgspec.structs.replace(UP, segment_frames=100, ahead=6)
+    return await started(Rig(tmp_path, long), nursery)
+
+
+async def started(rig: Rig, nursery: trio.Nursery) -> Rig:
+    nursery.start_soon(rig.server.serve, FakeHost(ME.address), "link")
+    rig.server.grant(1)
+    assert await rig.hear() == channel.Granted(1)
+    return rig
 
 
 async def test_a_sent_frame_is_logged_and_its_place_freed(rig: Rig) -> None:
     await rig.make(0)
     assert await rig.hear() == channel.Free(rig.memory.outgoing("up")[0])
-    assert rig.server.ring.read_sent("up", 0)[1] == b"frame"
+    _, payload = await rig.server.ring.read_sent("up", 0, memoryview(bytearray(100)))
+    assert payload == b"frame"
     assert rig.server.ring.is_open(0, "up", "sent")
 
 
 async def test_a_frame_of_a_segment_that_was_not_granted_is_not_taken(rig: Rig) -> None:
     """The ring never holds more than the D segments that the daemon grants."""
-    for seq in range(DIMS.segment_steps * DIMS.micro_batches):
+    for seq in range(FRAMES):
         await rig.make(seq)
     assert not rig.told
-    await rig.make(DIMS.segment_steps * DIMS.micro_batches)
+    await rig.make(FRAMES)
     await rig.server.closed.wait()
     assert "not granted" in rig.broken()
 
 
-async def test_frames_wait_when_the_worker_holds_every_place(rig: Rig) -> None:
+async def test_frames_wait_in_the_ring_when_the_worker_holds_every_place(long_rig: Rig) -> None:
+    rig = long_rig
     places = list(rig.memory.incoming("up"))
     for seq in range(len(places) + 2):
-        rig.server._deliver("up", seq, memoryview(b"%05d" % seq))
+        await rig.arrive(seq)
     arrived = [await rig.hear() for _ in places]
     assert arrived == [channel.Arrived("up", n, place, 5) for n, place in enumerate(places)]
-    await rig.say(channel.Free(places[4]))
-    assert await rig.hear() == channel.Arrived("up", len(places), places[4], 5)
-    assert bytes(rig.memory.view(places[4], 5)) == b"%05d" % len(places)
+    for n, place in enumerate((places[4], places[1]), len(places)):
+        await rig.say(channel.Free(place))
+        assert await rig.hear() == channel.Arrived("up", n, place, 5)
+        assert bytes(rig.memory.view(place, 5)) == b"%05d" % n
+    await rig.say(channel.Free(places[0]))
+    await rig.arrive(len(places) + 2)
+    assert await rig.hear() == channel.Arrived("up", len(places) + 2, places[0], 5)
 
 
-async def test_a_worker_that_takes_nothing_stops_the_reader(rig: Rig) -> None:
+async def test_a_worker_that_takes_nothing_stops_the_reader(long_rig: Rig) -> None:
+    rig = long_rig
     places = list(rig.memory.incoming("up"))
-    for seq in range(2 * len(places)):
+    for seq in range(2 * len(places) + 6):
         await rig.server._room("up")
-        rig.server._deliver("up", seq, memoryview(b"%05d" % seq))
+        await rig.arrive(seq)
     with trio.move_on_after(0) as waited:
         await rig.server._room("up")
     assert waited.cancelled_caught
     await rig.say(channel.Free(places[0]))
     await rig.server._room("up")
+
+
+async def test_how_long_the_worker_waits_is_said_on(rig: Rig) -> None:
+    await rig.say(channel.Waits("up", 1, 12.5))
+    assert rig.told == [control.WaitReported(SLOT, "up", 1, 12.5)]
 
 
 async def test_logs_that_cannot_be_closed_end_this_slot_only(
@@ -121,6 +153,7 @@ async def test_logs_that_cannot_be_closed_end_this_slot_only(
         channel.Sent("down", 0, 7, 5),
         channel.Sent("up", 1, 6, 5),
         channel.Sent("up", 0, 6, 101),
+        channel.Waits("down", 0, 1.0),
         channel.Free(0),
         channel.Free(99),
         channel.Granted(1),
@@ -135,10 +168,13 @@ async def test_a_worker_that_speaks_nonsense_fails_its_slot(rig: Rig, packet: Pa
     assert rig.broken()
 
 
-async def test_last_words_are_passed_on(rig: Rig) -> None:
-    await rig.say(channel.Failure("the loss is nan"))
+async def test_last_words_are_passed_on_with_their_cause(rig: Rig) -> None:
+    await rig.say(channel.Failure("the loss is nan", "refused"))
     await rig.server.closed.wait()
     assert "the loss is nan" in rig.broken()
+    (event,) = rig.told
+    assert isinstance(event, control.SlotBroken)
+    assert event.cause == "refused"
 
 
 async def test_a_full_disk_fails_the_slot_with_a_remedy_and_deletes_nothing(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from tdmld.train.errors import FileError
-from tdmld.train.framelog import FrameLogWriter, read_frames
+from tdmld.train.framelog import HEADER, FrameLogWriter, read_frames
 from tdmld.train.segment import (
     LinkRoots,
     SegmentRecord,
@@ -71,7 +71,9 @@ def test_zeros_after_a_crash_end_the_log(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "tail", [struct.pack("!QI64s", 10, LIMIT + 1, b""), struct.pack("!QI64s", 9, 1, b"") + b"x"]
+    "tail",
+    [HEADER.pack(10, LIMIT + 1, b"", b""), HEADER.pack(9, 1, b"", b"") + b"x"],
+    ids=["oversized", "repeated"],
 )
 def test_an_oversized_or_repeated_frame_is_refused(tmp_path: Path, tail: bytes) -> None:
     raw = write_log(tmp_path / "log")
@@ -80,6 +82,31 @@ def test_an_oversized_or_repeated_frame_is_refused(tmp_path: Path, tail: bytes) 
         frames(tmp_path / "log")
     with pytest.raises(FileError):
         FrameLogWriter(tmp_path / "log", LIMIT)
+
+
+def resumed(path: Path, first: int) -> list[int]:
+    with FrameLogWriter(path, LIMIT, first) as log:
+        assert log.last == (log.kept[-1].seq if log.kept else -1)
+        return [entry.seq for entry in log.kept]
+
+
+def test_who_goes_on_with_a_log_keeps_what_follows_without_a_gap_and_is_whole(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "log"
+    raw = write_log(path)
+    assert resumed(path, 4) == [4, 5]
+    assert frames(path) == FRAMES[:2]
+    path.write_bytes(raw)
+    assert resumed(path, 3) == []
+    assert path.stat().st_size == 0
+    for at in range(HEADER.size, HEADER.size + 10):
+        spoiled = bytearray(raw)
+        spoiled[at] ^= 1
+        path.write_bytes(spoiled)
+        assert resumed(path, 4) == []
+    path.write_bytes(raw + HEADER.pack(6, LIMIT + 1, b"", b""))
+    assert resumed(path, 4) == [4, 5]
 
 
 @pytest.mark.parametrize(("seq", "payload"), [(9, b"x"), (10, b""), (10, b"x" * 65)])
