@@ -1,4 +1,4 @@
-"""`tdmld job submit|list|status|watch|fetch`"""
+"""`tdmld job submit|estimate|list|status|watch|fetch`"""
 
 import shutil
 import sys
@@ -39,6 +39,9 @@ from tdmld.rpc.types import (
 )
 
 app = App(name="job", help="Submit, follow and fetch training jobs.", help_format="plaintext")
+app.command(
+    "tdmld.cli.estimate:estimate", name="estimate", help="Tell what a job will take, beforehand."
+)
 
 JobId = Annotated[str, Parameter(help="The job's id, or enough of its first characters.")]
 PUBLISH_SECONDS = 600.0

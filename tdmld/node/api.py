@@ -39,7 +39,7 @@ from tdmld.p2p import Host
 from tdmld.rpc.errors import InvalidParams, NotFound, NotReady, Refused
 from tdmld.rpc.nettypes import BanInfo, Connected
 from tdmld.rpc.reachtypes import NetReachability
-from tdmld.rpc.staketypes import NodeKeyInfo, StakeInfo, ValidatorSetInfo
+from tdmld.rpc.staketypes import AskRow, NodeKeyInfo, StakeInfo, ValidatorSetInfo
 from tdmld.rpc.types import (
     AccountInfo,
     AskInfo,
@@ -286,6 +286,9 @@ class Api:
             if number % NODES_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
         return stakes.keys(self.chain.state(), self.genesis, owner, self.chain.height, found)
+
+    async def chain_asks(self) -> tuple[AskRow, ...]:
+        return stakes.asks(self.chain.state(), self.chain.height)
 
     async def chain_transaction(self, id: str) -> TransactionStatus:
         receipt = self.store.receipt(bytes.fromhex(id))

@@ -13,6 +13,7 @@ from tdmld.chain.records import Node, Offence, Seat, Unbonding
 from tdmld.chain.state import State
 from tdmld.node import views
 from tdmld.rpc.staketypes import (
+    AskRow,
     NodeKeyInfo,
     OffenceInfo,
     SeatInfo,
@@ -168,4 +169,22 @@ def _offence(key: bytes, raw: bytes) -> OffenceInfo:
         epoch=int.from_bytes(key[-8:], "big"),
         height=record.height,
         burned=str(record.burned),
+    )
+
+
+def asks(state: State, height: int) -> tuple[AskRow, ...]:
+    """The asks in force, the cheapest first, then by the node's key."""
+    found = sorted(
+        ((ask.price, node, ask) for node, ask in state.asks() if ask.until_height >= height),
+        key=lambda entry: entry[:2],
+    )
+    return tuple(
+        AskRow(
+            node=address(node),
+            price=str(price),
+            device_class=ask.class_id,
+            memory=ask.memory,
+            until=ask.until_height,
+        )
+        for price, node, ask in found
     )

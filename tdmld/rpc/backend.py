@@ -17,7 +17,7 @@ from typing import Protocol
 
 from tdmld.rpc.nettypes import BanInfo, Connected, DialText, ReasonText, Seconds, SubjectText
 from tdmld.rpc.reachtypes import NetReachability
-from tdmld.rpc.staketypes import NodeKeyInfo, StakeInfo, ValidatorSetInfo
+from tdmld.rpc.staketypes import AskRow, NodeKeyInfo, StakeInfo, ValidatorSetInfo
 from tdmld.rpc.types import (
     AccountInfo,
     AddressText,
@@ -119,6 +119,9 @@ class Backend(Protocol):
 
     async def chain_keys(self, address: AddressText) -> tuple[NodeKeyInfo, ...]:
         """The node keys that are registered to an owner. Looks at every node of the chain."""
+
+    async def chain_asks(self) -> tuple[AskRow, ...]:
+        """The asks in force, the cheapest first."""
 
     def chain_subscribe_heads(self) -> AsyncIterator[Head]:
         """The present head, then each newly finalized block, none left out."""

@@ -27,6 +27,7 @@ _METHODS = (
     ("chain_validators", Backend.chain_validators, Scope.READ),
     ("chain_stake", Backend.chain_stake, Scope.READ),
     ("chain_keys", Backend.chain_keys, Scope.READ),
+    ("chain_asks", Backend.chain_asks, Scope.READ),
     ("chain_subscribeHeads", Backend.chain_subscribe_heads, Scope.READ),
     ("job_publish", Backend.job_publish, Scope.WRITE),
     ("job_list", Backend.job_list, Scope.READ),

@@ -83,6 +83,18 @@ class NodeKeyInfo(Wire, frozen=True):
     """It missed its turns to lead, and has none until it is at work again."""
 
 
+class AskRow(Wire, frozen=True):
+    """A node's ask in force: what it would work for."""
+
+    node: AddressText
+    price: AmountText
+    """Units per (10**6 parameters x 10**3 tokens)."""
+    device_class: str
+    memory: int
+    """Bytes that a slot may use."""
+    until: HeightNumber
+
+
 class ValidatorSetInfo(Wire, frozen=True):
     """Who validates in one epoch."""
 

@@ -248,6 +248,22 @@ def _cut(spec: Spec, part: Part) -> _Decoder | _Classifier:
     return _Classifier(spec, part) if spec.model.images else _Decoder(spec, part)
 
 
+def loose_part(spec: Spec, part: Part) -> nn.Module:
+    """A part by itself with weights of no meaning, for measuring; a tied head has its own copy."""
+    found = _cut(spec, part)
+    for _, owner, leaf in list(found.own()):
+        if leaf in owner._buffers:
+            empty = cast(torch.Tensor, owner._buffers[leaf])
+            owner._buffers[leaf] = torch.ones(empty.shape, dtype=empty.dtype)
+        else:
+            shape = cast(torch.Tensor, getattr(owner, leaf)).shape
+            setattr(owner, leaf, nn.Parameter(torch.randn(shape) * 0.02))
+    head = None if spec.model.images else cast(Any, found).model.get_output_embeddings()
+    if part.head and head is not None and head.weight.is_meta:
+        head.weight = nn.Parameter(torch.randn(head.weight.shape) * 0.02)
+    return found
+
+
 def mean_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats a label: of (..., classes) logits and (...) labels."""
     flat = logits.reshape(-1, logits.shape[-1])

@@ -9,6 +9,7 @@ import pytest
 
 from tdmld.chain.crypto import KeyPair
 from tdmld.chain.genesis import Parameters
+from tdmld.chain.market import slot_price
 from tdmld.chain.offers import lock_of
 from tdmld.chain.transactions import (
     Fetched,
@@ -21,7 +22,10 @@ from tdmld.cli import main
 from tdmld.cli.exits import Exit
 from tdmld.keys import MINIMUM, create_owner_key
 from tdmld.rpc.access import TOKEN_FILE, URL_FILE
+from tdmld.rpc.staketypes import AskRow
 from tdmld.rpc.types import ResultStatus
+from tdmld.train.jobfile import load_job_file
+from tdmld.train.spec import stage_parameters
 from tests.rpc.conftest import serving_in_a_thread
 from tests.rpc.fake import CHAIN_ID, JOB, NODES, FakeBackend, node_status
 
@@ -501,3 +505,26 @@ def test_the_environment_names_a_remote_node(
     code, _, err = run(capsys, "rpc", "admin_stop")
     assert code == Exit.REFUSED
     assert "needs scope admin" in err
+
+
+def test_an_estimate_counts_the_asks_that_fit_each_stage(
+    capsys: pytest.CaptureFixture[str], node: Path, job_file: Path, backend: FakeBackend
+) -> None:
+    def ask(price: int, memory: int) -> AskRow:
+        return AskRow(
+            node=NODES[0], price=str(price), device_class="cpu-x", memory=memory, until=99
+        )
+
+    options = ("--gflops", "1", "--asks", "--json", "--data-dir", node)
+    backend.asks = (ask(100_000, 1 << 40), ask(50_000, 1 << 20))
+    code, out, _ = run(capsys, "job", "estimate", job_file, *options)
+    asks = json.loads(out)["asks"]
+    assert code == 0
+    assert asks["standing"] == 2
+    assert [stage["fitting"] for stage in asks["stages"]] == [1, 1]
+    spec = load_job_file(job_file).spec
+    expected = sum(slot_price(100_000, stage_parameters(spec, n), 5 * 2 * 2 * 16) for n in (0, 1))
+    assert asks["price_now"] == 4 * expected
+    backend.asks = ()
+    _, out, _ = run(capsys, "job", "estimate", job_file, *options)
+    assert json.loads(out)["asks"]["price_now"] is None

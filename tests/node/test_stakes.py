@@ -7,6 +7,7 @@ import pytest
 import trio
 
 from tdmld.chain.crypto import KeyPair, address, public_key
+from tdmld.chain.records import StandingAsk
 from tdmld.chain.state import State
 from tdmld.chain.transactions import (
     Bond,
@@ -184,3 +185,15 @@ async def test_the_answers_of_a_node_with_a_store(tmp_path: Path) -> None:
         for epoch in (-2, 2, 10**9):
             with pytest.raises(NotFound, match="fixed up to epoch 1"):
                 await api.chain_validators(epoch)
+
+
+def test_asks_in_force_are_told_the_cheapest_first(world: World) -> None:
+    state = world.state
+    first, second, over = (node_key(n).public for n in range(3))
+    for node, price, until in ((first, 9, 50), (second, 4, 7), (over, 1, 6)):
+        state.put_ask(node, StandingAsk(node, "any", 5, price, 1, 1, until, 0, (), 1))
+    found = stakes.asks(state, 7)
+    assert [(row.node, row.price, row.until) for row in found] == [
+        (address(second), "4", 7),
+        (address(first), "9", 50),
+    ]

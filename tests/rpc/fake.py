@@ -17,6 +17,7 @@ from tdmld.rpc.reachtypes import (
     WitnessInfo,
 )
 from tdmld.rpc.staketypes import (
+    AskRow,
     NodeKeyInfo,
     OffenceInfo,
     SeatInfo,
@@ -312,6 +313,7 @@ class FakeBackend:
     nonce: int = 7
     stake: StakeInfo = field(default_factory=stake_info)
     keys: tuple[NodeKeyInfo, ...] = ()
+    asks: tuple[AskRow, ...] = ()
     outcome: str = "ok"
     submitted: list[str] = field(default_factory=list)
     published: list[tuple[str, str, str]] = field(default_factory=list)
@@ -465,6 +467,9 @@ class FakeBackend:
 
     async def chain_keys(self, address: str) -> tuple[NodeKeyInfo, ...]:
         return self.keys
+
+    async def chain_asks(self) -> tuple[AskRow, ...]:
+        return self.asks
 
     async def chain_subscribe_heads(self) -> AsyncIterator[Head]:
         height = self.height
