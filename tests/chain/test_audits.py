@@ -4,13 +4,21 @@ from collections import Counter
 
 import pytest
 
-from tdmld.chain import audits
-from tdmld.chain.events import AuditDrawn, AuditMismatch, AuditPassed, JobEnded, Paid, Unaudited
+from tdmld.chain import audits, limits
+from tdmld.chain.events import (
+    AuditDrawn,
+    AuditMismatch,
+    AuditPassed,
+    JobEnded,
+    JobRolledBack,
+    Unaudited,
+)
 from tdmld.chain.execution import Execution
 from tdmld.chain.ledger import BlockContext
 from tdmld.chain.records import (
     Audit,
     AuditStatus,
+    Cause,
     CloseReason,
     Job,
     JobStatus,
@@ -71,30 +79,34 @@ def test_the_list_root_is_the_one_that_workers_and_auditors_compute() -> None:
         )
 
 
-def test_a_cheat_is_found_and_the_job_refunded() -> None:
+def test_a_cheat_is_found_unpaid_and_replaced_and_the_job_ends_well() -> None:
     world, job_id = active(**ALL, rounds=8)
     world.bad_segment = 2
-    world.vices[worker(world, job_id, 1)] = frozenset({Vice.CHEATS})
+    cheat = worker(world, job_id, 1)
+    world.vices[cheat] = frozenset({Vice.CHEATS})
     job = world.play_until(job_id)
-    assert (job.status, job.reason) == (JobStatus.REFUNDED, CloseReason.MISMATCH)
+    assert (job.status, job.reason) == (JobStatus.CLOSED, CloseReason.FETCHED)
     (found,) = [event for event in world.events if isinstance(event, AuditMismatch)]
     assert (found.slot, found.segment) == (1, 2)
-    cheat = world.state.segment(job_id, 1, 2)
-    assert cheat is not None
-    assert cheat.status is SegmentStatus.MISMATCH
-    assert not cheat.settled
-    for number in range(2):
-        honest = world.state.segment(job_id, 1, number)
-        assert honest is not None
-        assert honest.settled
-    cheater = world.state.owner_of(worker(world, job_id, 1))
+    (back,) = [event for event in world.events if isinstance(event, JobRolledBack)]
+    assert (back.epoch, back.boundary) == (1, 2)
+    cheater, accuser = (world.state.owner_of(node) for node in (cheat, found.auditor))
     assert cheater is not None
     assert world.state.facts(cheater).mismatches == 1
-    assert world.state.earnings(job_id, cheater).worker == 2 * 10_000
-    audit = world.state.audit(job_id, 1, 2)
-    assert audit is not None
-    assert audit.paid == 7_000
-    assert audit.worker_list != audit.auditor_list
+    paid_before = sum(
+        segment.worker == cheat
+        for number in range(8)
+        if (segment := world.state.segment(job_id, 1, number)) is not None
+    )
+    assert paid_before <= 2
+    assert world.state.earnings(job_id, cheater).worker == paid_before * 10_000
+    last = world.state.slot(job_id, 1)
+    assert last is not None
+    assert last.worker.owner not in (cheater, accuser)
+    assert [former.cause for former in last.former] == [Cause.MISMATCH]
+    assert job.excluded == (cheater,)
+    assert accuser is not None
+    assert world.state.earnings(job_id, accuser).auditor >= 7_000
     assert world.next_due() is None
 
 
@@ -106,15 +118,33 @@ def test_a_lying_auditor_ends_the_job_but_convicts_nobody() -> None:
     assert stakes == [world.state.account(owner_key(i).public).work_stake for i in range(7)]
 
 
-def test_a_worker_that_keeps_its_seal_ends_the_job_unpaid() -> None:
+def test_a_worker_that_keeps_its_seal_is_replaced_unpaid() -> None:
     world, job_id = active(**ALL)
-    give(world, Vice.KEEPS_SEAL, to_workers=True, job=job_id)
+    first = worker(world, job_id, 0)
+    owner = world.state.owner_of(first)
+    assert owner is not None
+    world.vices[first] = frozenset({Vice.KEEPS_SEAL})
     job = world.play_until(job_id)
-    assert job.reason is CloseReason.FAULT
-    assert "did not open" in job.detail
-    assert not any(isinstance(event, Paid) for event in world.events)
-    audit = first_of(world, job_id, AuditStatus.UNOPENED)
-    assert audit.auditor_list == b""
+    assert job.reason is CloseReason.FETCHED
+    assert job.epoch == 1
+    state = world.state.slot(job_id, 0)
+    assert state is not None
+    assert [former.cause for former in state.former] == [Cause.UNOPENED]
+    assert world.state.facts(owner).mismatches == 1
+    assert world.state.earnings(job_id, owner).total == 0
+    assert job.audits_reserved == 0
+
+
+def test_a_job_that_was_rolled_back_too_often_ends() -> None:
+    world = World(make_genesis(20))
+    world.all_ask(20)
+    job_id = world.submit(**ALL, audit_budget=400_000)
+    world.play_until(job_id, JobStatus.ACTIVE)
+    give(world, Vice.CHEATS)
+    job = world.play_until(job_id)
+    assert (job.status, job.reason) == (JobStatus.REFUNDED, CloseReason.MISMATCH)
+    assert job.epoch == limits.ROLLBACKS
+    assert "replay differs" in job.detail
 
 
 def first_of(world: World, job: bytes, status: AuditStatus) -> Audit:

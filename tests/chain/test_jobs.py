@@ -1,9 +1,15 @@
 """A job's life from offer to end, by what its members do."""
 
-import pytest
-
 from tdmld.chain.codec import NATURAL_MAX, encode
-from tdmld.chain.events import JobActive, JobEnded, JobFinishing, JobMatched, Paid, ResultKnown
+from tdmld.chain.events import (
+    JobActive,
+    JobEnded,
+    JobFinishing,
+    JobMatched,
+    Paid,
+    ResultKnown,
+    SlotVacated,
+)
 from tdmld.chain.ledger import recount
 from tdmld.chain.limits import STANDBY_SLOT
 from tdmld.chain.offers import lock_of
@@ -14,7 +20,7 @@ from tdmld.chain.transactions import (
     AttestResult,
     Fetched,
 )
-from tests.chain.world import BALANCE, FEE, Vice, World, mark, node_key, owner_key
+from tests.chain.world import BALANCE, FEE, Vice, World, make_genesis, mark, node_key, owner_key
 
 
 def started(**offer: object) -> tuple[World, bytes]:
@@ -177,20 +183,26 @@ def test_genesis_is_attested_once_and_by_members_only() -> None:
     assert "not finishing" in trained.refused(owner_key(0), Fetched(done))
 
 
-@pytest.mark.parametrize("slot", [0, 1])
-def test_a_worker_that_stops_ends_the_job_in_a_refund(slot: int) -> None:
-    world, job_id = active(rounds=8)
-    stopped = worker(world, job_id, slot)
-    for node in {worker(world, job_id, 0), worker(world, job_id, 1)}:
+def test_a_worker_that_stops_with_nobody_to_replace_it_ends_the_job_in_a_refund() -> None:
+    world = World(make_genesis(4))
+    world.block(
+        *(world.ask(i, **({"price": 1500} if i == 3 else {"standby_slots": 0})) for i in range(4))
+    )
+    job_id = world.submit(rounds=8, audit_rate=0)
+    world.play_until(job_id, JobStatus.ACTIVE)
+    stopped = worker(world, job_id, 1)
+    world.vices = {standby(world, job_id): frozenset({Vice.DECLINES})}
+    for node in {worker(world, job_id, 0), stopped}:
         # the other one gets one segment further before it starves
         world.stop_before[node] = 2 if node == stopped else 3
     job = world.play_until(job_id)
     assert (job.status, job.reason) == (JobStatus.REFUNDED, CloseReason.FAULT)
+    assert job.detail == "slot 1 became vacant, and nobody is left to take it: declined"
     owner = world.state.owner_of(stopped)
-    faulty = [key for i in range(7) if world.state.facts(key := owner_key(i).public).faults]
+    faulty = [key for i in range(4) if world.state.facts(key := owner_key(i).public).faults]
     assert faulty == [owner]
     for number in range(2):
-        segment = world.state.segment(job_id, slot, number)
+        segment = world.state.segment(job_id, 1, number)
         assert segment is not None
         assert segment.settled
     assert world.next_due() is None
@@ -221,14 +233,16 @@ def test_waiting_for_a_settlement_is_no_stall() -> None:
 def test_a_slot_at_its_limit_beside_a_dead_one_does_not_keep_the_job_alive() -> None:
     """It waits for its neighbour and not for a settlement, which cannot come."""
     world, job_id = active(rounds=8, audit_rate=0)
-    world.stop_before[worker(world, job_id, 1)] = 0
-    job = world.play_until(job_id)
-    assert job.reason is CloseReason.FAULT
+    dead = worker(world, job_id, 1)
+    world.stop_before[dead] = 0
+    while not any(isinstance(event, SlotVacated) for event in world.events):
+        world.play(job_id)
     ahead = world.state.slot(job_id, 0)
     assert ahead is not None
-    assert (ahead.committed, ahead.settled) == (job.unsettled, 0)
+    assert (ahead.committed, ahead.settled) == (world.job(job_id).unsettled, 0)
     (faulty,) = [i for i in range(7) if world.state.facts(owner_key(i).public).faults]
-    assert node_key(faulty).public == worker(world, job_id, 1)
+    assert node_key(faulty).public == dead
+    assert world.play_until(job_id).reason is CloseReason.FETCHED
 
 
 def _members(world: World, job: bytes) -> set[bytes]:
