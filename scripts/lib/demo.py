@@ -13,6 +13,7 @@ killed node, and a worker that an audit convicts, by the standby.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -211,27 +212,31 @@ class Demo:
             say(f"killing {self.network.nodes[index].name} with -9, for good")
             self.network.kill(index)
             return
-        victims = list(self._children(index, f"tdmld.node.{kind}"))
+        victims = list(self._processes(index, kind))
         if not victims:
             raise RunFailed(f"no {kind} process of {self.network.nodes[index].name} to kill")
         say(f"killing the {kind} of {self.network.nodes[index].name} with -9")
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
 
-    def _children(self, index: int, module: str) -> Iterator[int]:
-        """Processes of a node that run `module`."""
+    def _processes(self, index: int, kind: str) -> Iterator[int]:
+        """The carrier or the workers of a node. Workers are forked, with their parent's name."""
         daemon = self.network.process(index)
         assert daemon is not None
+        parents, words = {}, {}
         for entry in Path("/proc").iterdir():
-            if not entry.name.isdigit():
-                continue
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-            except (OSError, ValueError):
-                continue
-            if parent == daemon.pid and module.encode() in words:
-                yield int(entry.name)
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError, ValueError):
+                    stat = (entry / "stat").read_text()
+                    parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
+                    words[int(entry.name)] = (entry / "cmdline").read_bytes().split(b"\0")
+        children = {pid for pid, parent in parents.items() if parent == daemon.pid}
+        if kind == "carrier":
+            yield from (pid for pid in children if b"tdmld.node.carrier" in words[pid])
+            return
+        zygotes = {pid for pid in children if b"tdmld.node.zygote" in words[pid]}
+        yield from (pid for pid, parent in parents.items() if parent in zygotes)
+        yield from (pid for pid in children if b"tdmld.node.worker" in words[pid])
 
     def _liar(self) -> str:
         """Owner of the node whose worker flipped a bit; "" when none did."""
