@@ -33,11 +33,14 @@ def render_job(job: JobDetail) -> list[str]:
     """One screen about a job."""
     brief = job.summary
     total = brief.rounds * brief.stages * brief.lanes
+    repairs = f"; {job.epoch} times rolled back" if job.epoch else ""
+    if job.lost_lanes:
+        repairs += f"; lost lanes {', '.join(map(str, job.lost_lanes))}"
     lines = [
         f"job       {brief.id}",
         f"name      {brief.name or '-'}  ({brief.family}, {brief.stages} stages x "
         f"{brief.lanes} lanes, {brief.steps} steps)",
-        f"state     {brief.state}" + (f": {brief.reason}" if brief.reason else ""),
+        f"state     {brief.state}" + (f": {brief.reason}" if brief.reason else "") + repairs,
         f"settled   {brief.segments_settled} of {total} segments "
         f"({share(brief.segments_settled, total)})",
         f"loss      {nats(brief.loss)} nats a token",
@@ -51,6 +54,12 @@ def render_job(job: JobDetail) -> list[str]:
             f"result    {job.result.id[:16]} at {len(job.result.holders)} holders; {fetched}"
         )
     lines += ["", *_slots(job)]
+    if any(slot.times is not None for slot in job.slots):
+        lines += ["", "where a step's time goes (seconds, mean of the recent steps)", *_times(job)]
+    if job.bottleneck is not None:
+        lines.append(f"slowest   {job.bottleneck.text}")
+    if job.former:
+        lines += ["", "lost their place", *_former(job)]
     if job.payments:
         lines += ["", "paid"]
         for address, amount in sorted(job.payments.items(), key=lambda pair: -int(pair[1])):
@@ -99,3 +108,41 @@ def _slots(job: JobDetail) -> list[str]:
         for one in job.standbys
     ]
     return table(("slot", "layers", "node", "segment", "settled", "price", "earned", "state"), rows)
+
+
+def _times(job: JobDetail) -> list[str]:
+    kinds = ("compute", "waiting", "wire", "verifying", "saving", "chain")
+    rows = []
+    for slot in job.slots:
+        if slot.times is None:
+            continue
+        seconds = [getattr(slot.times, kind) for kind in kinds]
+        norm = "-" if slot.gradient_norm is None else f"{slot.gradient_norm:.3f}"
+        shown = (f"{value:.3f}" for value in (*seconds, sum(seconds)))
+        rows.append(
+            (
+                f"{slot.lane}.{slot.stage}",
+                "-" if slot.step is None else f"{slot.step}/{job.summary.steps}",
+                nats(slot.loss),
+                norm,
+                *shown,
+                f"{slot.tokens_per_second:,.0f}",
+                str(slot.restarts),
+            )
+        )
+    heads = ("slot", "step", "loss", "norm", *kinds, "all", "tokens/s", "restarts")
+    return table(heads, rows)
+
+
+def _former(job: JobDetail) -> list[str]:
+    rows = [
+        (
+            f"{former.lane}.{former.stage}",
+            short(former.node),
+            former.cause + (" (convicted)" if former.convicted else ""),
+            f"{former.settled}",
+            f"{former.height:,}",
+        )
+        for former in job.former
+    ]
+    return table(("slot", "node", "cause", "settled", "height"), rows)

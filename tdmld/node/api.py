@@ -28,6 +28,7 @@ from tdmld.node.duties import assigned
 from tdmld.node.errors import CarrierUnavailable, ContentRefused, MachineError
 from tdmld.node.jobbook import JobBook
 from tdmld.node.jobfeed import JobFeed
+from tdmld.node.jobreports import JobReports
 from tdmld.node.machine import Machine, StepDone
 from tdmld.node.netapi import NetApi
 from tdmld.node.peers import PeerService
@@ -93,6 +94,9 @@ class Api:
         self._chain_id = chain_id(self.genesis)
         self._book = JobBook(self.store, self.genesis, self.data_dir)
         self._feed = JobFeed()
+        self._reports = JobReports(
+            self.host, self.key.public, self._chain_id, self.chain.state, self.agent.progress
+        )
         self._work = Work(self.key.public, self.chain, self.agent, self.host, self._book)
         self.net = NetApi(
             self.host, self.peers, self.chain, self.machine, self.key.address, self.data_dir
@@ -101,6 +105,11 @@ class Api:
 
     async def run(self) -> None:
         """Follow the chain for what this node's owner earns and for whoever follows a job."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._reports.run)
+            await self._follow()
+
+    async def _follow(self) -> None:
         with closing(self.chain.heads()) as heads:
             async for applied in heads:
                 try:
@@ -385,6 +394,7 @@ class Api:
         )
 
     async def job_status(self, id: str) -> JobDetail:
+        reports = await self._reports.of(self._job(self.chain.state(), id).id)
         state = self.chain.state()
         job = self._job(state, id)
         lock, deposit = self._book.lock(job)
@@ -396,6 +406,7 @@ class Api:
             name=self._book.name(job),
             lock=lock,
             deposit=deposit,
+            reports=reports,
         )
 
     async def job_subscribe(self, id: str) -> AsyncIterator[JobEvent]:

@@ -9,7 +9,9 @@ where the chain holds everybody up, it is settlement.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-BUSY = ("compute", "wire", "verifying", "saving")
+from tdmld.rpc.jobtypes import Bottleneck, TimeKind
+
+BUSY: tuple[TimeKind, ...] = ("compute", "wire", "verifying", "saving")
 MOSTLY = 0.5
 """Share of its time from which on something is the reason."""
 REASONS = {
@@ -37,17 +39,6 @@ class SlotTimes:
         return sum(self.times.get(kind, 0.0) for kind in BUSY)
 
 
-@dataclass(frozen=True)
-class Bottleneck:
-    """`kind`: one of progress.KINDS; `share`: of that slot's time, 0 to 1."""
-
-    lane: int
-    stage: int
-    kind: str
-    share: float
-    text: str
-
-
 def bottleneck(slots: Sequence[SlotTimes]) -> Bottleneck | None:
     """What holds the job up, or None before anything is known."""
     known = [slot for slot in slots if slot.total > 0]
@@ -57,7 +48,7 @@ def bottleneck(slots: Sequence[SlotTimes]) -> Bottleneck | None:
     chain = held.times.get("chain", 0.0) / held.total
     if chain >= MOSTLY:
         text = f"every slot waits for the chain {chain:.0%} of the time: settlement or a round"
-        return Bottleneck(held.lane, held.stage, "chain", chain, text)
+        return _found(held, "chain", text)
     slowest = max(known, key=lambda slot: slot.busy)
     waiting = slowest.times.get("waiting", 0.0) / slowest.total
     where = f"stage {slowest.stage} of lane {slowest.lane}"
@@ -65,8 +56,13 @@ def bottleneck(slots: Sequence[SlotTimes]) -> Bottleneck | None:
         text = (
             f"the links: even the busiest slot, {where}, waits for frames {waiting:.0%} of the time"
         )
-        return Bottleneck(slowest.lane, slowest.stage, "waiting", waiting, text)
-    kind = max(BUSY, key=lambda kind: slowest.times.get(kind, 0.0))
+        return _found(slowest, "waiting", text)
+    kind: TimeKind = max(BUSY, key=lambda kind: slowest.times.get(kind, 0.0))
     share = slowest.times.get(kind, 0.0) / slowest.total
     text = f"{where}: {REASONS[kind]} {share:.0%} of the time, {slowest.busy:.2f} s busy a step"
-    return Bottleneck(slowest.lane, slowest.stage, kind, share, text)
+    return _found(slowest, kind, text)
+
+
+def _found(slot: SlotTimes, kind: TimeKind, text: str) -> Bottleneck:
+    share = slot.times.get(kind, 0.0) / slot.total
+    return Bottleneck(lane=slot.lane, stage=slot.stage, kind=kind, share=share, text=text)

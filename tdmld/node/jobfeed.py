@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 import trio
 
 from tdmld.chain.state import State
-from tdmld.node import views
+from tdmld.node import jobevents
 from tdmld.node.machine import StepDone
 from tdmld.node.store import AppliedBlock
 from tdmld.rpc.types import JobEvent, time_text
@@ -39,7 +39,7 @@ class JobFeed:
         for subscriber in list(self.subscribers):
             job_id, queue = subscriber
             for entry in applied.events:
-                event = views.event(state, entry, job_id, applied.height, time)
+                event = jobevents.event(state, entry, job_id, applied.height, time)
                 if event is not None:
                     queue.send_nowait(event)
             job = state.job(job_id)

@@ -1,19 +1,22 @@
 """The record of a finished job that anybody can check: `provenance.json` beside the model.
 
-It says which program ran (the spec), who ran which slot, every state root that was committed, every
-audit with its verdict, every payment, and the result; and it is signed by the node that wrote it.
+It says which program ran (the spec), who ran which slot and who had it before, every state root
+that was committed, by whom and in which epoch, every audit with its verdict, every payment, and
+the result; and it is signed by the node that wrote it.
 The roots are those of the chain: `tdmld reference` makes the same ones from the spec and the text.
 """
 
 import json
+from collections.abc import Iterator
 
 from tdmld.chain.crypto import KeyPair, address, public_key, verify
 from tdmld.chain.errors import DecodeError
-from tdmld.chain.records import Job
+from tdmld.chain.records import Former, Job
 from tdmld.chain.state import State
+from tdmld.chain.transactions import LaneMode
 from tdmld.node.duties import assigned
 
-FORMAT = "tdmld provenance 1"
+FORMAT = "tdmld provenance 2"
 DOMAIN = "provenance"
 MAX_BYTES = 64 << 20
 
@@ -34,6 +37,13 @@ def document(
         "spec_id": job.spec_id.hex(),
         "spec": spec.decode("ascii"),
         "class": job.class_id,
+        "epoch": job.epoch,
+        "ring": job.ring,
+        "lanes": {
+            "mode": job.lane_mode.value,
+            "weights": list(job.lane_weights),
+            "lost": list(job.lost_lanes),
+        },
         "standby": address(job.standby.node) if job.standby is not None else None,
         "slots": [
             {
@@ -41,6 +51,8 @@ def document(
                 "stage": job.stage_of(index),
                 "worker": address(slot.worker.node),
                 "owner": address(slot.worker.owner),
+                "incarnation": slot.incarnation,
+                "former": [_former(former) for former in slot.former],
                 "genesis": None
                 if slot.genesis is None
                 else {"shared": slot.genesis.shared.hex(), "lane": slot.genesis.lane.hex()},
@@ -50,6 +62,7 @@ def document(
             }
             for index, slot in enumerate(slots)
         ],
+        "rounds": list(_rounds(state, job)),
         "payments": {
             address(owner): {
                 "worker": paid.worker,
@@ -63,12 +76,41 @@ def document(
     }
 
 
+def _former(former: Former) -> dict[str, object]:
+    return {
+        "worker": address(former.node),
+        "owner": address(former.owner),
+        "cause": former.cause.value,
+        "epoch": former.epoch,
+        "incarnation": former.incarnation,
+        "settled": former.settled,
+        "height": former.height,
+    }
+
+
+def _rounds(state: State, job: Job) -> Iterator[dict[str, object]]:
+    """Whose contributions went into the next segment, round by round."""
+    for number in range(job.rounds if job.lane_mode is LaneMode.DILOCO else 0):
+        found = state.round(job.id, number)
+        if found is not None and found.decided:
+            yield {
+                "round": number,
+                "decided": found.decided,
+                "included": list(found.included),
+                "contributions": [content.hex() for content in found.contributions],
+            }
+
+
 def _segment(state: State, job: Job, index: int, number: int) -> dict[str, object]:
     segment = state.segment(job.id, index, number)
     assert segment is not None, "every committed segment has a record"
     audit = state.audit(job.id, index, number)
     return {
         "segment": number,
+        "worker": address(segment.worker),
+        "epoch": segment.epoch,
+        "incarnation": segment.incarnation,
+        "contribution": segment.contribution.hex(),
         "end_shared": segment.end_shared.hex(),
         "end_lane": segment.end_lane.hex(),
         "links": {

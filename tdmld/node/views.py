@@ -1,13 +1,12 @@
 """Jobs, accounts and blocks as the RPC shows them: pure functions of the finalized state."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
-from tdmld.chain import events as happened
 from tdmld.chain.crypto import address
 from tdmld.chain.records import (
     Audit,
     AuditStatus,
+    Cause,
     Job,
     JobStatus,
     ProofStatus,
@@ -15,16 +14,17 @@ from tdmld.chain.records import (
 )
 from tdmld.chain.reputation import reputation
 from tdmld.chain.state import State
+from tdmld.node.bottleneck import SlotTimes as Times
+from tdmld.node.bottleneck import bottleneck
 from tdmld.node.duties import assigned
+from tdmld.node.jobreports import MICRO, SlotReport
 from tdmld.plaintext import plain
+from tdmld.rpc.jobtypes import FormerWorker, SlotTimes
 from tdmld.rpc.types import (
     AccountInfo,
     AuditInfo,
     AuditState,
-    EventKind,
     JobDetail,
-    JobEvent,
-    JobState,
     JobSummary,
     ResultStatus,
     SegmentLoss,
@@ -123,15 +123,16 @@ def detail(
     name: str,
     lock: int,
     deposit: int,
+    reports: Mapping[int, SlotReport] | None = None,
 ) -> JobDetail:
-    """All that the chain knows of a job."""
-    slots = assigned(state, job)
+    """All that the chain knows of a job, and what nodes report of their slots (by index)."""
+    slots, told = assigned(state, job), reports or {}
     audits = list(_audits(state, job, slots))
     return JobDetail(
         summary=summary(state, job, height, spec=spec, name=name, lock=lock),
         spec_id=job.spec_id.hex(),
         segment_steps=job.segment_steps,
-        slots=tuple(_slot(state, job, i, slot, spec) for i, slot in enumerate(slots)),
+        slots=tuple(_slot(state, job, i, slot, spec, told.get(i)) for i, slot in enumerate(slots)),
         standbys=_standby(state, job, slots),
         audits=tuple(
             AuditInfo(
@@ -151,12 +152,31 @@ def detail(
         },
         deadline=job.deadline,
         result=_result(job),
+        epoch=job.epoch,
+        former=tuple(_former(job, slots)),
+        lost_lanes=job.lost_lanes,
+        bottleneck=bottleneck(
+            [
+                Times(job.lane_of(index), job.stage_of(index), report.seconds)
+                for index, report in sorted(told.items())
+            ]
+        ),
     )
 
 
-def _slot(state: State, job: Job, index: int, slot: SlotState, spec: Spec | None) -> SlotInfo:
+def _slot(
+    state: State,
+    job: Job,
+    index: int,
+    slot: SlotState,
+    spec: Spec | None,
+    report: SlotReport | None,
+) -> SlotInfo:
     stage = job.stage_of(index)
     earned = state.earnings(job.id, slot.worker.owner).worker
+    seconds = {} if report is None else report.seconds
+    step_seconds = sum(seconds.values())
+    tokens = job.tokens * job.weight_of(index) / job.segment_steps
     return SlotInfo(
         lane=job.lane_of(index),
         stage=stage,
@@ -167,12 +187,39 @@ def _slot(state: State, job: Job, index: int, slot: SlotState, spec: Spec | None
         settled=slot.settled,
         price=str(slot.worker.price),
         earned=str(earned),
+        incarnation=slot.incarnation,
+        held=slot.held,
+        step=None if report is None else report.step,
+        loss=None if report is None else report.loss,
+        gradient_norm=None if report is None or report.norm is None else report.norm / MICRO,
+        tokens_per_second=tokens / step_seconds if step_seconds > 0 else 0.0,
+        restarts=0 if report is None else report.restarts,
+        times=SlotTimes(**seconds) if seconds else None,
     )
+
+
+def _former(job: Job, slots: list[SlotState]) -> Iterator[FormerWorker]:
+    for index, slot in enumerate(slots):
+        for former in slot.former:
+            yield FormerWorker(
+                lane=job.lane_of(index),
+                stage=job.stage_of(index),
+                node=address(former.node),
+                owner=address(former.owner),
+                cause=former.cause.value,
+                convicted=former.cause in (Cause.MISMATCH, Cause.UNOPENED),
+                epoch=former.epoch,
+                incarnation=former.incarnation,
+                settled=former.settled,
+                height=former.height,
+            )
 
 
 def _phase(job: Job, slot: SlotState) -> str:
     if job.status is JobStatus.MATCHED:
         return "accepted" if slot.worker.accepted else "waiting"
+    if job.status is JobStatus.ACTIVE and not slot.worker.accepted:
+        return "vacant"
     if job.status is JobStatus.PREPARING:
         return "ready" if slot.attested else "preparing"
     if job.status is JobStatus.ACTIVE and slot.committed < job.rounds:
@@ -220,10 +267,11 @@ def _audits(state: State, job: Job, slots: list[SlotState]) -> Iterator[tuple[in
 def _losses(state: State, job: Job, slots: list[SlotState]) -> Iterator[SegmentLoss]:
     """Losses of the whole job: of a long one, those of evenly spaced segments."""
     committed = max((slot.committed for slot in slots), default=0)
+    head = 0 if job.ring else len(job.stages) - 1
     for number in range(0, committed, max(1, -(-committed // SEGMENTS_SHOWN))):
         for index, slot in enumerate(slots):
-            if job.stage_of(index) != len(job.stages) - 1 or number >= slot.committed:
-                continue  # only the last stage sees a loss
+            if job.stage_of(index) != head or number >= slot.committed:
+                continue  # only the stage with the head sees a loss
             segment = state.segment(job.id, index, number)
             if segment is not None and segment.loss is not None:
                 yield SegmentLoss(lane=job.lane_of(index), segment=number, loss=segment.loss)
@@ -251,102 +299,3 @@ def _result(job: Job) -> ResultStatus | None:
         holders=tuple(address(node) for node, result in job.results if result == wanted),
         fetched=job.reason.value == "fetched",
     )
-
-
-@dataclass(frozen=True)
-class _Told:
-    """A chain event in words; `slot` and `segment` say where, when it has a place."""
-
-    kind: EventKind
-    text: str
-    slot: int | None = None
-    segment: int | None = None
-    state: JobState | None = None
-    loss: int | None = None
-    address: str = ""
-    amount: int = 0
-
-
-def event(
-    state: State, entry: happened.Event, job_id: bytes, height: int, time: str
-) -> JobEvent | None:
-    """What a chain event says to somebody who follows `job_id`; None when it is not for them."""
-    job = state.job(job_id)
-    if isinstance(entry, happened.ValidatorEvent) or entry.job != job_id or job is None:
-        return None
-    told = _tell(state, job, entry)
-    if told is None:
-        return None
-    return JobEvent(
-        job=job_id.hex(),
-        height=height,
-        time=time,
-        kind=told.kind,
-        text=plain(told.text),
-        state=told.state,
-        lane=None if told.slot is None else job.lane_of(told.slot),
-        stage=None if told.slot is None else job.stage_of(told.slot),
-        segment=told.segment,
-        loss=told.loss,
-        address=told.address,
-        amount=str(told.amount),
-    )
-
-
-def _tell(state: State, job: Job, entry: happened.Event) -> _Told | None:
-    def where(slot: int, segment: int) -> str:
-        return f"segment {segment} of stage {job.stage_of(slot)}, lane {job.lane_of(slot)}"
-
-    match entry:
-        case happened.JobOffered():
-            text = "The offer is on the chain; matching is due."
-            return _Told("state", text, state="offered")
-        case happened.JobMatched(workers=workers):
-            text = f"Matched to {len(workers)} workers and a standby; they are asked to accept."
-            return _Told("state", text, state="matched")
-        case happened.JobUnmatched(without=without):
-            text = f"Offered again without {len(without)} nodes that did not accept."
-            return _Told("state", text, state="offered")
-        case happened.JobPreparing():
-            text = "All accepted; members fetch the data and draw the weights."
-            return _Told("state", text, state="preparing")
-        case happened.JobActive():
-            text = "Everybody drew the same weights; training begins."
-            return _Told("state", text, state="active")
-        case happened.JobFinishing():
-            text = "All segments are settled; holders assemble the model."
-            return _Told("state", text, state="finishing")
-        case happened.JobEnded(reason=reason, detail=detail, refund=refund):
-            told = f"{job.status} ({detail or reason})"
-            text = f"The job is {told}; {refund} go back to the submitter."
-            return _Told("state", text, state=job.status.value, amount=refund)
-        case happened.ResultKnown(result=result):
-            return _Told("result", f"The result is {result.hex()}.")
-        case happened.ResultDisputed(node=node):
-            return _Told("fault", "A holder attested another result.", address=address(node))
-        case happened.SegmentCommitted(slot=slot, segment=segment):
-            record = state.segment(job.id, slot, segment)
-            loss = None if record is None else record.loss
-            shown = "" if loss is None else f", loss {loss / 1e6:.4f}"
-            text = f"Committed {where(slot, segment)}{shown}."
-            return _Told("segment", text, slot, segment, loss=loss)
-        case happened.SegmentSettled(slot=slot, segment=segment):
-            return _Told("settled", f"Settled {where(slot, segment)}.", slot, segment)
-        case happened.AuditDrawn(slot=slot, segment=segment, auditor=auditor):
-            text = f"Audit of {where(slot, segment)} drawn."
-            return _Told("audit", text, slot, segment, address=address(auditor))
-        case happened.AuditPassed(slot=slot, segment=segment, auditor=auditor):
-            text = f"Audit of {where(slot, segment)} passed."
-            return _Told("audit", text, slot, segment, address=address(auditor))
-        case happened.AuditMismatch(slot=slot, segment=segment, auditor=auditor):
-            text = f"Audit of {where(slot, segment)} found other bits than the worker's."
-            return _Told("fault", text, slot, segment, address=address(auditor))
-        case happened.Unaudited(slot=slot, segment=segment, reason=reason):
-            text = f"No verdict on {where(slot, segment)}: {reason}."
-            return _Told("audit", text, slot, segment)
-        case happened.Paid(owner=owner, role=role, amount=amount):
-            article = "an" if role == "auditor" else "a"
-            text = f"Paid {amount} to {article} {role}."
-            return _Told("payment", text, address=address(owner), amount=amount)
-        case _:
-            return None

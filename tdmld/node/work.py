@@ -117,7 +117,8 @@ class Work:
             progress = self._agent.progress.get((job.id, index)) if role == "worker" else None
             per_second = 0.0
             if progress is not None and progress.seconds > 0:
-                per_second = job.tokens / job.segment_steps / progress.seconds
+                tokens = job.tokens * job.weight_of(index) / job.segment_steps
+                per_second = tokens / progress.seconds
             return SlotRun(
                 job=job.id.hex(),
                 role=role,

@@ -16,17 +16,18 @@ from typing import Annotated, Literal
 
 import msgspec
 
-AmountText = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,19}$")]
+from tdmld.rpc.jobtypes import Bottleneck, FormerWorker, SlotTimes
+from tdmld.rpc.wire import AddressText as AddressText
+from tdmld.rpc.wire import AmountText as AmountText
+from tdmld.rpc.wire import HeightNumber as HeightNumber
+from tdmld.rpc.wire import Wire as Wire
+
 HexId = Annotated[str, msgspec.Meta(min_length=64, max_length=64, pattern=r"^[0-9a-f]*$")]
-AddressText = Annotated[
-    str, msgspec.Meta(min_length=52, max_length=52, pattern=r"^12D3KooW[1-9A-HJ-NP-Za-km-z]*$")
-]
 RawHex = Annotated[str, msgspec.Meta(min_length=2, max_length=2 * 2**13, pattern=r"^[0-9a-f]+$")]
 """A signed transaction, at most 8 KiB of bytes."""
 SpecText = Annotated[str, msgspec.Meta(min_length=2, max_length=65536)]
 PathText = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
 NameText = Annotated[str, msgspec.Meta(max_length=200)]
-HeightNumber = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 JobState = Literal[
     "offered",
@@ -42,7 +43,9 @@ JobState = Literal[
 FINAL_JOB_STATES = frozenset({"closed", "refunded", "expired"})
 
 AuditState = Literal["drawn", "committed", "opened", "passed", "mismatch", "expired", "unaudited"]
-EventKind = Literal["state", "step", "segment", "audit", "settled", "payment", "fault", "result"]
+EventKind = Literal[
+    "state", "step", "segment", "round", "audit", "settled", "payment", "fault", "repair", "result"
+]
 Role = Literal["worker", "standby", "auditor"]
 
 
@@ -50,10 +53,6 @@ def time_text(milliseconds: int) -> str:
     """Unix milliseconds as RFC 3339 in UTC: `2026-01-01T00:00:00.000Z`."""
     moment = datetime.fromtimestamp(milliseconds // 1000, UTC)
     return f"{moment:%Y-%m-%dT%H:%M:%S}.{milliseconds % 1000:03d}Z"
-
-
-class Wire(msgspec.Struct, frozen=True, kw_only=True):
-    """Base of everything that travels over JSON-RPC."""
 
 
 class AskInfo(Wire, frozen=True):
@@ -301,8 +300,20 @@ class SlotInfo(Wire, frozen=True):
     price: AmountText
     """Per segment."""
     earned: AmountText = "0"
+    incarnation: int = 0
+    """Grows when another worker takes the slot, or is asked to."""
+    held: int = 0
+    """The boundary at which a replacement would begin."""
     step: int | None = None
-    """Only when this very node knows it."""
+    """Steps done. This and what follows is what the worker's node says; None or empty when it has
+    not said anything lately."""
+    loss: int | None = None
+    """Of the last step, in micro-nats a token, of a slot that has the head."""
+    gradient_norm: float | None = None
+    tokens_per_second: float = 0.0
+    restarts: int = 0
+    """Times that its worker process was started again."""
+    times: SlotTimes | None = None
 
 
 class StandbyInfo(Wire, frozen=True):
@@ -366,10 +377,17 @@ class JobDetail(Wire, frozen=True):
     """By segment, then lane."""
     budget: AmountText = "0"
     """The most that the job may cost: escrow and deposit."""
-    payments: dict[str, AmountText] = {}
+    payments: dict[str, AmountText] = msgspec.field(default_factory=dict)
     """Owner address to what the job has paid it, in all roles."""
     deadline: HeightNumber = 0
     result: ResultStatus | None = None
+    epoch: int = 0
+    """Rollbacks so far."""
+    former: tuple[FormerWorker, ...] = ()
+    """Who had a slot before, by slot, the first one first."""
+    lost_lanes: tuple[int, ...] = ()
+    """Lanes that nobody was left for."""
+    bottleneck: Bottleneck | None = None
 
 
 class JobEvent(Wire, frozen=True):

@@ -11,7 +11,7 @@ import trio.testing
 
 from tdmld.chain.ledger import BlockResult
 from tdmld.chain.records import Job, JobStatus, Member, Segment, SlotState
-from tdmld.node import views
+from tdmld.node import jobevents, views
 from tdmld.node.api import Api
 from tdmld.node.jobfeed import EVENTS_BUFFERED
 from tdmld.node.machine import SlotId, StepDone
@@ -27,7 +27,7 @@ class Rig:
         self.api = Api(
             key=node_key(6),
             genesis=world.genesis,
-            host=None,  # type: ignore[arg-type]
+            host=SimpleNamespace(set_handler=lambda protocol, handler: None),  # type: ignore[arg-type]
             chain=self.chain,  # type: ignore[arg-type]
             store=SimpleNamespace(get_spec=lambda spec: None, block=lambda height: None),  # type: ignore[arg-type]
             machine=None,  # type: ignore[arg-type]
@@ -129,7 +129,7 @@ async def test_a_block_that_cannot_be_shown_ends_nothing(
         raise KeyError("a defect")
 
     with monkeypatch.context() as patch:
-        patch.setattr(views, "event", broken)
+        patch.setattr(jobevents, "event", broken)
         while rig.world.job(job).status is not JobStatus.ACTIVE:
             await rig.applied(rig.world.play(job))
     await rig.play(job)
@@ -145,7 +145,7 @@ class Counting:
     def segment(self, job: bytes, slot: int, number: int) -> Segment:
         self.reads += 1
         zero = bytes(32)
-        return Segment(zero, 0, 0, zero, zero, zero, zero, (), zero, number, 0)
+        return Segment(zero, 0, 0, zero, zero, zero, zero, (), zero, number, b"", 0)
 
     def audit(self, job: bytes, slot: int, number: int) -> None:
         self.reads += 1
