@@ -211,8 +211,8 @@ def _unequal_contribution(run: Execution, job: Job, slot: int, sworn: Commit) ->
     if not rounds.contradicts(run, job, slot, sworn.segment, sworn.contribution):
         return ""
     detail = (
-        f"segment {sworn.segment}: slot {slot} contributes something else than it did before it was "
-        "taken over"
+        f"segment {sworn.segment}: slot {slot} contributes something else than the others began "
+        "with"
     )
     return detail
 

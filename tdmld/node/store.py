@@ -80,7 +80,7 @@ __all__ = [
     "check_checkpoint",
 ]
 
-FORMAT = b"tdmld-chain-4"
+FORMAT = b"tdmld-chain-5"
 PRUNE_AT_ONCE = 16
 """Blocks deleted beside one that is applied, so that turning pruning on stalls nothing."""
 

@@ -152,7 +152,7 @@ class World:
         self.bad_segment = 0
         """First segment that a cheat is made in."""
         self.hasty = set[bytes]()
-        """Accusations of the last block: what comes before them in it may take their ground."""
+        """Accusations and attestations of the last block: what comes before them may decide."""
         self.events: list[object] = []
         self.receipts: list[Receipt] = []
 
@@ -307,7 +307,7 @@ class World:
         self.hasty = {
             sha256(raw)
             for raw, (_, payload) in zip(raws, moves, strict=True)
-            if isinstance(payload, Stall)
+            if isinstance(payload, Stall | AttestContributions)
         }
         job = self.job(job_id)
         if fetch and job.status is JobStatus.FINISHING and job.result:
