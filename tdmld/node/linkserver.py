@@ -238,6 +238,7 @@ class LinkServer:
         if self._scope is not None:
             self._scope.cancel()
         heard = trio.Event()
+        failure: Exception | None = None
         with trio.CancelScope() as scope:
             self._scope = scope
             try:
@@ -246,11 +247,14 @@ class LinkServer:
                     await self._read(stream, heard)
             except* (P2PError, LinkRefused, OSError) as group:
                 # One cause ends both directions; which of them met it first does not matter.
-                raise _first_leaf(group) from None
+                # Raised below: here a cancellation at the same moment would come into its group.
+                failure = _first_leaf(group)
             finally:
                 if self._scope is scope:
                     self._scope = None
                     self._wake()
+        if failure is not None:
+            raise failure
 
     async def _write(self, stream: Stream, cursor: int, heard: trio.Event) -> None:
         said, acknowledged = False, -1

@@ -14,7 +14,7 @@ from tdmld.chain.crypto import KeyPair
 from tdmld.node.link import Ack, Frame, Hello, LinkSigner, decode_message, encode_small
 from tdmld.node.linkserver import LinkServer
 from tdmld.node.ring import INLINE_BYTES, SlotRing
-from tdmld.p2p.errors import P2PError
+from tdmld.p2p.errors import P2PError, StreamClosed
 from tdmld.train.framelog import FrameLogWriter, read_frames
 from tests.node.fake_stream import FakeStream, stream_pair
 from tests.node.test_link import (
@@ -135,3 +135,28 @@ async def test_a_slot_that_was_closed_takes_no_frame_more(
     assert not rig.lower.server.connected
     assert "closed" in str(await attack(rig, signed(rig, 0, b"data")))
     assert rig.lower.got == []
+
+
+async def test_a_stream_that_ends_while_a_newer_one_takes_its_place_is_one_error_of_that_stream(
+    make_rig: Make,  # noqa: F811
+    nursery: trio.Nursery,
+) -> None:
+    """It came as a group with the cancellation in it, and took the slot away."""
+    rig = make_rig()
+    evil, theirs = stream_pair(rig.upper.key.address, rig.lower.key.address)
+    await evil.send(encode_small(rig.upper.server.state.hello()))
+    ended: list[BaseException] = []
+
+    async def serve() -> None:
+        try:
+            await rig.accept(theirs)
+        except BaseException as error:
+            ended.append(error)
+
+    nursery.start_soon(serve)
+    await trio.testing.wait_all_tasks_blocked()
+    await evil.close()
+    assert rig.lower.server._scope is not None
+    rig.lower.server._scope.cancel()
+    await trio.testing.wait_all_tasks_blocked()
+    assert [type(error) for error in ended] == [StreamClosed]
