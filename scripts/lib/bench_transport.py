@@ -26,6 +26,7 @@ import trio
 from report import ROOT, Report, say
 
 from tdmld.chain.crypto import KeyPair
+from tdmld.node.control import Link
 from tdmld.node.link import LinkSigner, Place
 from tdmld.node.ring import SlotRing
 from tdmld.train.digest import digest
@@ -175,8 +176,9 @@ def wan(pairs: dict[str, Pair], samples: Samples, megabits: float) -> None:
 
 
 async def _fill(ring: SlotRing, payload: memoryview) -> None:
+    value = digest(payload)
     for seq in range(FRAMES):
-        await ring.append("down", "sent", seq, bytes(64), payload)
+        await ring.append("down", "sent", seq, bytes(64), payload, value)
 
 
 def apart(samples: Samples) -> None:
@@ -185,7 +187,8 @@ def apart(samples: Samples) -> None:
     signer, payload = LinkSigner(key, bytes(32)), memoryview(os.urandom(FRAME_BYTES))
     gigabytes = FRAME_BYTES * FRAMES / 1e9
     with tempfile.TemporaryDirectory(dir=ROOT, prefix=".bench-") as directory:
-        ring = SlotRing(Path(directory), FRAMES, FRAME_BYTES, 4)
+        link = Link("down", "peer", 0, 1, "up", 1, FRAMES, FRAME_BYTES, 2, 6)
+        ring = SlotRing(Path(directory), [link])
         began, wall = time.process_time(), time.perf_counter()
         trio.run(_fill, ring, payload)
         add(samples, "ring_cpu_s_per_gb", (time.process_time() - began) / gigabytes)
