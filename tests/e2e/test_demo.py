@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-WINDOWS = {"interval_ms": 200, "segment_window": 60, "activate_window": 400, "audit_window": 300}
+WINDOWS = {"interval_ms": 200, "segment_window": 400, "activate_window": 400, "audit_window": 300}
 """Short enough for a test, long enough for a loaded machine."""
 
 pytestmark = pytest.mark.e2e
