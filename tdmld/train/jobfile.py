@@ -24,9 +24,12 @@ from tdmld.train.pretrained import Pretrained
 from tdmld.train.spec import Spec, spec_bytes, typed_error
 from tdmld.train.speccheck import check_spec
 from tdmld.train.specfields import (
+    LANE_WIRE,
     Data,
     DecimalText,
     GivenInit,
+    Lanes,
+    LaneWire,
     NoClip,
     Pipeline,
     SeedInit,
@@ -86,6 +89,54 @@ class _TrainSection(Train, frozen=True, kw_only=True, forbid_unknown_fields=True
     clip: NoClip | StageClip
 
 
+class _OuterSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The outer step, with the values that `scripts/bench sync` was won with."""
+
+    lr: DecimalText = "0.7"
+    momentum: DecimalText = "0.9"
+    nesterov: bool = True
+    density: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
+    bits: Literal[2, 8] = 2
+    feedback: DecimalText = "0.95"
+
+
+class _LanesSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    count: int = 1
+    mode: Literal["sync", "diloco"] = "sync"
+    weights: tuple[int, ...] = ()
+    wire: LaneWire = LANE_WIRE
+    outer: _OuterSection | None = None
+
+    def lanes(self) -> Lanes:
+        """As the spec spells them; SpecError for what it does not allow."""
+        outer = self.outer or (_OuterSection() if self.mode == "diloco" else None)
+        weights = () if set(self.weights) == {1} else self.weights
+        document = msgspec.to_builtins(msgspec.structs.replace(self, weights=weights))
+        document["outer"] = msgspec.to_builtins(outer)
+        try:
+            return msgspec.convert(document, type=Lanes)
+        except msgspec.ValidationError as error:
+            found = typed_error(error)
+            raise SpecError(f"pipeline.lanes.{found.field}", found.problem, found.remedy) from error
+
+
+class _PipelineSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    cuts: list[int]
+    segment_steps: int
+    unsettled: int
+    state_every: int
+    lanes: _LanesSection
+
+    def pipeline(self) -> Pipeline:
+        """As the spec spells it; SpecError for what it does not allow."""
+        document = {name: getattr(self, name) for name in self.__struct_fields__}
+        try:
+            return msgspec.convert(document | {"lanes": self.lanes.lanes()}, type=Pipeline)
+        except msgspec.ValidationError as error:
+            found = typed_error(error)
+            raise SpecError(f"pipeline.{found.field}", found.problem, found.remedy) from error
+
+
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: Literal[1]
     name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -96,9 +147,9 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     class_: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,64}$")] = msgspec.field(name="class")
     data: _DataSection
     train: _TrainSection
-    pipeline: Pipeline
+    pipeline: _PipelineSection
     money: _MoneySection
-    privacy: Literal["open", "sealed"] = "sealed"
+    privacy: Literal["open", "sealed", "split"] = "sealed"
     """Who only stores or carries the text shall not read it; `open` is a choice."""
 
 
@@ -127,17 +178,28 @@ def load_job_file(path: Path) -> JobFile:
         class_=file.class_,
         data=data,
         train=Train(**{key: getattr(file.train, key) for key in Train.__struct_fields__}),
-        pipeline=file.pipeline,
+        pipeline=file.pipeline.pipeline(),
         clip=file.train.clip,
     )
-    check_spec(spec)
     given = None if file.init == "seed" else path.parent / file.init
-    if given is not None:
-        spec = msgspec.structs.replace(spec, init=GivenInit(Pretrained(given).roots(spec)))
+    if given is None:
+        check_spec(spec)
+    else:
+        spec = _going_on(spec, Pretrained(given))
     raw = spec_bytes(spec)
     if len(raw) > limits.SPEC_BYTES:
         raise SpecError("data.text", f"the spec has {len(raw)} bytes", "use a shorter text")
     return JobFile(file.name, spec, raw, _money(file.money), text_path, given, tokenizer)
+
+
+def _going_on(spec: Spec, source: Pretrained) -> Spec:
+    """The checked spec that begins with given weights."""
+    step, unknown = 0 if source.moments is None else source.moments.step, "0" * 64
+    slots = spec.slots if step else 0
+    init = GivenInit((unknown,) * spec.stages, (unknown,) * slots, step)
+    spec = msgspec.structs.replace(spec, init=init)
+    check_spec(spec)  # before the roots: they are made along the cuts
+    return msgspec.structs.replace(spec, init=source.init(spec))
 
 
 def _data(

@@ -51,7 +51,7 @@ def exchange(
         for number, (first, last) in enumerate(pairwise(borders))
     ]
     siblings = [f"lane{lane}" for lane in range(spec.lanes) if lane != slot.lane]
-    first_seq = slot.step * len(parts)
+    first_seq = (slot.step - spec.first_step) * len(parts)
     for number, (part, wire) in enumerate(parts):
         send(siblings, first_seq + number, encode(part, wire))
     for number, (part, wire) in enumerate(parts):

@@ -8,14 +8,11 @@ one class of machine.
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
-import numpy as np
 import torch
-from torch import nn
 
 from tdmld.files import write_file
 from tdmld.train import optimizer
@@ -26,21 +23,31 @@ from tdmld.train.compress import (
     encode_contribution,
 )
 from tdmld.train.data import Tokens, window_index
-from tdmld.train.digest import Leaf, digest, state_root
-from tdmld.train.draw import draw_weight
-from tdmld.train.errors import FileError, SegmentFault
-from tdmld.train.evaluate import load_model
+from tdmld.train.digest import state_root
+from tdmld.train.errors import SegmentFault
 from tdmld.train.export import Result, write_result
-from tdmld.train.model import arithmetic, mean_cross_entropy, pixel_values, whole_model
+from tdmld.train.model import whole_model
 from tdmld.train.outer import combine, outer_step
 from tdmld.train.schedule import step_scalars
 from tdmld.train.segment import OnStep, StepReport
 from tdmld.train.spec import Spec, spec_bytes, spec_id
-from tdmld.train.specfields import GivenInit, StageClip
+from tdmld.train.specfields import StageClip
 from tdmld.train.statefile import TensorData
+from tdmld.train.wholemodel import (
+    DTYPES,
+    Group,
+    Private,
+    fill,
+    forward_loss,
+    leaves_of,
+    make_groups,
+    mark_cuts,
+    new_private,
+    take_moments,
+    untie,
+)
 from tdmld.train.wire import round_to_wire, tensor_bytes
 
-_NAMES = {torch.float32: "F32", torch.int64: "I64"}
 ROOTS_FILE = "roots.json"
 MODEL_DIRECTORY = "model"
 BoundaryRoots = dict[str, tuple[bytes, bytes]]
@@ -58,81 +65,6 @@ class Reference:
     """One a step: the mean of the lanes, by their weights."""
     seconds: float
     result: Result
-
-
-class _Wire(torch.autograd.Function):
-    """What crossing a cut does to a boundary tensor and to its gradient."""
-
-    @staticmethod
-    def forward(context: Any, tensor: torch.Tensor, wire: str) -> torch.Tensor:
-        context.wire = wire
-        return round_to_wire(tensor, wire)
-
-    @staticmethod
-    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return round_to_wire(gradients[0], context.wire), None
-
-
-Tensors = tuple[torch.Tensor, ...]
-
-
-@dataclass(frozen=True)
-class _Group:
-    """The parameters that one stage of the job owns, by name, and its running statistics."""
-
-    names: tuple[str, ...]
-    weights: tuple[nn.Parameter, ...]
-    statistics: tuple[tuple[str, torch.Tensor], ...]
-    momenta: Tensors
-    """Of the outer step, in `diloco`."""
-
-    @property
-    def model(self) -> list[tuple[str, torch.Tensor]]:
-        """What the stage owns of the model."""
-        return [*zip(self.names, self.weights, strict=True), *self.statistics]
-
-    @property
-    def shared(self) -> list[tuple[str, torch.Tensor]]:
-        """The shared part of the stage's state."""
-        return [
-            *self.model,
-            *((f"outer.{n}", m) for n, m in zip(self.names, self.momenta, strict=False)),
-        ]
-
-    @property
-    def floats(self) -> list[torch.Tensor]:
-        """The running statistics without the counters."""
-        return [value for _, value in self.statistics if value.dtype == torch.float32]
-
-
-@dataclass(frozen=True)
-class _Private:
-    """What one lane keeps of a stage for itself."""
-
-    first: Tensors
-    second: Tensors
-    residual: Tensors
-    """In `diloco`: the pieces of `flat`."""
-    flat: torch.Tensor
-
-    def leaves(self, names: Sequence[str], step: int) -> list[Leaf]:
-        """The leaves of the lane part of the state after `step` steps."""
-        return [
-            *_leaves("lane", "exp_avg.", zip(names, self.first, strict=True)),
-            *_leaves("lane", "exp_avg_sq.", zip(names, self.second, strict=True)),
-            *_leaves("lane", "residual.", zip(names, self.residual, strict=False)),
-            Leaf("step", "lane", "I64", (), digest(step.to_bytes(8, "little"))),
-        ]
-
-
-def _private(group: _Group, spec: Spec) -> _Private:
-    """Zero moments and residual."""
-    first, second = (tuple(torch.zeros(w.shape) for w in group.weights) for _ in range(2))
-    sizes = [weight.numel() for weight in group.weights]
-    flat = torch.zeros(sum(sizes) if spec.is_diloco else 0)
-    pieces = torch.split(flat, sizes) if spec.is_diloco else ()
-    residual = tuple(p.view(w.shape) for p, w in zip(pieces, group.weights, strict=False))
-    return _Private(first, second, residual, flat)
 
 
 def run_reference(
@@ -154,7 +86,7 @@ def run_reference(
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     play = _Play(spec, data, given, on_step)
-    boundaries = [play.roots(0)]
+    boundaries = [play.roots(spec.first_step)]
     for number in range(spec.training_rounds):
         if spec.is_diloco:
             lanes = (included or {}).get(number, range(spec.lanes))
@@ -168,7 +100,7 @@ def run_reference(
         boundaries.append(play.roots(spec.train.steps))
     seconds = time.perf_counter() - began
     tensors = [
-        TensorData(name, _NAMES[value.dtype], tuple(value.shape), tensor_bytes(value))
+        TensorData(name, DTYPES[value.dtype], tuple(value.shape), tensor_bytes(value))
         for group in play.groups
         for name, value in group.model
     ]
@@ -195,14 +127,17 @@ class _Play:
     ) -> None:
         self.spec, self.data, self.on_step = spec, data, on_step
         self.model = whole_model(spec)
-        _fill(self.model, spec, given)
-        self.tied = _untie(self.model) if spec.model.tied(spec.config) else None
-        _mark_cuts(self.model, spec)
-        self.groups = _groups(self.model, spec, self.tied)
-        self.private = [[_private(group, spec) for group in self.groups]]
+        fill(self.model, spec, given)
+        self.tied = untie(self.model) if spec.model.tied(spec.config) else None
+        mark_cuts(self.model, spec)
+        self.groups = make_groups(self.model, spec, self.tied)
+        self.private = [[new_private(group, spec) for group in self.groups]]
         # Lanes that meet at every step have equal moments: one copy plays for all.
         for _ in range(spec.lanes - 1 if spec.is_diloco else 0):
-            self.private.append([_private(group, spec) for group in self.groups])
+            self.private.append([new_private(group, spec) for group in self.groups])
+        if spec.goes_on:
+            assert given is not None  # else `fill` had said so
+            take_moments(given, self.groups, self.private)
         self.losses: list[list[float]] = [[] for _ in range(spec.lanes)]
         self._contributions: list[list[Contribution]] = []
 
@@ -212,7 +147,7 @@ class _Play:
         for lane in range(self.spec.lanes):
             private = self.private[lane if self.spec.is_diloco else 0]
             for stage, (group, own) in enumerate(zip(self.groups, private, strict=True)):
-                shared = state_root(_leaves("shared", "", group.shared))
+                shared = state_root(leaves_of("shared", "", group.shared))
                 found[f"{lane}.{stage}"] = shared, state_root(own.leaves(group.names, step))
         return found
 
@@ -235,7 +170,7 @@ class _Play:
     def _meet_in_step(
         self,
         stage: int,
-        group: _Group,
+        group: Group,
         told: list[list[list[torch.Tensor]]],
         buffers: list[list[list[torch.Tensor]]],
     ) -> None:
@@ -346,7 +281,7 @@ class _Play:
                 for sequence in range(spec.train.micro_batch_size)
             ]
             rows = [data.window(start, spec.window_bytes) for start in starts]
-            loss = _forward(self.model, spec, rows, step)
+            loss = forward_loss(self.model, spec, rows, step)
             loss.backward()  # type: ignore[no-untyped-call]
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
@@ -373,7 +308,7 @@ class _Play:
         return found
 
     def _update(
-        self, gradients: list[list[torch.Tensor]], private: Sequence[_Private], step: int
+        self, gradients: list[list[torch.Tensor]], private: Sequence[Private], step: int
     ) -> float:
         """Clip, optimize; the greatest gradient norm of a stage."""
         spec, largest = self.spec, 0.0
@@ -389,128 +324,6 @@ class _Play:
                 )
             largest = max(largest, norm)
         return largest
-
-
-def _layers(model: nn.Module, spec: Spec) -> list[nn.Module]:
-    """The layers that can be cut apart, in order."""
-    if spec.model.images:
-        stages = cast(Any, model).resnet.encoder.stages
-        return [block for stage in stages for block in stage.layers]
-    base = cast(Any, model).base_model
-    return list(base.h if hasattr(base, "h") else base.layers)
-
-
-def _mark_cuts(model: nn.Module, spec: Spec) -> None:
-    """Round what passes the borders of the cut, both ways."""
-    layers = _layers(model, spec)
-    for stage in range(spec.link_count):
-        wire = spec.wire(stage, "down")
-
-        def leaving(_: nn.Module, __: Any, output: Any, wire: str = wire) -> Any:
-            if isinstance(output, tuple):
-                return (_Wire.apply(output[0], wire), *output[1:])  # type: ignore[no-untyped-call]
-            return _Wire.apply(output, wire)  # type: ignore[no-untyped-call]
-
-        def entering(_: nn.Module, inputs: Any, wire: str = wire) -> Any:
-            return (_Wire.apply(inputs[0], wire), *inputs[1:])  # type: ignore[no-untyped-call]
-
-        border = spec.pipeline.cuts[stage + 1]
-        if border:
-            layers[border - 1].register_forward_hook(leaving)
-        else:
-            layers[0].register_forward_pre_hook(entering)
-
-
-def _stage_of(name: str, spec: Spec, layers: dict[str, int]) -> int:
-    """The stage that owns a tensor, from its name alone."""
-    layer = next((at for prefix, at in layers.items() if name.startswith(prefix)), None)
-    if layer is not None:
-        return sum(layer >= cut for cut in spec.pipeline.cuts[1:-1])
-    starts = any(word in name for word in ("embed_tokens", "embed_in", "wte", "wpe", "embedder"))
-    return 0 if starts or spec.is_ring else spec.stages - 1
-
-
-def _fill(model: nn.Module, spec: Spec, given: Path | None) -> None:
-    """The values to begin with: drawn, or those of a Hugging Face directory."""
-    if isinstance(spec.init, GivenInit):
-        if given is None:
-            raise FileError("the job goes on from given weights; name their directory")
-        values = cast(nn.Module, load_model(given)).state_dict()
-        model.load_state_dict(values)
-        return
-    family, whole = spec.model, spec.whole
-    drawn = (*family.weights(spec.config, whole), *family.buffers(spec.config, whole))
-    values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    with torch.no_grad():
-        for weight in drawn:
-            values[weight.name].copy_(torch.from_numpy(draw_weight(spec, weight)))
-
-
-def _untie(model: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
-    """Give a tied head a parameter of its own over the embedding's memory; (embedding, head).
-
-    The program sums their gradients apart over the micro-batches and adds them once.
-    """
-    entry, head = cast(Any, model).get_input_embeddings(), cast(Any, model).get_output_embeddings()
-    assert head.weight is entry.weight
-    head.weight = nn.Parameter(entry.weight.data)
-    return entry.weight, head.weight
-
-
-def _groups(
-    model: nn.Module, spec: Spec, tied: tuple[nn.Parameter, nn.Parameter] | None
-) -> list[_Group]:
-    parameters = {
-        name: value
-        for name, value in model.named_parameters()
-        if tied is None or value is not tied[1]
-    }
-    kept = model.state_dict()
-    statistics = {name: value for name, value in model.named_buffers() if name in kept}
-    by_module = {module: name for name, module in model.named_modules()}
-    layers = {f"{by_module[layer]}.": at for at, layer in enumerate(_layers(model, spec))}
-    groups = []
-    for stage in range(spec.stages):
-        names, other = (
-            tuple(sorted(name for name in every if _stage_of(name, spec, layers) == stage))
-            for every in (parameters, statistics)
-        )
-        weights = tuple(parameters[name] for name in names)
-        own = tuple((name, statistics[name]) for name in other)
-        momenta = tuple(torch.zeros(w.shape) for w in weights) if spec.is_diloco else ()
-        groups.append(_Group(names, weights, own, momenta))
-    return groups
-
-
-def _forward(model: nn.Module, spec: Spec, rows: list[bytes], step: int) -> torch.Tensor:
-    """The loss of one micro-batch."""
-    if spec.model.images:
-        raw = torch.tensor([list(row[1:]) for row in rows], dtype=torch.uint8)
-        pixels = pixel_values(raw, int(str(spec.config["num_channels"])))
-        labels = torch.tensor([row[0] for row in rows])
-        with arithmetic(spec.train.precision, pixels.device):
-            answers = model(pixel_values=pixels).logits
-        return mean_cross_entropy(answers.to(torch.float32), labels)
-    numbers = np.frombuffer(b"".join(rows), dtype=f"<u{spec.data.width}").astype(np.int64)
-    tokens = torch.from_numpy(numbers).view(len(rows), -1)
-    if (most := int(tokens.max())) >= int(str(spec.config["vocab_size"])):
-        raise SegmentFault("token", step, f"the data have a token {most}")
-    with arithmetic(spec.train.precision, tokens.device):
-        logits = model(input_ids=tokens[:, :-1].contiguous(), use_cache=False).logits
-    return mean_cross_entropy(logits.to(torch.float32), tokens[:, 1:].contiguous())
-
-
-def _leaves(part: str, prefix: str, named: Iterable[tuple[str, torch.Tensor]]) -> list[Leaf]:
-    return [
-        Leaf(
-            prefix + name,
-            part,
-            _NAMES[tensor.dtype],
-            tuple(tensor.shape),
-            digest(tensor_bytes(tensor)),
-        )
-        for name, tensor in named
-    ]
 
 
 def _write_roots(spec: Spec, found: Reference, path: Path) -> None:

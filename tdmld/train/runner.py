@@ -34,6 +34,9 @@ from tdmld.train.specfields import StageClip
 from tdmld.train.wire import decode, encode, tensor_bytes
 from tdmld.train.wireformat import WireError
 
+Frames = dict[tuple[str, str], list[tuple[int, bytes]]]
+"""(link, sent or received) -> (number, digest) of its frames."""
+
 
 def run_segment(
     slot: Slot,
@@ -58,22 +61,12 @@ def run_segment(
     first, last = slot.spec.boundary_step(segment), slot.spec.boundary_step(segment + 1)
     if slot.step != first or not 0 <= segment < slot.spec.rounds:
         raise ValueError(f"segment {segment} starts at step {first}, not {slot.step}")
-    start = slot.roots()
+    start, links = slot.roots(), slot.spec.links(slot.lane, slot.stage)
     diloco = DilocoSegment(slot, segment, included, contributions) if slot.spec.is_diloco else None
     if diloco is not None:
         diloco.begin()
-    frames: dict[tuple[str, str], list[tuple[int, bytes]]] = {
-        (link, direction): []
-        for link in slot.spec.links(slot.lane, slot.stage)
-        for direction in ("sent", "received")
-    }
-    steps = []
-    for _ in range(first, last):
-        began = time.perf_counter()
-        work = _Step(slot, channel, frames)
-        steps.append(work.run())
-        if on_step is not None:
-            on_step(work.report(time.perf_counter() - began))
+    frames: Frames = {(link, way): [] for link in links for way in ("sent", "received")}
+    steps = run_steps(slot, last - first, channel, on_step, frames)
     contribution = b"" if diloco is None else diloco.end()
     end = slot.roots()
     return SegmentRecord(
@@ -84,13 +77,28 @@ def run_segment(
         end_lane=end[1],
         link_roots=tuple(
             LinkRoots(link, link_root(frames[link, "sent"]), link_root(frames[link, "received"]))
-            for link in slot.spec.links(slot.lane, slot.stage)
+            for link in links
         ),
         has_loss=slot.spec.has_loss(slot.stage),
         steps=tuple(steps),
         contribution=contribution,
         included=tuple(included),
     )
+
+
+def run_steps(
+    slot: Slot, count: int, channel: Channel, on_step: OnStep | None, frames: Frames
+) -> list[StepDigests]:
+    """Run the next `count` steps of a slot, without a segment's ends; `frames` gets the (number,
+    digest) of what crosses each direction of its links. Raises as `run_segment`."""
+    steps = []
+    for _ in range(count):
+        began = time.perf_counter()
+        work = _Step(slot, channel, frames)
+        steps.append(work.run())
+        if on_step is not None:
+            on_step(work.report(time.perf_counter() - began))
+    return steps
 
 
 def collect_gradients(slot: Slot) -> list[torch.Tensor]:
@@ -131,7 +139,7 @@ class _Step:
 
     slot: Slot
     channel: Channel
-    frames: dict[tuple[str, str], list[tuple[int, bytes]]]
+    frames: Frames
     digests: list[bytes] = field(default_factory=list)
     losses: list[torch.Tensor] = field(default_factory=list)
     loss: float | None = None
@@ -145,7 +153,7 @@ class _Step:
         inputs, labels, data = self._data(step)
         open_batches: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for kind, number in operations(spec, slot.lane, slot.stage):
-            seq = step * spec.micro_batches(slot.lane) + number
+            seq = (step - spec.first_step) * spec.micro_batches(slot.lane) + number
             into, out = traffic(spec, slot.stage, kind)
             received = None if into is None else self._receive(into, seq)
             if kind == "F":

@@ -77,7 +77,7 @@ def step_frames(spec: Spec, lane: int, stage: int, step: int) -> tuple[StepFrame
     """The frames of a step in the order in which the runner meets them: that of the step leaf."""
     found: list[StepFrame] = []
     for kind, number in operations(spec, lane, stage):
-        seq = step * spec.micro_batches(lane) + number
+        seq = (step - spec.first_step) * spec.micro_batches(lane) + number
         into, out = traffic(spec, stage, kind)
         if into is not None:
             found.append(StepFrame(into, "received", seq))

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tdmld.train.errors import SpecError
@@ -89,7 +90,7 @@ def test_a_job_is_sealed_unless_it_says_open(place: Path) -> None:
     job = load_job_file(place / "job.toml")
     assert job.spec.privacy == "sealed"
     assert b'"privacy":"sealed"' in job.raw
-    assert "privacy" in refusal(place, '"open"', '"split"')
+    assert "privacy" in refusal(place, '"open"', '"secret"')
 
 
 @pytest.mark.parametrize(
@@ -163,3 +164,30 @@ def test_an_empty_text_is_refused(place: Path) -> None:
     (place / "text.txt").write_bytes(b"")
     with pytest.raises(SpecError, match=r"data\.text"):
         load_job_file(place / "job.toml")
+
+
+def test_lanes_are_written_shortly_and_spelled_out_in_the_spec(place: Path) -> None:
+    text = JOB.replace('lanes = { count = 1, mode = "sync" }', "lanes = LANES")
+    assert text != JOB
+
+    def lanes(written: str) -> Any:
+        (place / "job.toml").write_text(text.replace("LANES", written))
+        return load_job_file(place / "job.toml").spec.pipeline.lanes
+
+    plain = lanes('{ count = 3, mode = "diloco", weights = [1, 1, 1] }')
+    assert (plain.weights, plain.outer.density, plain.outer.bits) == ((), 64, 2)
+    other = lanes('{ count = 2, mode = "diloco", weights = [1, 3], outer = { lr = "0.5" } }')
+    assert other.weights == (1, 3)
+    assert other.outer == msgspec.structs.replace(plain.outer, lr="0.5")
+    assert lanes('{ count = 2, mode = "sync", wire = "int8" }').wire == "int8"
+    for wrong, named in (
+        ('{ count = 2, mode = "diloco", outer = { lr = "0.5", rate = "1" } }', "lanes.outer.rate"),
+        ('{ count = 2, mode = "diloco", outer = { bits = 3 } }', "pipeline.lanes.outer.bits"),
+        ('{ count = 0, mode = "sync" }', "pipeline.lanes.count"),
+        ('{ count = 2, mode = "gossip" }', "pipeline.lanes.mode"),
+        ('{ count = 2, mode = "sync", weights = [0, 1] }', "pipeline.lanes.weights"),
+        ('{ count = 2, mode = "sync", outer = {} }', "pipeline.lanes.outer"),
+    ):
+        with pytest.raises(SpecError) as caught:
+            lanes(wrong)
+        assert named in str(caught.value)

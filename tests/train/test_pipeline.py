@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from tdmld.train.channel import LogChannel
 from tdmld.train.errors import FileError, SegmentFault
 from tdmld.train.export import merge_states, read_result
+from tdmld.train.framelog import HEADER
 from tdmld.train.segment import SegmentRecord, decode_record, encode_record
 from tdmld.train.spec import Spec
 from tdmld.train.statefile import part_file, read_manifest, state_tensors
@@ -145,7 +146,7 @@ def test_one_flipped_bit_in_one_frame_gives_another_record(job: Any, tmp_path: P
     for path in (root / "1" / "ring").glob("0.*"):
         raw = bytearray(path.read_bytes())
         if ".up." in path.name:
-            raw[100] ^= 1
+            raw[HEADER.size + 20] ^= 1
         (tmp_path / path.name).write_bytes(raw)
     slot = Slot.create(spec, 1, 0, None)
     slot.load(root / "1" / "state" / "0")
