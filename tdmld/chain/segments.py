@@ -158,13 +158,13 @@ def commit(run: Execution, node: bytes, sworn: Commit) -> None:
         due.put(run.state, Due(Timer.KEY, job.id, sworn.slot, sworn.segment), key_at)
     arm_stall(run, job, sworn.slot)
     run.emit(SegmentCommitted(job.id, sworn.slot, sworn.segment))
-    detail = (
+    wrong = (
         _unequal_links(run, job, sworn.slot, sworn.segment)
         or _unequal_contribution(run, job, sworn.slot, sworn)
         or _unequal_states(run, job, sworn.slot, sworn.segment)
     )
-    if detail:
-        refund(run, job.id, CloseReason.MISMATCH, detail)
+    if wrong:
+        refund(run, job.id, CloseReason.MISMATCH, wrong)
         return
     for slot_or_neighbour in (sworn.slot, *neighbours(job, sworn.slot)):
         _link(run, job, slot_or_neighbour, sworn.segment)

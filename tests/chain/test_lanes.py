@@ -25,9 +25,9 @@ ONE = Stage(1_000_000, GIB)
 SPLIT: dict[str, object] = {"privacy": "split", "ring": True, "stages": (ONE,) * 3}
 
 
-def world_of(nodes: int = 9, **parameters: object) -> World:
-    world = World(make_genesis(nodes, **parameters))
-    world.all_ask(nodes)
+def world_of() -> World:
+    world = World(make_genesis(9))
+    world.all_ask(9)
     return world
 
 

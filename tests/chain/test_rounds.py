@@ -112,7 +112,7 @@ def test_a_lane_that_comes_in_time_is_in() -> None:
 
 def test_how_long_late_lanes_are_waited_for_follows_the_last_rounds() -> None:
     world, job = active(3, rounds=9, unsettled=8, state_every=2)
-    lasted = []
+    lasted: list[int] = []
     for number, pause in enumerate((0, 30, 4, 8, 20, 12, 0)):
         before = world.job(job).active if number == 0 else the_round(world, job, number - 1).decided
         world.wait(pause)

@@ -138,6 +138,8 @@ def test_every_key_of_the_state_stands_there() -> None:
     world = World()
     world.all_ask()
     world.play_until(world.submit(audit_rate=1_000_000))
+    lanes = {"lanes": 2, "lane_mode": transactions.LaneMode.DILOCO, "audit_rate": 0}
+    world.play_until(world.submit(stages=world.offer().stages[:1], **lanes))
     world.play_until(world.submit(audit_rate=1_000_000), JobStatus.ACTIVE)
     world.do(owner_key(1), transactions.Unbond("work", 1))
     node, chain = node_key(0), world.chain_id
@@ -219,6 +221,8 @@ _NAMES = {  # what the code calls it -> what the page calls it
     "min(slot, other_slot)": "lower slot",
     "max(slot, other_slot)": "higher slot",
     "entry.segment": "segment",
+    "sworn.segment": "segment",
+    "party": "slot",
 }
 
 
