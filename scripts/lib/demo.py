@@ -88,9 +88,12 @@ class Demo:
         self.killed = False
         self.standby = ""
         """The node that stood by first."""
+        self.worker = ""
+        """The node that was first to have slot 0."""
         self.daemons: dict[int, str] = {}
         """Owners by the process id of their daemon."""
         self.shown = ""
+        self.began = time.monotonic()
         self.told: set[str] = set()
 
     def _audited(self, job: Path) -> Path:
@@ -146,6 +149,7 @@ class Demo:
         """Once a second while the job runs."""
         if not self.standby and detail.standbys:
             self.standby = detail.standbys[0].node
+            self.worker = detail.slots[0].worker
         self._show(detail)
         self._maybe_kill(detail)
 
@@ -186,9 +190,15 @@ class Demo:
                 f"paid {brief.spent}",
             ]
         )
+        for former in detail.former:
+            who = self.names.get(former.node, "?")
+            line = f"{who} lost stage {former.stage}: {former.cause}"
+            if line not in self.told:
+                self.told.add(line)
+                say(f"            {line}")
         if told + loss != self.shown:
             self.shown = told + loss
-            say(f"            {told}{loss}")
+            say(f"{time.monotonic() - self.began:6.0f} s    {told}{loss}")
 
     # faults ----------------------------------------------------------------------------------
 
@@ -277,9 +287,10 @@ class Demo:
             "burned": ledger.burned,
             "spent_is_paid_plus_burned": exact,
             "supply_conserved": ledger.total == ledger.supply,
-            "convicted": self._convicted(detail),
+            "convicted": sorted({former.owner for former in detail.former if former.convicted}),
             "liar": self._liar(),
             "first_standby": self.standby,
+            "first_worker": self.worker,
             "replacement": detail.slots[0].worker,
             "workers": sorted({slot.worker for slot in detail.slots}),
             "owners": {node.node: node.owner for node in self.network.nodes},
@@ -335,8 +346,9 @@ def checks(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[tuple
             (found["convicted"] == [found["liar"]]),
         )
         yield "who cheated was paid nothing", found["liar"] not in found["paid"]
-    if options.cheater or options.kill == "node":
         yield "the standby took the place", found["replacement"] == found["first_standby"]
+    if options.kill == "node":
+        yield "another node took the place", found["replacement"] != found["first_worker"]
     yield "the job is closed", found["state"] == "closed"
     yield "there is a model", "export_dir" in found
     if "export_dir" not in found:
