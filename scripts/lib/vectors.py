@@ -18,6 +18,7 @@ from scripts.lib.vectors_audits import ledger_audits, ledger_settle  # noqa: E40
 from scripts.lib.vectors_crypto import crypto  # noqa: E402
 from scripts.lib.vectors_formats import blocks, encoding, genesis  # noqa: E402
 from scripts.lib.vectors_jobs import ledger_match, ledger_segments  # noqa: E402
+from scripts.lib.vectors_lanes import ledger_lanes  # noqa: E402
 from scripts.lib.vectors_ledger import ledger_money  # noqa: E402
 from scripts.lib.vectors_stakes import ledger_stakes  # noqa: E402
 
@@ -34,6 +35,7 @@ FILES: dict[str, Callable[[], dict[str, Any]]] = {
     "ledger-segments": ledger_segments,
     "ledger-audits": ledger_audits,
     "ledger-settle": ledger_settle,
+    "ledger-lanes": ledger_lanes,
 }
 
 
