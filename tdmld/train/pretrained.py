@@ -3,12 +3,14 @@
 A directory holds safetensors files, one or several, and nothing is run from it. Each weight is
 looked for under the names that published files use; bf16 and fp16 values become fp32, exactly.
 What a stage begins with is one canonical file (`statefile`), and its root is the content id that
-the spec names. Torch is not needed.
+the spec names. A directory that `recut` wrote has moments, too: the job goes on where another one
+stood, and each slot begins with a second file, the lane part. Torch is not needed.
 """
 
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -17,10 +19,12 @@ import msgspec
 
 from tdmld.train import limits
 from tdmld.train.digest import Leaf, digest, state_root
-from tdmld.train.errors import SpecError
+from tdmld.train.errors import FileError, SpecError
 from tdmld.train.family import Weight
+from tdmld.train.recut import MOMENTS, Moments
 from tdmld.train.spec import Spec
-from tdmld.train.statefile import TensorData, write_safetensors
+from tdmld.train.specfields import GivenInit
+from tdmld.train.statefile import TensorData, state_tensors, write_safetensors
 
 _LENGTH = struct.Struct("<Q")
 _ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8}
@@ -54,6 +58,7 @@ class Pretrained:
                 f"{directory} has {len(paths)} safetensors files",
                 f'name a directory with 1 to {limits.SOURCE_FILES} of them, or write "seed"',
             )
+        self.moments = _moments(directory)
         for path in paths:
             for name, found in _read(path).items():
                 if name in self._tensors:
@@ -83,21 +88,90 @@ class Pretrained:
 
     def stage(self, spec: Spec, stage: int) -> Iterator[TensorData]:
         """The shared state that a stage begins with, tensor by tensor, by name."""
-        return (self.tensor(spec, weight) for weight in spec.shared(stage))
+        weights = {weight.name: weight for weight in spec.shared(stage)}
+        if self.moments is None:
+            return (self.tensor(spec, weight) for weight in weights.values())
+        with _as_spec_errors():
+            return iter(
+                [
+                    self.tensor(spec, weights[tensor.name])
+                    if tensor.name in weights
+                    else self.moments.outer(tensor.name, tensor.shape)
+                    for tensor in state_tensors(spec, stage)
+                    if tensor.part == "shared"
+                ]
+            )
+
+    def lane(self, spec: Spec, lane: int, stage: int) -> list[TensorData]:
+        """The lane part that a slot begins with, of a directory with moments."""
+        if self.moments is None:
+            raise ValueError(f"{self.directory} has no moments")
+        with _as_spec_errors():
+            return self.moments.lane(spec, lane, stage)
+
+    def init(self, spec: Spec) -> GivenInit:
+        """What a spec, otherwise like `spec`, says of beginning with this directory."""
+        roots = tuple(_root("shared", self.stage(spec, stage)) for stage in range(spec.stages))
+        if self.moments is None:
+            return GivenInit(roots)
+        lanes = tuple(
+            _root("lane", self.lane(spec, lane, stage))
+            for lane in range(spec.lanes)
+            for stage in range(spec.stages)
+        )
+        return GivenInit(roots, lanes, self.moments.step)
 
     def roots(self, spec: Spec) -> tuple[str, ...]:
-        """The content id of each stage's first state, for the spec."""
-        return tuple(_root(self.stage(spec, stage)) for stage in range(spec.stages))
+        """The content id of each stage's first shared state, for the spec."""
+        return self.init(spec).roots
 
     def write(self, spec: Spec, stage: int, path: Path) -> None:
         """Write the file that a stage begins with, durably; OSError."""
         write_safetensors(path, list(self.stage(spec, stage)))
 
+    def write_lane(self, spec: Spec, lane: int, stage: int, path: Path) -> None:
+        """Write the second file that a slot begins with, durably; OSError."""
+        write_safetensors(path, self.lane(spec, lane, stage))
 
-def _root(tensors: Iterator[TensorData]) -> str:
-    leaves = (
-        Leaf(name, "shared", dtype, shape, digest(data)) for name, dtype, shape, data in tensors
-    )
+    def write_all(self, spec: Spec, directory: Path) -> dict[bytes, Path]:
+        """Write every file that the slots of a job begin with: root -> file. Equal ones are one.
+
+        `spec` is the one that names them. SpecError when this directory is not what it names.
+        """
+        init = self.init(spec)
+        if init != spec.init:
+            raise SpecError("init", f"{self.directory} has changed", "make the spec anew")
+        directory.mkdir(parents=True, exist_ok=True)
+        found: dict[bytes, Path] = {}
+        for stage, root in enumerate(init.roots):
+            found[bytes.fromhex(root)] = path = directory / root
+            self.write(spec, stage, path)
+        for number, root in enumerate(init.lane_roots):
+            if bytes.fromhex(root) not in found:
+                found[bytes.fromhex(root)] = path = directory / root
+                self.write_lane(spec, *divmod(number, spec.stages), path)
+        return found
+
+
+def _moments(directory: Path) -> Moments | None:
+    if not (directory / MOMENTS).exists():
+        return None
+    with _as_spec_errors():
+        return Moments(directory)
+
+
+@contextmanager
+def _as_spec_errors() -> Iterator[None]:
+    """The directory is the submitter's own: tell what is wrong with it as with the job file."""
+    try:
+        yield
+    except FileError as error:
+        problem, _, remedy = str(error).partition("; ")
+        raise SpecError("init", problem, remedy or "write the boundary again") from error
+
+
+def _root(part: str, tensors: Iterable[TensorData]) -> str:
+    leaves = (Leaf(name, part, dtype, shape, digest(data)) for name, dtype, shape, data in tensors)
     return state_root(leaves).hex()
 
 

@@ -108,17 +108,36 @@ class Slot:
                 )
         self._begin()
 
-    def init_from_file(self, path: Path) -> None:
+    def init_from_file(self, path: Path, lane: Path | None = None) -> None:
         """Boundary 0 of a job that goes on from given weights: the shared part from `path`, zero
-        moments, no step done. FileError when the file is not the one that the spec names."""
-        if not isinstance(self.spec.init, GivenInit):
-            raise ValueError("the spec draws the weights: use init_from_seed")
+        moments, no step done. In a job that goes on where another one stood the shared part has the
+        outer step's momentum, too, and `lane` is the lane part. FileError when a file is not the
+        one that the spec names."""
+        init, goes_on = self.spec.init, self.spec.goes_on
+        if not isinstance(init, GivenInit) or (lane is not None) != goes_on:
+            raise ValueError("the spec begins with other files, or draws the weights")
+        self._begin()
         with StateFile(path) as file:
-            if file.manifest("shared").root.hex() != self.spec.init.roots[self.stage]:
+            if file.manifest("shared").root.hex() != init.roots[self.stage]:
                 raise FileError(f"{path} does not hold the weights that the spec names; fetch it")
             expected = [(w.name, w.dtype, w.shape) for w in self.spec.shared(self.stage)]
-            self._take("shared", self._checked(file, expected))
-        self._begin()
+            self._take(
+                "shared", self._checked(file, self._expected("shared") if goes_on else expected)
+            )
+        if lane is None:
+            return
+        with StateFile(lane) as file:
+            number = self.spec.slot_index(self.lane, self.stage)
+            if file.manifest("lane").root.hex() != init.lane_roots[number]:
+                raise FileError(f"{lane} does not hold the moments that the spec names; fetch it")
+            self._take("lane", self._checked(file, self._expected("lane")))
+        if self.step != init.step:
+            raise FileError(f"{lane} stands after {self.step} steps, the spec after {init.step}")
+
+    def _expected(self, part: str) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Name, dtype and shape of the tensors of a part of the state."""
+        tensors = state_tensors(self.spec, self.stage)
+        return [(t.name, t.dtype, t.shape) for t in tensors if t.part == part]
 
     def _begin(self) -> None:
         for tensor in (*self._parts["lane"].values(), self.outer_momentum):
@@ -179,9 +198,7 @@ class Slot:
         """
         for part in PARTS:
             with StateFile(directory / part_file(part)) as file:
-                tensors = state_tensors(self.spec, self.stage)
-                expected = [(t.name, t.dtype, t.shape) for t in tensors if t.part == part]
-                self._take(part, self._checked(file, expected))
+                self._take(part, self._checked(file, self._expected(part)))
         self.touch()
         return self.roots()
 

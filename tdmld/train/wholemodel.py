@@ -3,6 +3,7 @@
 Shared with the engine are the model's initial draw and the rounding of its wires; never the cut.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -18,7 +18,6 @@ from tdmld.train.framelog import FrameLogWriter, frame_log_name
 from tdmld.train.pretrained import Pretrained
 from tdmld.train.segment import SegmentRecord
 from tdmld.train.spec import Spec, decode_spec, spec_bytes
-from tdmld.train.specfields import GivenInit
 from tdmld.train.statefile import part_file
 
 TEXT = b"".join(b"%d squared is %d, and that is that.\n" % (n, n * n) for n in range(900))
@@ -255,9 +254,12 @@ def run_job(
         if given is None:
             slot.init_from_seed()
         else:
-            first = place / "given.safetensors"
-            Pretrained(given).write(spec, stage, first)
-            slot.init_from_file(first)
+            first, second = place / "given.safetensors", place / "moments.safetensors"
+            source = Pretrained(given)
+            source.write(spec, stage, first)
+            if spec.goes_on:
+                source.write_lane(spec, lane, stage, second)
+            slot.init_from_file(first, second if spec.goes_on else None)
         slot.save(place / "state" / "0")
         if prepare is not None:
             prepare(slot)
@@ -383,5 +385,5 @@ def published(spec: Spec, place: Path, dtype: str = "float32") -> Path:
 
 def going_on(spec: Spec, place: Path) -> Spec:
     """The spec that goes on from a directory."""
-    given = msgspec.structs.replace(spec, init=GivenInit(Pretrained(place).roots(spec)))
+    given = msgspec.structs.replace(spec, init=Pretrained(place).init(spec))
     return decode_spec(spec_bytes(given))
