@@ -191,6 +191,10 @@ class Machine(ContentSide):
 
     # --- a slot of our own
 
+    def warm_up(self) -> None:
+        """A worker will be wanted soon: be ready to fork it. At once; nothing when that is so."""
+        self._workers.warm_up()
+
     async def resume_point(
         self, job: bytes, slot: SlotId, epoch: int, incarnation: int, lowest: int
     ) -> int:
@@ -245,7 +249,7 @@ class Machine(ContentSide):
         job, slot, raw = assignment.job, assignment.slot, assignment.spec
         directory, spec = self._layout.slot(job, *slot), decode_spec(raw)
         async with self._lock(job, directory):
-            self._slots.check_absent(job, slot)
+            await self._slots.absent(job, slot)
             async with self._gather.text(raw, slot.stage) as text:
                 await trio.to_thread.run_sync(
                     take_up, directory, self._layout.spec(job), assignment

@@ -146,6 +146,7 @@ class Performer:
             log.warning("job %s: declined, %s", job.id.hex()[:12], error)
             await self.submit(Decline(job.id, todo.attempt, todo.slot))
             return
+        self._machine.warm_up()
         session = public_key(self._machine.session)
         await self.submit(Accept(job.id, todo.attempt, todo.slot, session))
 

@@ -8,7 +8,6 @@ already are made again and compared.
 """
 
 import logging
-import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -164,6 +163,7 @@ class SlotWork:
             if job is None or not self._is_ours(state, job, index, name):
                 return None
             progress, slot = self.of(key), slot_id(job, index)
+            desk.machine.warm_up()
             self._opened.pop(key, None)
             await desk.machine.close_slot(job_id, slot, "it is opened anew")
             if not await self._may_try(job, index, name):
@@ -396,7 +396,7 @@ class SlotWork:
         """The worker of a slot waits for a frame; the chain is told when it is too long."""
         self._waits[key] = event
         self.of(key).phase = f"waiting for frame {event.seq} of {event.link}"
-        if event.seconds >= self._patience(key, event.link):
+        if self._is_silent(key, event):
             await self._call_stall(key, event)
 
     async def _call_stall(self, key: SlotKey, event: LinkWaits) -> None:
@@ -410,21 +410,21 @@ class SlotWork:
             at = (job.id, opened.epoch, key[1], opened.incarnation)
             await self._desk.submit(Stall(*at, number, event.link, event.seq))
 
-    def _patience(self, key: SlotKey, link: str) -> float:
-        """Seconds that a neighbour may be silent. One that took its slot a short while ago makes
-        again what others have, from the newest state that was held."""
-        state, chain = self._desk.chain.state(), self._desk.chain
-        job, opened = state.job(key[0]), self._opened.get(key)
+    def _is_silent(self, key: SlotKey, event: LinkWaits) -> bool:
+        """Whether a neighbour has had enough time. One that took its slot a short while ago, or
+        begins anew, first makes again what others have, from the newest state that was held."""
+        chain, opened = self._desk.chain, self._opened.get(key)
+        state = chain.state()
+        job = state.job(key[0])
         if job is None or opened is None:
-            return math.inf
+            return False
         segment = self.of(key).step_seconds * job.segment_steps
-        other = slot_of(state, job, other_end(job, key[1], link)[0])
         patience = max(STALL_SECONDS, STALL_SEGMENTS * segment)
-        there = (chain.height - max(other.since, job.repaired)) * (
-            chain.genesis.parameters.interval_ms / 1000
-        )
-        again = patience + segment * max(0, self._newest.get(key, 0) - other.held)
-        return patience if there > again else again
+        other = slot_of(state, job, other_end(job, key[1], event.link)[0])
+        again = segment * max(0, self._newest.get(key, 0) - other.held)
+        blocks = chain.height - max(other.since, job.repaired)
+        there = blocks * chain.genesis.parameters.interval_ms / 1000
+        return event.seconds >= patience and there >= patience + again
 
     # small things ----------------------------------------------------------------------------
 
