@@ -1,4 +1,4 @@
-"""`tdmld job submit|estimate|list|status|watch|fetch`"""
+"""`tdmld job submit|estimate|recut|list|status|watch|fetch`"""
 
 import shutil
 import sys
@@ -39,6 +39,11 @@ from tdmld.rpc.types import (
 )
 
 app = App(name="job", help="Submit, follow and fetch training jobs.", help_format="plaintext")
+app.command(
+    "tdmld.cli.recut:recut",
+    name="recut",
+    help="Make of a boundary what another job begins with.",
+)
 app.command(
     "tdmld.cli.estimate:estimate", name="estimate", help="Tell what a job will take, beforehand."
 )
@@ -82,6 +87,8 @@ async def submit(
         key = await open_owner_key(data_dir, password_file)
         _progress("handing text and spec to the node ...")
         params = {"spec": job.raw.decode(), "text_path": str(job.text_path.resolve())}
+        if job.given_path is not None:
+            params["given_path"] = str(job.given_path.resolve())
         published = await client.call(
             "job_publish", {**params, "name": job.name}, Published, patience=PUBLISH_SECONDS
         )

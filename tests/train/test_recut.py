@@ -8,15 +8,16 @@ from typing import Any
 import msgspec
 import pytest
 
+from tdmld.node.layout import Layout
 from tdmld.train.data import Tokens
 from tdmld.train.errors import FileError, SpecError
 from tdmld.train.jobfile import load_job_file
 from tdmld.train.pretrained import Pretrained
 from tdmld.train.recut import MOMENTS, write_boundary
-from tdmld.train.spec import Spec
+from tdmld.train.spec import Spec, spec_bytes
 from tests.train.support import (
-    CONFIG,
     CUTS,
+    FAMILY_CONFIGS,
     check_equal,
     family_spec,
     going_on,
@@ -185,7 +186,7 @@ def test_states_that_are_missing_foreign_or_unequal_are_refused(tmp_path: Path) 
 @pytest.fixture
 def resumed(tmp_path: Path) -> Path:
     """A job file that names a boundary's directory."""
-    config = json.loads(json.dumps(CONFIG))
+    config = FAMILY_CONFIGS["llama"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     spec = family_spec("llama", 2, **STEPS)
     _, boundary, _ = stopped(spec, tmp_path)
@@ -244,3 +245,36 @@ def test_a_spec_that_goes_on_from_nowhere_is_refused(init: dict[str, Any], field
     with pytest.raises(SpecError) as caught:
         family_spec("llama", 2, **STEPS, init={"kind": "given", "roots": ["00" * 32] * 2} | init)
     assert caught.value.field == field
+
+
+def held(spec: Spec, first: Path, data_dir: Path) -> str:
+    """A node's directory with the states of all stages; the job's id."""
+    job = bytes(range(32))
+    layout = Layout(data_dir)
+    layout.job(job).mkdir(parents=True)
+    layout.spec(job).write_bytes(spec_bytes(spec))
+    for stage in range(spec.stages):
+        source = slot_place(first, 0, stage) / "state"
+        shutil.copytree(source, layout.standby(job, 0, stage) / "state")
+    return job.hex()
+
+
+def test_the_command_takes_the_newest_boundary_that_is_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tdmld.cli import main
+
+    spec = family_spec("llama", 2, **STEPS)
+    run_job(spec, tokens_of(spec), tmp_path / "first")
+    job = held(spec, tmp_path / "first", tmp_path / "node")
+    last = Layout(tmp_path / "node").standby(bytes.fromhex(job), 0, 1) / "state" / "3"
+    shutil.rmtree(last)
+    options = ["--data-dir", str(tmp_path / "node"), "--out", str(tmp_path / "out"), "--json"]
+    assert main(["job", "recut", job[:12], *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["boundary"], found["step"]) == (2, 4)
+    again = going_on(spec, tmp_path / "out")
+    assert again.rounds == 1
+    assert main(["job", "recut", job[:12], "--boundary", "3", *options]) == 1
+    assert "no state of every" in capsys.readouterr().err
+    assert main(["job", "recut", "ff", *options]) == 4
