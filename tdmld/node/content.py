@@ -16,19 +16,18 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 import trio
-from blake3 import blake3
 
 from tdmld.files import write_file
 from tdmld.node import contentwire as wire
 from tdmld.node.contentstore import ContentStore
 from tdmld.node.control import Blob, ContributionFile, FrameFile, Item
-from tdmld.node.download import Download
+from tdmld.node.download import Download, Sources, check_content, take_frame
 from tdmld.node.errors import ContentMismatch, ContentUnavailable, MachineError
 from tdmld.node.layout import Layout
 from tdmld.node.seal import ContentKeys, KeyName, sealed_size, unseal
 from tdmld.p2p import Host, Stream
 from tdmld.p2p.errors import DialFailed, P2PError, StreamError
-from tdmld.train.framelog import HEADER, FrameEntry
+from tdmld.train.framelog import FrameEntry
 from tdmld.train.limits import SHARD_BYTES
 
 log = logging.getLogger(__name__)
@@ -98,32 +97,11 @@ class ContentClient:
             stream, located = await self._open_patiently(holder, item)
             async with stream:
                 with _blaming(stream):
-                    check(await self._probed(stream, located, limit, item.seq))
+                    check(await take_frame(stream, located, limit, item.seq))
         except ContentMismatch:
             raise
         except _FAILURES as error:
             raise ContentUnavailable(str(error) or "too slow") from error
-
-    async def _probed(
-        self, stream: Stream, located: wire.Located, limit: int, seq: int
-    ) -> FrameEntry:
-        size = located.size - HEADER.size
-        if not 0 < size <= limit:
-            raise ContentMismatch(f"a record of {located.size} bytes is no frame of this link")
-        head, hasher = b"", blake3()
-        for chunk in range(wire.chunk_count(located.size)):
-            with trio.fail_after(wire.CHUNK_SECONDS):
-                await stream.send(wire.encode_request(wire.Want(chunk)))
-                data = wire.decode_bytes(await stream.receive(wire.CHUNK_MESSAGE_BYTES))
-            if len(data) != wire.chunk_size(located.size, chunk):
-                raise ContentMismatch(f"chunk {chunk} has {len(data)} bytes")
-            if chunk == 0:
-                head, data = bytes(data[: HEADER.size]), data[HEADER.size :]
-            hasher.update(data)
-        number, length, signature, _ = HEADER.unpack(head)
-        if (number, length) != (seq, size):
-            raise ContentMismatch(f"a record of frame {number} instead of {seq}")
-        return FrameEntry(seq, signature, hasher.digest(), 0, size)
 
     async def fetch_data(
         self,
@@ -244,7 +222,7 @@ class ContentClient:
         alike = self._job_slots.setdefault(job, trio.Semaphore(DOWNLOADS_AT_ONCE))
         async with alike, self._slots:
             while left := [h for h in others if h not in asked and h not in answers]:
-                sources = _Sources()
+                sources = Sources()
                 try:
                     await self._locate(item, limit, left, sources, answers)
                     asked |= sources.located.keys()
@@ -281,7 +259,7 @@ class ContentClient:
         item: Item,
         limit: int,
         holders: Sequence[str],
-        sources: "_Sources",
+        sources: Sources,
         answers: dict[str, str],
     ) -> None:
         """Ask all at once; ends when all have answered, or soon after the first that has it."""
@@ -346,7 +324,7 @@ class ContentClient:
         where: tuple[Path, Path],
         located: wire.Located,
         group: Sequence[str],
-        sources: "_Sources",
+        sources: Sources,
         check: Check,
         answers: dict[str, str],
         blob: bool,
@@ -395,7 +373,7 @@ class ContentClient:
             if wrong:
                 download.discard()
 
-    async def _pull(self, holder: str, item: Item, download: Download, sources: "_Sources") -> str:
+    async def _pull(self, holder: str, item: Item, download: Download, sources: Sources) -> str:
         """Bring chunks from one holder, over new streams when one breaks; gives why it ended."""
         pauses = list(RETRY_SECONDS)
         while True:
@@ -428,7 +406,7 @@ class ContentClient:
         self,
         located: wire.Located,
         group: Sequence[str],
-        sources: "_Sources",
+        sources: Sources,
         answers: dict[str, str],
     ) -> bytes:
         """The whole list of chunk digests, checked; from the first of the group that gives it."""
@@ -460,7 +438,7 @@ class ContentClient:
         """The holder is this machine: copy the file."""
         path, _ = self._store.path(item)
         if isinstance(item, ContributionFile):
-            _check_content(path, item.content)
+            check_content(path, item.content)
         with path.open("rb") as file:
             size = path.stat().st_size
             if size > limit:
@@ -482,32 +460,6 @@ class ContentClient:
             ended.set()
 
 
-class _Sources:
-    """Those who have an item, with the streams on which they said so."""
-
-    def __init__(self) -> None:
-        self.streams: dict[str, Stream] = {}
-        self.located: dict[str, wire.Located] = {}
-
-    def add(self, holder: str, stream: Stream, located: wire.Located) -> None:
-        self.streams[holder], self.located[holder] = stream, located
-
-    def groups(self) -> list[tuple[wire.Located, list[str]]]:
-        """Those who agree, the largest group first; among equals the newest key epoch."""
-        found: dict[tuple[bytes, int, int, bytes], list[str]] = {}
-        for holder, at in self.located.items():
-            found.setdefault((at.content, at.size, at.epoch, at.key), []).append(holder)
-        ordered = sorted(found.items(), key=lambda entry: (-len(entry[1]), -entry[0][2]))
-        return [(self.located[group[0]], group) for _, group in ordered]
-
-    async def close(self) -> None:
-        """End the streams that no download took."""
-        with trio.CancelScope(shield=True):
-            for stream in self.streams.values():
-                await stream.reset()
-        self.streams.clear()
-
-
 @contextmanager
 def _blaming(stream: Stream) -> Iterator[None]:
     """Bytes that are not what their sender announced are counted against it."""
@@ -523,18 +475,9 @@ def _check_of(item: Item) -> Check:
 
     async def check(download: Download, group: Sequence[str]) -> None:
         if isinstance(item, ContributionFile):
-            await trio.to_thread.run_sync(_check_content, download.part, item.content)
+            await trio.to_thread.run_sync(check_content, download.part, item.content)
 
     return check
-
-
-def _check_content(path: Path, content: bytes) -> None:
-    hasher = blake3()
-    with path.open("rb") as file:
-        while piece := file.read(wire.CHUNK_BYTES):
-            hasher.update(piece)
-    if hasher.digest() != content:
-        raise ContentMismatch("another contribution than was asked for")
 
 
 def _key_of(located: wire.Located) -> KeyName:

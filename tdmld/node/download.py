@@ -21,6 +21,7 @@ from tdmld.node import contentwire as wire
 from tdmld.node.errors import ContentMismatch
 from tdmld.node.layout import free_bytes
 from tdmld.p2p import Stream
+from tdmld.train.framelog import HEADER, FrameEntry
 
 AHEAD = 4
 """Chunks that a holder is asked for before the first of them came."""
@@ -187,3 +188,61 @@ def part_path(target: Path, content: bytes) -> Path:
 def other_parts(target: Path) -> Sequence[Path]:
     """Partial files of `target`, whatever they were to become."""
     return list(target.parent.glob(f"{target.name}.{'?' * 16}{PART_SUFFIX}"))
+
+
+class Sources:
+    """Those who have an item, with the streams on which they said so."""
+
+    def __init__(self) -> None:
+        self.streams: dict[str, Stream] = {}
+        self.located: dict[str, wire.Located] = {}
+
+    def add(self, holder: str, stream: Stream, located: wire.Located) -> None:
+        self.streams[holder], self.located[holder] = stream, located
+
+    def groups(self) -> list[tuple[wire.Located, list[str]]]:
+        """Those who agree, the largest group first; among equals the newest key epoch."""
+        found: dict[tuple[bytes, int, int, bytes], list[str]] = {}
+        for holder, at in self.located.items():
+            found.setdefault((at.content, at.size, at.epoch, at.key), []).append(holder)
+        ordered = sorted(found.items(), key=lambda entry: (-len(entry[1]), -entry[0][2]))
+        return [(self.located[group[0]], group) for _, group in ordered]
+
+    async def close(self) -> None:
+        """End the streams that no download took."""
+        with trio.CancelScope(shield=True):
+            for stream in self.streams.values():
+                await stream.reset()
+        self.streams.clear()
+
+
+async def take_frame(stream: Stream, located: wire.Located, limit: int, seq: int) -> FrameEntry:
+    """Bring the one frame that was located on a stream and keep nothing of it: what it says of
+    itself, with the digest that its payload has. ContentMismatch; others as `Download.pull`."""
+    size = located.size - HEADER.size
+    if not 0 < size <= limit:
+        raise ContentMismatch(f"a record of {located.size} bytes is no frame of this link")
+    head, hasher = b"", blake3()
+    for chunk in range(wire.chunk_count(located.size)):
+        with trio.fail_after(wire.CHUNK_SECONDS):
+            await stream.send(wire.encode_request(wire.Want(chunk)))
+            data = wire.decode_bytes(await stream.receive(wire.CHUNK_MESSAGE_BYTES))
+        if len(data) != wire.chunk_size(located.size, chunk):
+            raise ContentMismatch(f"chunk {chunk} has {len(data)} bytes")
+        if chunk == 0:
+            head, data = bytes(data[: HEADER.size]), data[HEADER.size :]
+        hasher.update(data)
+    number, length, signature, _ = HEADER.unpack(head)
+    if (number, length) != (seq, size):
+        raise ContentMismatch(f"a record of frame {number} instead of {seq}")
+    return FrameEntry(seq, signature, hasher.digest(), 0, size)
+
+
+def check_content(path: Path, content: bytes) -> None:
+    """ContentMismatch when a file has not this BLAKE3. Blocks."""
+    hasher = blake3()
+    with path.open("rb") as file:
+        while piece := file.read(wire.CHUNK_BYTES):
+            hasher.update(piece)
+    if hasher.digest() != content:
+        raise ContentMismatch("another contribution than was asked for")
