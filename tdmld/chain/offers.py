@@ -55,7 +55,7 @@ def repairs_expected(offer: Offer, parameters: Parameters) -> int:
     slots = offer.lanes * len(offer.stages)
     redone = slots * offer.unsettled * (limits.INCARNATIONS + limits.ROLLBACKS)
     audits = parameters.audit_redraws + 1 + 2 if offer.audit_rate else 0
-    attested = offer.lanes - 1 if offer.lane_mode is LaneMode.DILOCO else 0
+    attested = 2 * (offer.lanes - 1) if offer.lane_mode is LaneMode.DILOCO else 0
     return (
         redone * (1 + 2 + audits + attested)  # Commit, StandbyProof, audits, AttestContributions
         + 2 * slots * limits.INCARNATIONS  # Accept or Decline; Leave

@@ -17,7 +17,6 @@ from tests.chain.second.formats import (
     unpack,
 )
 from tests.chain.second.genesis import first_state
-from tests.chain.second.market import Market
 from tests.chain.second.records import (
     Broken,
     Place,
@@ -25,6 +24,7 @@ from tests.chain.second.records import (
     named,
     rule,
 )
+from tests.chain.second.repairs import Repairs
 from tests.chain.second.staking import Staking
 from tests.chain.second.trees import state_root
 
@@ -33,17 +33,21 @@ DUE = {
     "accept": "accept_over",
     "activate": "activate_over",
     "deadline": "deadline",
-    "stall": "stall",
+    "stall": "window_over",
     "key": "proof_key",
     "draw": "draw",
     "audit": "audit_over",
     "settle": "settle",
     "result": "result_over",
+    "replace": "replace_over",
+    "standby": "standby_over",
+    "case": "case_over",
+    "round": "round_over",
 }
 """Timer -> method. A transaction's method has the name of its tag, but for a word of Python."""
 
 
-class Executor(Market, Staking):
+class Executor(Repairs, Staking):
     """The whole of it."""
 
     # -- 10: execution
@@ -110,14 +114,16 @@ class Executor(Market, Staking):
         job = self.known(b"j" + job_id)
         rule(job["status"] == "preparing" and what["slot"] in self.job_slots(job), "JOB-1")
         slot = self.slot(job_id, what["slot"])
-        rule(signer in (slot["worker"]["node"], job["standby"]["node"]), "JOB-1")
+        own = self.is_own(job, what["slot"])
+        allowed = {slot["worker"]["node"], job["standby"]["node"]}
+        rule(signer in (allowed if not own else {job["source"]}), "JOB-1")
         rule(signer not in [roots["node"] for roots in slot["attested"]], "JOB-1")
         mine = {"node": signer, **{name: what[name] for name in ("shared", "lane", "data")}}
         attested = [*slot["attested"], mine]
         self.put_slot(job_id, what["slot"], attested=attested)
-        if len(attested) < 2:
+        if len(attested) < 2 and not own:
             return
-        first, second = ({**roots, "node": b""} for roots in attested)
+        first, second = ({**attested[place], "node": b""} for place in (0, -1))
         if first != second:
             text = f"slot {what['slot']}: worker and standby found different states at boundary 0"
             self.refund(job_id, "genesis", text)
@@ -128,7 +134,7 @@ class Executor(Market, Staking):
             self.put_job(job_id, status="active", active=self.height)
             self.cancel("activate", job_id)
             for other in slots:
-                self.stall_clock(job_id, other)
+                self.stall_clock(job_id, other, "activate_window")
 
     def activate_over(self, job_id: bytes, *_: int) -> None:
         """JOB-4."""
@@ -138,25 +144,10 @@ class Executor(Market, Staking):
             nodes = [roots["node"] for roots in state["attested"]]
             if state["worker"]["node"] not in nodes:
                 self.count(state["worker"]["owner"], "faults")
-            lacking |= job["standby"]["node"] not in nodes
+            lacking |= job["standby"]["node"] not in nodes and not self.is_own(job, slot)
         if lacking:
             self.count(job["standby"]["owner"], "faults")
         self.refund(job_id, "genesis", "boundary 0 was not attested in time")
-
-    def stall(self, job_id: bytes, slot: int, _: int) -> None:
-        """JOB-5."""
-        job = self.db[b"j" + job_id]
-        slots = [self.slot(job_id, number) for number in self.job_slots(job)]
-        if any(self.waits(job_id, number) for number in self.job_slots(job)):
-            self.set(self.after("segment_window"), "stall", job_id, slot)
-            return
-        heights = [state["committed"] for state in slots]
-        for state in slots:
-            if state["committed"] == min(heights) < max(heights):
-                self.count(state["worker"]["owner"], "faults")
-        window = self.rules["segment_window"]
-        text = f"slot {slot} did not commit segment {heights[slot]} within {window} blocks"
-        self.refund(job_id, "fault", text)
 
     def deadline(self, job_id: bytes, *_: int) -> None:
         """JOB-6."""
@@ -171,10 +162,15 @@ class Executor(Market, Staking):
         """JOB-7."""
         job = self.known(b"j" + what["job"])
         rule(job["status"] == "finishing", "JOB-7")
-        last = self.slot(what["job"], len(job["stages"]) - 1)["worker"]["node"]
-        rule(signer in (job["standby"]["node"], last), "JOB-7")
+        stages = len(job["stages"])
+        last = self.slot(what["job"], self.living(job)[stages - 1])["worker"]["node"]
+        holders = {last} if job["standby"] is None else {job["standby"]["node"], last}
+        if self.is_own(job, 0):
+            holders = {job["source"]}
+        rule(signer in holders, "JOB-7")
         rule(signer not in [node for node, _ in job["results"]], "JOB-7")
-        if what["result"] in [result for _, result in job["results"]]:
+        known = [result for _, result in job["results"]]
+        if what["result"] in known or len(holders) == 1:
             self.put_job(what["job"], result=what["result"])
         self.put_job(what["job"], results=[*job["results"], [signer, what["result"]]])
 

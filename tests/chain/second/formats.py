@@ -42,20 +42,25 @@ PAYLOADS = {
     "register": "node from_height proof",
     "offer": "spec_id spec_bytes stages lanes rounds segment_steps unsettled state_every tokens "
     "class_id privacy slot_price_max standby_price audit_rate audit_price audit_budget deadline "
-    "source session",
+    "source session ring lane_mode lane_weights",
     "fetched": "job",
     "ask": "session class_id memory price audit_capacity standby_slots until_height receipts",
     "accept": "job attempt slot session",
     "decline": "job attempt slot",
     "attest_genesis": "job slot shared lane data",
     "commit": "job epoch slot incarnation segment start_shared start_lane end_shared end_lane "
-    "links seal loss",
+    "links seal loss contribution",
     "standby_proof": "job epoch slot incarnation segment keyed_hash",
     "audit_commit": f"job {ROLES} hash",
     "open": f"job {ROLES} salt steps",
     "audit_open": f"job {ROLES} list_root salt",
     "audit_fail": f"job {ROLES} missing",
     "attest_result": "job result",
+    "attest_contributions": "job epoch slot round lanes",
+    "leave": "job epoch slot incarnation reason",
+    "stall": "job epoch slot incarnation number link seq",
+    "present": "job epoch slot incarnation opened",
+    "witness": "job epoch slot incarnation opened delivered",
 }
 ROWS = {
     "stages": ("parameters", "memory"),

@@ -56,7 +56,8 @@ class Market(Work):
         stages = [named("parameters memory", row) or {} for row in what["stages"]]
         slots = what["lanes"] * len(stages)
         for value, most in (
-            (what["spec_bytes"], 65_536), (len(stages), 64), (what["lanes"], 64), (slots, 256),
+            (what["spec_bytes"], 65_536), (len(stages), 64), (what["lanes"], 16), (slots, 256),
+            *((weight, 64) for weight in what["lane_weights"]),
             (what["rounds"], 1 << 20), (what["segment_steps"], 1 << 20), (what["unsettled"], 64),
             (what["state_every"], 64), (what["tokens"], 1 << 40),
             *((stage["parameters"], 1 << 44) for stage in stages),
@@ -64,12 +65,22 @@ class Market(Work):
         ):  # fmt: skip
             rule(1 <= value <= most, "OFFER-1")
         rule(2 * what["state_every"] <= what["unsettled"], "OFFER-1")
-        rule(what["class_id"] != "" and what["privacy"] in ("open", "sealed"), "OFFER-1")
+        own = int(what["privacy"] == "split")
+        rule(what["class_id"] != "", "OFFER-1")
+        rule(own or what["privacy"] in ("open", "sealed"), "OFFER-1")
+        mode = what["lane_mode"]
+        rule((mode == "single") == (what["lanes"] == 1), "OFFER-7")
+        rule(mode in ("single", "sync", "diloco"), "OFFER-7")
+        rule(len(what["lane_weights"]) == what["lanes"], "OFFER-7")
+        rule(not what["ring"] or len(stages) > 1, "OFFER-7")
+        rule(not own or (what["ring"] and what["lanes"] == 1), "OFFER-7")
+        rule(mode != "diloco" or what["rounds"] > 1, "OFFER-7")
+        weights = sum(what["lane_weights"]) * len(stages) - own
         rule(max(what["slot_price_max"], what["standby_price"]) <= 1 << 53, "OFFER-1")
         rate, price, budget = what["audit_rate"], what["audit_price"], what["audit_budget"]
         rule(rate <= MILLION, "OFFER-1")
         rule(price > 0 or rate == budget == 0, "OFFER-2")
-        rule(budget >= ceil(rate * slots * what["rounds"], MILLION) * price, "OFFER-2")
+        rule(budget >= ceil(rate * weights * what["rounds"], MILLION) * price, "OFFER-2")
         rule(self.height < what["deadline"] <= self.height + AHEAD, "OFFER-3")
         rule(b"n" + what["source"] in self.db, "OFFER-3")
         segments = slots * what["rounds"]
@@ -80,9 +91,12 @@ class Market(Work):
             + 2 * slots * ceil(what["rounds"], what["state_every"])
             + (segments if rate else 0) * (self.rules["audit_redraws"] + 3)
             + 2
+            + (segments - slots) * (what["lanes"] - 1) * (mode == "diloco")
+            + self.repairs(what, slots)
         )
         locked = {
-            "escrow": segments * (what["slot_price_max"] + what["standby_price"]),
+            "escrow": what["rounds"]
+            * (weights * what["slot_price_max"] + slots * what["standby_price"]),
             "audit_budget": budget,
             "fee_budget": self.rules["tx_fee"] * most,
             "deposit": self.rules["offer_deposit"],
@@ -91,7 +105,8 @@ class Market(Work):
         self.move(signer, -sum(locked.values()))
         empty = dict.fromkeys(("reason", "detail", "class_id"), "")
         nothing = dict.fromkeys(("result", "previous_closed"), b"")
-        fresh: Record = {**empty, **nothing, "declined": [], "results": [], "standby": None}
+        lists: Record = {name: [] for name in ("declined", "results", "excluded", "lost_lanes")}
+        fresh: Record = {**empty, **nothing, **lists, "standby": None}
         job = {
             **dict.fromkeys(FIELDS["j"].split(), 0), **what, **locked, **fresh, "stages": stages,
             "id": job_id, "submitter": signer, "source_session": what["session"],
@@ -103,6 +118,13 @@ class Market(Work):
         self.set(self.after("match_delay"), "match", job_id)
         self.set(what["deadline"], "deadline", job_id)
 
+    def repairs(self, what: Record, slots: int) -> int:
+        """OFFER-6."""
+        audits = self.rules["audit_redraws"] + 3 if what["audit_rate"] else 0
+        attested = 2 * (what["lanes"] - 1) if what["lane_mode"] == "diloco" else 0
+        redone = slots * what["unsettled"] * (20 + 8)
+        return int(redone * (3 + audits + attested) + 2 * slots * 20 + 3 * slots * 32 + 33)
+
     def asks(self) -> list[tuple[bytes, Record]]:
         return sorted((key[1:], ask) for key, ask in self.db.items() if key[:1] == b"k")
 
@@ -113,20 +135,7 @@ class Market(Work):
         self.put_job(job_id, deposit=job["deposit"] - cost)
         self.burn(cost)
         job = self.db[b"j" + job_id]
-        party = {job["submitter"], self.db[b"n" + job["source"]]["owner"]}
-        candidates = []
-        for node, ask in sorted(self.asks(), key=lambda row: row[0]):
-            record = self.db[b"n" + node]
-            if ask["until_height"] < self.height:
-                if self.may_ask_again(ask):
-                    del self.db[b"k" + node]
-                    self.index(b"k", node, False)
-            elif (
-                record["owner"] not in party
-                and node not in job["declined"]
-                and record["from_height"] <= self.height
-            ):
-                candidates.append((node, ask, record))
+        candidates = self.candidates(job)
         classes = {ask["class_id"] for _, ask, _ in candidates}
         if job["class_wanted"] != "any":
             classes = {job["class_wanted"]}
@@ -142,56 +151,88 @@ class Market(Work):
         _, class_id, (workers, standby) = min(casts, key=lambda row: row[:2])
         for slot, worker in enumerate(workers):
             self.db[b"s" + job_id + u32(slot)] = {
-                "worker": worker, "incarnation": 0, "attested": [], "genesis": None,
-                "committed": 0, "settled": 0, "last_commit": 0,
+                **dict.fromkeys(FIELDS["s"].split(), 0), "worker": worker,
+                "incarnation": job["attempt"], "attested": [], "genesis": None, "barred": b"",
+                "case": None, "delivered": [], "former": [],
             }  # fmt: skip
-        self.put_job(
-            job_id, status="matched", class_id=class_id, standby=standby, matched=self.height
-        )
+        now = {"matched": self.height, "standby_turn": job["attempt"]}
+        self.put_job(job_id, status="matched", class_id=class_id, standby=standby, **now)
         self.capacity(job_id, 1)
         self.set(self.after("accept_window"), "accept", job_id)
+
+    def candidates(self, job: Record) -> list[Any]:
+        """MATCH-2."""
+        party = {job["submitter"], self.db[b"n" + job["source"]]["owner"]}
+        candidates = []
+        for node, ask in sorted(self.asks(), key=lambda row: row[0]):
+            record = self.db[b"n" + node]
+            if ask["until_height"] < self.height:
+                if self.may_ask_again(ask):
+                    del self.db[b"k" + node]
+                    self.index(b"k", node, False)
+            elif (
+                (record["owner"] not in party or (node == job["source"] and self.is_own(job, 0)))
+                and node not in job["declined"]
+                and record["owner"] not in job["excluded"]
+                and record["from_height"] <= self.height
+            ):
+                candidates.append((node, ask, record))
+        return candidates
 
     def cast(self, job: Record, rows: list[Any]) -> tuple[list[Record], Record] | None:
         """MATCH-1, MATCH-3, MATCH-4."""
         workers: list[Record] = []
-
-        def lot(node: bytes, slot: int) -> bytes:
-            return H(self.mix, job["id"], u32(slot), node)
+        chosen: list[tuple[bytes, Record]] = []
 
         for slot in self.job_slots(job):
             stage = job["stages"][slot % len(job["stages"])]
             lane = workers[slot - slot % len(job["stages"]) :]
+            ends = [chosen[end] for end in self.neighbours(job, slot) if end < slot]
             best = None
-            if not lane:
-                before = None
             for node, ask, record in rows:
-                price = ceil(ask["price"] * stage["parameters"] * job["tokens"], 10**9)
+                price = self.price(job, slot, ask)
                 if (
                     node in [w["node"] for w in workers]
                     or record["owner"] in [w["owner"] for w in lane]
                     or ask["memory"] - record["memory_used"] < stage["memory"]
-                    or price > job["slot_price_max"]
-                    or (before is not None and not self.path(before, (node, ask)))
+                    or price > job["slot_price_max"] * self.times(job, slot)
+                    or (node == job["source"]) is not self.is_own(job, slot)
+                    or not all(self.path(end, (node, ask)) for end in ends)
                 ):
                     continue
-                order = price * self.weight(record["owner"]), lot(node, slot)
+                order = price * self.weight(record["owner"]), self.lot(job, node, slot)
                 if best is None or order < best[0]:
                     best = order, member(node, record["owner"], price), (node, ask)
             if best is None:
                 return None
             workers.append(best[1])
-            before = best[2]
+            chosen.append(best[2])
         owners = {worker["owner"] for worker in workers}
+        standby = self.cast_standby(job, rows, owners)
+        return None if standby is None else (workers, standby)
+
+    def price(self, job: Record, slot: int, ask: Record) -> int:
+        """MATCH-1."""
+        parameters = job["stages"][slot % len(job["stages"])]["parameters"]
+        price = ceil(ask["price"] * parameters * job["tokens"], 10**9)
+        return 0 if self.is_own(job, slot) else price * self.times(job, slot)
+
+    def lot(self, job: Record, node: bytes, slot: int) -> bytes:
+        return H(self.mix, job["id"], u32(slot), node)
+
+    def cast_standby(self, job: Record, rows: list[Any], owners: set[bytes]) -> Record | None:
+        """MATCH-4."""
         helpers = [
-            ((ask["price"] * self.weight(record["owner"]), lot(node, STANDBY)), node, record)
+            (
+                ask["price"] * self.weight(record["owner"]),
+                self.lot(job, node, STANDBY),
+                member(node, record["owner"], job["standby_price"]),
+            )
             for node, ask, record in rows
             if record["owner"] not in owners
             and ask["standby_slots"] - record["standby_used"] >= len(self.job_slots(job))
         ]
-        if not helpers:
-            return None
-        _, node, record = min(helpers, key=lambda row: row[0])
-        return workers, member(node, record["owner"], job["standby_price"])
+        return min(helpers, key=lambda row: row[:2])[2] if helpers else None
 
     def path(self, a: tuple[bytes, Record], b: tuple[bytes, Record]) -> bool:
         """MATCH-3: between (node, ask) and (node, ask)."""
@@ -227,7 +268,7 @@ class Market(Work):
         if what["slot"] == STANDBY:
             self.put_job(what["job"], standby=place)
         else:
-            self.put_slot(what["job"], what["slot"], worker=place)
+            self.put_slot(what["job"], what["slot"], worker=place, since=self.height)
         if not self.silent(what["job"]):
             self.put_job(what["job"], status="preparing")
             self.cancel("accept", what["job"])

@@ -20,20 +20,26 @@ AHEAD = 1 << 20
 """DEADLINE_BLOCKS"""
 
 MEMBER, ROOTS = "node owner price session", "node shared lane data"
+CASE = "accuser link seq opened until present"
+FORMER = "node owner cause epoch incarnation settled height"
 FIELDS = {
     "a": "balance nonce vote_stake work_stake",
     "f": "segments audits proofs faults mismatches earned",
     "n": "owner from_height memory_used standby_used audits_open revoked convicted jailed",
     "k": "session class_id memory price audit_capacity standby_slots until_height open paths "
     "height",
-    "j": "id submitter source source_session spec_id spec_bytes stages lanes rounds segment_steps "
-    "unsettled state_every tokens class_wanted privacy slot_price_max standby_price audit_rate "
+    "j": "id submitter source source_session spec_id spec_bytes stages lanes ring lane_mode "
+    "lane_weights rounds segment_steps unsettled state_every tokens class_wanted privacy "
+    "slot_price_max standby_price audit_rate "
     "audit_price deadline escrow audit_budget fee_budget deposit offered status reason detail "
     "class_id attempt declined standby epoch audits_reserved matched active finished closed "
-    "results result previous_closed",
-    "s": "worker incarnation attested genesis committed settled last_commit",
+    "results result previous_closed excluded standby_turn standby_since repaired lost_lanes",
+    "s": "worker incarnation attested genesis committed settled last_commit held since unproven "
+    "barred case stalls delivered former",
     "g": "worker epoch incarnation start_shared start_lane end_shared end_lane links seal loss "
-    "committed status linked note proof proof_key proof_until standby_hash worker_hash settled",
+    "contribution committed forced status linked note proof proof_key proof_until standby_hash "
+    "worker_hash settled holder",
+    "r": "attested ready decided included contributions",
     "u": "auditor owner session drawn until attempt tried status missing hash salt steps "
     "worker_list auditor_list paid",
     "p": "worker standby auditor",
@@ -56,10 +62,12 @@ NESTED: dict[tuple[str, str], str] = {
     ("j", "standby"): MEMBER,
     ("s", "worker"): MEMBER,
     ("s", "genesis"): ROOTS,
+    ("s", "case"): CASE,
 }
 LISTS: dict[tuple[str, str], str] = {
     ("j", "stages"): "parameters memory",
     ("s", "attested"): ROOTS,
+    ("s", "former"): FORMER,
     ("g", "links"): "link sent received",
     ("b", "entries"): "bucket amount epoch",
     ("v", "seats"): "node owner weight leads",
@@ -221,13 +229,25 @@ class Ledger:
     def put_job(self, job_id: bytes, **changes: Any) -> None:
         self.put(b"j" + job_id, self.db[b"j" + job_id], **changes)
 
+    def living(self, job: Record) -> list[int]:
+        """Slots of the lanes that are not lost."""
+        stages = len(job["stages"])
+        return [slot for slot in self.job_slots(job) if slot // stages not in job["lost_lanes"]]
+
     def capacity(self, job_id: bytes, sign: int) -> None:
         """MATCH-6, and back."""
         job = self.db[b"j" + job_id]
-        for slot in self.job_slots(job):
-            memory = job["stages"][slot % len(job["stages"])]["memory"]
-            self.use(self.slot(job_id, slot)["worker"]["node"], "memory_used", sign * memory)
-        self.use(job["standby"]["node"], "standby_used", sign * len(self.job_slots(job)))
+        for slot in self.living(job):
+            self.use_slot(job, slot, self.slot(job_id, slot)["worker"]["node"], sign)
+        if job["standby"] is not None:
+            self.use_standby(job, job["standby"]["node"], sign)
+
+    def use_slot(self, job: Record, slot: int, node: bytes, sign: int) -> None:
+        memory = job["stages"][slot % len(job["stages"])]["memory"]
+        self.use(node, "memory_used", sign * memory)
+
+    def use_standby(self, job: Record, node: bytes, sign: int) -> None:
+        self.use(node, "standby_used", sign * len(self.job_slots(job)))
 
     def use(self, node: bytes, name: str, more: int) -> None:
         record = self.db[b"n" + node]
@@ -267,6 +287,10 @@ class Ledger:
             if numbers:
                 return
             del self.db[place]
+
+    def at_height(self, timer: str, job: bytes, slot: int = 0, segment: int = 0) -> int | None:
+        found = self.db.get(b"t" + pack([timer, job, slot, segment]))
+        return None if found is None else int(found["height"])
 
     def take(self) -> list[Any] | None:
         """DUE-3."""

@@ -20,27 +20,40 @@ class Settling(Ledger):
         key = b"g" + job_id + u32(slot) + u64(number)
         self.put(key, self.db[key], **changes)
 
+    # -- 13: windows
+
     def at_limit(self, job: Record, state: Record) -> bool:
         return bool(
             state["committed"] < job["rounds"]
             and state["committed"] - state["settled"] >= job["unsettled"]
         )
 
-    def stall_clock(self, job_id: bytes, slot: int) -> None:
+    def stall_clock(self, job_id: bytes, slot: int, window: str = "segment_window") -> None:
         """SEG-6."""
         job, state = self.db[b"j" + job_id], self.slot(job_id, slot)
-        if state["committed"] == job["rounds"] or self.at_limit(job, state):
+        done = state["committed"] == job["rounds"] or self.at_limit(job, state)
+        if done or state["worker"]["session"] == b"":
             self.cancel("stall", job_id, slot)
         else:
-            self.set(self.after("segment_window"), "stall", job_id, slot)
+            self.set(self.after(window), "stall", job_id, slot)
 
-    def waits(self, job_id: bytes, slot: int) -> bool:
+    def waits(self, job_id: bytes) -> bool:
         """SEG-7."""
-        job, state = self.db[b"j" + job_id], self.slot(job_id, slot)
-        if not self.at_limit(job, state):
-            return False
-        segment = self.segment(job_id, slot, state["settled"])
-        return segment is not None and segment["status"] != "committed"
+        job = self.db[b"j" + job_id]
+        states = {slot: self.slot(job_id, slot) for slot in self.living(job)}
+        next_ones = [self.segment(job_id, slot, one["settled"]) for slot, one in states.items()]
+        return any(self.at_limit(job, state) for state in states.values()) and all(
+            segment is not None and segment["status"] != "committed" for segment in next_ones
+        )
+
+    def is_own(self, job: Record, slot: int) -> bool:
+        return bool(job["privacy"] == "split" and slot == 0)
+
+    def times(self, job: Record, slot: int) -> int:
+        """The weight of the slot's lane."""
+        return int(job["lane_weights"][slot // len(job["stages"])])
+
+    # -- 15: settlement
 
     def next_cleared(self, job_id: bytes, slot: int) -> Record | None:
         state = self.slot(job_id, slot)
@@ -54,35 +67,37 @@ class Settling(Ledger):
         at = int(segment["linked"] + self.rules["settle_window"])
         return max(at, segment["proof_until"]) if segment["proof"] == "waiting" else at
 
-    def arm(self, job_id: bytes, slot: int) -> None:
-        """SETTLE-2."""
-        state = self.slot(job_id, slot)
-        if state["settled"] == state["committed"]:
-            return
-        segment = self.next_cleared(job_id, slot)
-        if segment is None:
-            self.cancel("settle", job_id, slot)
-        else:
-            self.set(max(self.height + 1, self.ready_at(segment)), "settle", job_id, slot)
+    def round_ready_at(self, job_id: bytes) -> int | None:
+        found = [self.next_cleared(job_id, slot) for slot in self.living(self.db[b"j" + job_id])]
+        cleared = [segment for segment in found if segment is not None]
+        return max(map(self.ready_at, cleared)) if len(cleared) == len(found) else None
 
-    def settle(self, job_id: bytes, slot: int, _: int) -> None:
+    def arm(self, job_id: bytes) -> None:
+        """SETTLE-2."""
+        at = self.round_ready_at(job_id)
+        if at is None:
+            self.cancel("settle", job_id)
+        else:
+            self.set(max(self.height + 1, at), "settle", job_id)
+
+    def settle_rounds(self, job_id: bytes) -> None:
         """SETTLE-4, JOB-9."""
         job = self.db[b"j" + job_id]
-        limited = self.at_limit(job, self.slot(job_id, slot))
-        while (segment := self.next_cleared(job_id, slot)) is not None:
-            if self.ready_at(segment) > self.height:
-                break
-            self.pay_segment(job_id, slot)
-        slots = self.job_slots(job)
-        if all(self.slot(job_id, other)["settled"] == job["rounds"] for other in slots):
+        slots = self.living(job)
+        limited = any(self.at_limit(job, self.slot(job_id, slot)) for slot in slots)
+        while (at := self.round_ready_at(job_id)) is not None and at <= self.height:
+            for slot in slots:
+                self.pay_segment(job_id, slot)
+        if self.slot(job_id, slots[0])["settled"] == job["rounds"]:
             self.put_job(job_id, status="finishing", finished=self.height)
             self.cancel("deadline", job_id)
+            self.cancel("standby", job_id)
             self.set(self.after("result_window"), "result", job_id)
             return
-        self.arm(job_id, slot)
-        if limited and not self.at_limit(job, self.slot(job_id, slot)):
-            for other in slots:
-                self.stall_clock(job_id, other)
+        self.arm(job_id)
+        if limited:
+            for slot in slots:
+                self.stall_clock(job_id, slot)
 
     def pay_segment(self, job_id: bytes, slot: int) -> None:
         """SETTLE-5 to SETTLE-8."""
@@ -90,23 +105,38 @@ class Settling(Ledger):
         number, worker = state["settled"], state["worker"]
         segment = self.segment(job_id, slot, number)
         assert segment is not None
-        self.put_slot(job_id, slot, settled=number + 1)
         proof = "missing" if segment["proof"] == "waiting" else segment["proof"]
+        self.put_slot(job_id, slot, settled=number + 1, **self.copies(job, slot, segment, proof))
         self.put_segment(job_id, slot, number, settled=self.height, proof=proof)
-        self.pay(job_id, worker["owner"], "worker", worker["price"])
-        self.count(worker["owner"], "segments")
+        if not self.is_own(job, slot):
+            self.pay(job_id, worker["owner"], "worker", worker["price"])
+            self.count(worker["owner"], "segments")
         if proof == "equal":
             amount = job["standby_price"] * (number % job["state_every"] + 1)
-            self.pay(job_id, job["standby"]["owner"], "standby", amount)
-            self.count(job["standby"]["owner"], "proofs")
+            self.pay(job_id, segment["holder"], "standby", amount)
+            self.count(segment["holder"], "proofs")
         key = b"u" + job_id + u32(slot) + u64(number)
         if key in self.db and self.db[key]["status"] == "passed":
             self.pay_auditor(job_id, key)
 
+    def copies(self, job: Record, slot: int, segment: Record, proof: str) -> Record:
+        """SETTLE-10: `held` and `unproven` after the next segment has settled."""
+        state, standby = self.slot(job["id"], slot), job["standby"]
+        held, unproven = state["held"], state["unproven"]
+        if standby is None or standby["session"] == b"" or self.is_own(job, slot):
+            held, unproven = state["settled"] + 1, 0
+        elif proof == "equal":
+            unproven = 0
+            if standby["owner"] == segment["holder"]:
+                held = state["settled"] + 1
+        elif proof != "none" and segment["committed"] >= job["standby_since"]:
+            unproven += 1
+        return {"held": held, "unproven": unproven}
+
     def pay_auditor(self, job_id: bytes, key: bytes) -> None:
         """SETTLE-8."""
         job, audit = self.db[b"j" + job_id], self.db[key]
-        price = job["audit_price"]
+        price = job["audit_price"] * self.times(job, int.from_bytes(key[33:37], "big"))
         self.put_job(job_id, audits_reserved=job["audits_reserved"] - price)
         self.put(key, audit, paid=price)
         self.pay(job_id, audit["owner"], "auditor", price)
@@ -127,20 +157,21 @@ class Settling(Ledger):
 
     def refund(self, job_id: bytes, reason: str, detail: str) -> None:
         """END-1."""
-        for slot in self.job_slots(self.db[b"j" + job_id]):
+        for slot in self.living(self.db[b"j" + job_id]):
             while b"s" + job_id + u32(slot) in self.db and self.next_cleared(job_id, slot):
                 self.pay_segment(job_id, slot)
         self.end(job_id, "refunded", reason, detail)
 
     def end(self, job_id: bytes, status: str, reason: str, detail: str) -> None:
         """END-2, END-3, STATE-3."""
-        for timer in ("match", "accept", "activate", "deadline", "result"):
+        for timer in ("match", "accept", "activate", "deadline", "result", "settle", "standby"):
             self.cancel(timer, job_id)
         job = self.db[b"j" + job_id]
-        if job["standby"] is not None:
+        if job["class_id"]:
+            self.stop_rounds(job)
             for slot in self.job_slots(job):
-                self.cancel("stall", job_id, slot)
-                self.cancel("settle", job_id, slot)
+                for timer in ("stall", "replace", "case"):
+                    self.cancel(timer, job_id, slot)
                 state = self.slot(job_id, slot)
                 for number in range(state["settled"], state["committed"]):
                     self.drop(job_id, slot, number)
@@ -154,6 +185,9 @@ class Settling(Ledger):
         self.put_job(job_id, **nothing, **ending, previous_closed=before)
         self.db[b"L"] = {"job": job_id}
         self.index(b"j", job_id, False)
+
+    def stop_rounds(self, job: Record) -> None:
+        raise NotImplementedError
 
     def drop(self, job_id: bytes, slot: int, number: int) -> None:
         for timer in ("key", "draw", "audit"):

@@ -4,7 +4,7 @@ from typing import Any
 
 from tests.chain.second.formats import H, u32, u64
 from tests.chain.second.records import FIELDS, MILLION, B, Record, named, rule
-from tests.chain.second.settling import Settling
+from tests.chain.second.rounds import Rounds
 
 
 def whole_wait(hashed: bytes) -> int:
@@ -20,18 +20,44 @@ def whole_wait(hashed: bytes) -> int:
     return 64 * 2**32 - log
 
 
-class Work(Settling):
+class Work(Rounds):
     """What members of a job do, and what the chain does about it."""
 
     # -- 13: segments
 
-    def neighbours(self, job: Record, slot: int) -> dict[str, int]:
-        stage, found = slot % len(job["stages"]), {}
-        if stage > 0:
-            found["up"] = slot - 1
-        if stage + 1 < len(job["stages"]):
-            found["down"] = slot + 1
+    def works(self, job: Record, slot: int, node: bytes) -> bool:
+        """Whether the node is the worker of the slot, and not only asked to be."""
+        worker = self.slot(job["id"], slot)["worker"]
+        return bool(slot in self.living(job) and worker["session"] and worker["node"] == node)
+
+    def rollback(self, job_id: bytes, boundary: int, detail: str) -> bool:
+        raise NotImplementedError
+
+    def vacate(self, job_id: bytes, slot: int, cause: str, barred: bytes = b"") -> None:
+        raise NotImplementedError
+
+    def links(self, job: Record, slot: int) -> dict[str, tuple[int, str]]:
+        """Link of a slot -> the slot at its other end, and how that one calls it."""
+        stages = len(job["stages"])
+        lane, stage = divmod(slot, stages)
+        first = slot - stage
+        found = {}
+        if job["ring"] or stage > 0:
+            found["up"] = first + (stage + stages - 1) % stages, "down"
+        if job["ring"] or stage + 1 < stages:
+            found["down"] = first + (stage + 1) % stages, "up"
+        if job["lane_mode"] == "sync":
+            for other in range(job["lanes"]):
+                if other != lane:
+                    found[f"lane{other}"] = other * stages + stage, f"lane{lane}"
         return found
+
+    def neighbours(self, job: Record, slot: int) -> list[int]:
+        return list(dict.fromkeys(end for end, _ in self.links(job, slot).values()))
+
+    def audit_price(self, job: Record, slot: int) -> int:
+        """AUDIT-3."""
+        return int(job["audit_price"]) * self.times(job, slot)
 
     def commit(self, signer: bytes, what: Record, _: bytes) -> None:
         """SEG-1, SEG-2, SEG-4, SEG-5."""
@@ -39,7 +65,7 @@ class Work(Settling):
         job = self.known(b"j" + job_id)
         rule(job["status"] == "active" and slot in self.job_slots(job), "SEG-1")
         state = self.slot(job_id, slot)
-        rule(state["worker"]["node"] == signer, "SEG-1")
+        rule(self.works(job, slot, signer), "SEG-1")
         rule(what["epoch"] == job["epoch"], "SEG-1")
         rule(what["incarnation"] == state["incarnation"], "SEG-1")
         rule(number == state["committed"] and number < job["rounds"], "SEG-1")
@@ -51,9 +77,12 @@ class Work(Settling):
             start = before["end_shared"], before["end_lane"]
         rule((what["start_shared"], what["start_lane"]) == start, "SEG-1")
         links = [named("link sent received", row) or {} for row in what["links"]]
-        ends = self.neighbours(job, slot)
+        ends = self.links(job, slot)
         rule([link["link"] for link in links] == list(ends), "SEG-1")
+        rule(not self.must_wait(job, number), "ROUND-5")
+        rule(len(what["contribution"]) == 32 * self.contributes(job, number), "ROUND-1")
         copy = (number + 1) % job["state_every"] == 0 or number + 1 == job["rounds"]
+        copy = copy and not self.is_own(job, slot)
         key_at = self.after("draw_delay")
         names = FIELDS["g"].split()
         self.db[b"g" + job_id + u32(slot) + u64(number)] = {
@@ -62,20 +91,20 @@ class Work(Settling):
             "worker": signer, "links": links, "committed": self.height, "status": "committed",
             "note": "", "proof": "waiting" if copy else "none", "proof_key": b"",
             "proof_until": key_at + self.rules["standby_window"] if copy else 0,
-            "standby_hash": b"", "worker_hash": b"",
+            "standby_hash": b"", "worker_hash": b"", "holder": b"", "forced": False,
         }  # fmt: skip
         if copy:
             self.set(key_at, "key", job_id, slot, number)
         self.put_slot(job_id, slot, committed=number + 1, last_commit=self.height)
         self.stall_clock(job_id, slot)
         for link in links:
-            other = self.segment(job_id, ends[link["link"]], number)
+            far, opposite = ends[link["link"]]
+            other = self.segment(job_id, far, number)
             if other is None:
                 continue
-            opposite = "down" if link["link"] == "up" else "up"
             (end,) = (roots for roots in other["links"] if roots["link"] == opposite)
             if (link["sent"], link["received"]) != (end["received"], end["sent"]):
-                pair = sorted((slot, ends[link["link"]]))
+                pair = sorted((slot, far))
                 for party in pair:
                     self.count(self.slot(job_id, party)["worker"]["owner"], "mismatches")
                 text = (
@@ -84,14 +113,58 @@ class Work(Settling):
                 )
                 self.refund(job_id, "mismatch", text)
                 return
-        for place in (slot, *ends.values()):
+        text = self.other_contribution(job, slot, what) or self.other_states(job, slot, number)
+        if text:
+            self.refund(job_id, "mismatch", text)
+            return
+        for place in (slot, *self.neighbours(job, slot)):
             mine = self.segment(job_id, place, number)
-            others = [
-                self.segment(job_id, end, number) for end in self.neighbours(job, place).values()
-            ]
+            others = [self.segment(job_id, end, number) for end in self.neighbours(job, place)]
             if mine is not None and mine["status"] == "committed" and None not in others:
                 self.put_segment(job_id, place, number, status="linked", linked=self.height)
                 self.set(self.after("draw_delay"), "draw", job_id, place, number)
+        self.committed_round(job, number)
+
+    def other_contribution(self, job: Record, slot: int, what: Record) -> str:
+        """SEG-10."""
+        record = self.the_round(job, what["segment"])
+        given = record["contributions"][slot] if record["decided"] else b""
+        if given in (b"", what["contribution"]):
+            return ""
+        return (
+            f"segment {what['segment']}: slot {slot} contributes something else than the others "
+            "began with"
+        )
+
+    def other_states(self, job: Record, slot: int, number: int) -> str:
+        """SEG-11."""
+        stages = len(job["stages"])
+        stage, others = slot % stages, {}
+        for lane in self.lanes(job):
+            theirs = self.segment(job["id"], lane * stages + stage, number)
+            if theirs is not None and lane * stages + stage != slot:
+                others[lane * stages + stage] = theirs
+        mine = self.segment(job["id"], slot, number)
+        assert mine is not None
+        known = any(theirs["forced"] for theirs in others.values())
+        if not known and all(one["end_shared"] == mine["end_shared"] for one in others.values()):
+            return ""
+        if job["audit_rate"] == 0:
+            return f"segment {number}: lanes differ in stage {stage}, and the offer wants no audits"
+        for party, theirs in {**others, slot: mine}.items():
+            if theirs["forced"]:
+                continue
+            if theirs["status"] in ("unaudited", "audited_by_submitter"):
+                return self.not_audited(job, party, number)
+            self.put_segment(job["id"], party, number, forced=True)
+            if theirs["status"] == "undrawn":
+                self.put_segment(job["id"], party, number, status="linked")
+                self.set(self.after("draw_delay"), "draw", job["id"], party, number)
+        return ""
+
+    def not_audited(self, job: Record, slot: int, number: int) -> str:
+        stage = slot % len(job["stages"])
+        return f"segment {number}: lanes differ in stage {stage}, and slot {slot} was not audited"
 
     def proof_key(self, job_id: bytes, slot: int, number: int) -> None:
         """SEG-8."""
@@ -108,15 +181,17 @@ class Work(Settling):
         rule(segment["proof"] == "waiting" and segment["proof_key"] != b"", "SEG-9")
         rule(self.height < segment["proof_until"], "SEG-9")
         mine = what["keyed_hash"]
-        if signer == job["standby"]["node"]:
+        standby = job["standby"]
+        if standby is not None and standby["session"] and signer == standby["node"]:
             rule(segment["standby_hash"] == b"", "SEG-9")
-            self.put_segment(job_id, slot, number, standby_hash=mine)
+            found = {"standby_hash": mine, "holder": standby["owner"]}
+            self.put_segment(job_id, slot, number, **found)
             return
         rule(signer == self.slot(job_id, slot)["worker"]["node"], "SEG-9")
         rule(segment["standby_hash"] != b"", "SEG-9")
         proof = "equal" if mine == segment["standby_hash"] else "unequal"
         self.put_segment(job_id, slot, number, worker_hash=mine, proof=proof)
-        self.arm(job_id, slot)
+        self.arm(job_id)
 
     # -- 14: audits
 
@@ -128,9 +203,11 @@ class Work(Settling):
         assert segment is not None
         tainted = self.db.get(b"T", {"height": 0})["height"] > segment["linked"]
         drawn = tainted or lot * MILLION < job["audit_rate"] * 2**64
-        if not (job["audit_rate"] and drawn):
+        drawn = drawn and job["audit_rate"] and not self.is_own(job, slot)
+        price = self.audit_price(job, slot)
+        if not (drawn or segment["forced"]):
             self.go_on(job_id, slot, number, "undrawn", "")
-        elif job["audit_budget"] - job["audits_reserved"] < job["audit_price"]:
+        elif job["audit_budget"] - job["audits_reserved"] < price:
             self.go_on(job_id, slot, number, "unaudited", "the audit budget is spent")
         else:
             auditor = self.choose(job, slot, number, 0, [])
@@ -138,7 +215,7 @@ class Work(Settling):
                 note = "no other owner can audit it"
                 self.go_on(job_id, slot, number, "audited_by_submitter", note)
                 return
-            reserved = job["audits_reserved"] + job["audit_price"]
+            reserved = job["audits_reserved"] + price
             self.put_job(job_id, audits_reserved=reserved)
             self.put_segment(job_id, slot, number, status="drawn")
             if auditor is None:
@@ -149,7 +226,13 @@ class Work(Settling):
 
     def go_on(self, job_id: bytes, slot: int, number: int, status: str, note: str) -> None:
         self.put_segment(job_id, slot, number, status=status, note=note)
-        self.arm(job_id, slot)
+        segment = self.segment(job_id, slot, number)
+        assert segment is not None
+        if segment["forced"] and status != "undrawn":
+            job = self.db[b"j" + job_id]
+            self.refund(job_id, "mismatch", self.not_audited(job, slot, number))
+            return
+        self.arm(job_id)
 
     def stake(self, owner: bytes) -> int:
         return int(self.account(owner)["work_stake"]) + (owner in self.auditors)
@@ -158,8 +241,9 @@ class Work(Settling):
         self, job: Record, tried: list[bytes], *, busy: bool = False
     ) -> dict[bytes, list[tuple[bytes, bytes]]]:
         """AUDIT-6: owner -> its nodes with their sessions, in order."""
-        workers = {self.slot(job["id"], slot)["worker"]["owner"] for slot in self.job_slots(job)}
-        party = {job["submitter"], self.db[b"n" + job["source"]]["owner"], *tried, *workers}
+        workers = {self.slot(job["id"], slot)["worker"]["owner"] for slot in self.living(job)}
+        source = self.db[b"n" + job["source"]]["owner"]
+        party = {job["submitter"], source, *tried, *workers, *job["excluded"]}
         found: dict[bytes, list[tuple[bytes, bytes]]] = {}
         for node, ask in sorted(self.asks(), key=lambda row: row[0]):
             record = self.db[b"n" + node]
@@ -179,7 +263,8 @@ class Work(Settling):
     ) -> tuple[bytes, bytes, bytes] | None:
         """AUDIT-7: (node, owner, session)."""
         lots = H(b"auditor", self.mix, job["id"], u32(slot), u64(number), u32(attempt))
-        everybody, holder = self.eligible(job, tried), job["standby"]["owner"]
+        everybody = self.eligible(job, tried)
+        holder = None if job["standby"] is None else job["standby"]["owner"]
         kinds = [
             {owner: nodes for owner, nodes in everybody.items() if (owner == holder) is held}
             for held in (False, True)
@@ -259,7 +344,8 @@ class Work(Settling):
             what["job"], u32(lane), u32(stage), u64(what["segment"]),
             segment["start_shared"], segment["start_lane"],
             segment["end_shared"], segment["end_lane"],
-            *(link["sent"] + link["received"] for link in segment["links"]), what["steps"],
+            *(link["sent"] + link["received"] for link in segment["links"]),
+            segment["contribution"], what["steps"],
         )  # fmt: skip
         opening = {"salt": what["salt"], "steps": what["steps"], "worker_list": root}
         self.step(key, what, "opened", self.after("reveal_window"), **opening)
@@ -276,12 +362,12 @@ class Work(Settling):
         self.put(key, audit, auditor_list=what["list_root"], status=verdict)
         self.put_segment(job_id, slot, number, status=verdict)
         if verdict == "passed":
-            self.arm(job_id, slot)
+            self.arm(job_id)
             return
         self.pay_auditor(job_id, key)
-        self.count(self.slot(job_id, slot)["worker"]["owner"], "mismatches")
         text = f"slot {slot}, segment {number}: the auditor's replay differs from the commitment"
-        self.refund(job_id, "mismatch", text)
+        if self.rollback(job_id, number, text):
+            self.vacate(job_id, slot, "mismatch", audit["owner"])
 
     def audit_over(self, job_id: bytes, slot: int, number: int) -> None:
         """AUDIT-13 to AUDIT-15."""
@@ -291,9 +377,11 @@ class Work(Settling):
         if status == "committed":
             self.put(key, audit, status="unopened")
             self.use(audit["auditor"], "audits_open", -1)
-            self.count(self.slot(job_id, slot)["worker"]["owner"], "faults")
+            price = job["audit_price"] * self.times(job, slot)
+            self.put_job(job_id, audits_reserved=job["audits_reserved"] - price)
             text = f"slot {slot}, segment {number}: the worker did not open its seal"
-            self.refund(job_id, "fault", text)
+            if self.rollback(job_id, number, text):
+                self.vacate(job_id, slot, "unopened", audit["owner"])
             return
         if status in ("drawn", "opened"):
             self.use(audit["auditor"], "audits_open", -1)
@@ -325,5 +413,6 @@ class Work(Settling):
         """AUDIT-16."""
         self.put(b"u" + job_id + u32(slot) + u64(number), audit, status="silent")
         job = self.db[b"j" + job_id]
-        self.put_job(job_id, audits_reserved=job["audits_reserved"] - job["audit_price"])
+        reserved = job["audits_reserved"] - self.audit_price(job, slot)
+        self.put_job(job_id, audits_reserved=reserved)
         self.go_on(job_id, slot, number, "unaudited", note)
