@@ -138,8 +138,7 @@ class Gatherer:
             )
         except ContentError as error:
             raise AuditImpossible(f"start state: {error}") from error
-        if task.segment < spec.training_rounds:
-            await self._audited_frames(task, spec, directory)
+        await self._audited_frames(task, spec, directory)
         try:
             await self.contributions(
                 task.job, task.spec, task.slot, task.segment - 1, task.contributions, directory
@@ -150,7 +149,7 @@ class Gatherer:
     async def _audited_frames(self, task: AuditTask, spec: Spec, directory: Path) -> None:
         """What the audited slot received, from those who sent it. AuditImpossible."""
         lane, stage = task.slot
-        for link in spec.links(lane, stage):
+        for link in spec.logged_links(lane, stage, task.segment):
             if link not in task.links:
                 raise AuditImpossible(f"frames of link {link}: no root and holder are known")
             source, frame_bytes = task.links[link], spec.link_frame_bytes(stage, link)

@@ -168,6 +168,7 @@ def discard_job(directory: Path) -> None:
         elif path.name.startswith("slot-"):
             for name in ("ring", "state", "contribution"):
                 remove_tree(path / name)
+            (path / "incarnation").unlink(missing_ok=True)
 
 
 def unfinished_jobs(layout: Layout) -> set[bytes]:

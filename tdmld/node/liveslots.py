@@ -65,10 +65,14 @@ class LiveSlots:
         """Take an event of the carrier."""
         self._incoming.send_nowait(event)
 
-    def check_absent(self, job: bytes, slot: SlotId) -> None:
-        """MachineError when the slot is open."""
-        if (job, slot) in self._slots:
-            raise MachineError(f"slot {slot} of job {job.hex()} is open already")
+    async def absent(self, job: bytes, slot: SlotId) -> None:
+        """Return when nothing is left of a slot that failed or was closed. MachineError when the
+        slot is open."""
+        live = self._slots.get((job, slot))
+        if live is not None:
+            if live.failure is None and not live.closing:
+                raise MachineError(f"slot {slot} of job {job.hex()} is open already")
+            await live.gone.wait()
 
     def worker_pid(self, job: bytes, slot: SlotId) -> int | None:
         """Process id of a slot's worker while it runs."""
@@ -212,6 +216,7 @@ class LiveSlots:
         live.close()
         if self._slots.get(key) is live:
             del self._slots[key]
+        live.gone.set()
 
     async def _watch(self, live: LiveSlot) -> None:
         await live.child.ended.wait()

@@ -75,7 +75,7 @@ def _is_whole(owner: Path, spec: Spec, slot: SlotId, boundary: int) -> bool:
         state(owner, boundary), (record.end_shared, record.end_lane)
     ):
         return False
-    for link in spec.links(slot.lane, slot.stage):
+    for link in spec.logged_links(slot.lane, slot.stage, segment):
         roots = record.links.get(link)
         if roots is None:
             return False

@@ -163,7 +163,7 @@ def _replay(task: Task, spec: Spec, slot: "Slot", directory: Path, channel: Work
 
     segment = task.boundary
     slot.load(state(directory, segment))
-    links = spec.links(task.lane, task.stage) if segment < spec.training_rounds else ()
+    links = spec.logged_links(task.lane, task.stage, segment)
     with LogChannel(directory, segment, links, spec.frame_bytes) as frames:
         record = run_segment(
             slot,

@@ -33,6 +33,8 @@ from tdmld.node.machine import (
     CarrierDown,
     CarrierUp,
     Event,
+    FailureCause,
+    LinkPeer,
     LinkSource,
     Machine,
     SegmentDone,
@@ -47,6 +49,7 @@ from tdmld.node.machine import (
 )
 from tdmld.p2p import PeerInfo
 from tdmld.train.segment import SegmentRecord
+from tdmld.train.spec import decode_spec
 from tests.train.support import TEXT, encode_document, spec_document
 
 JOB, CHAIN, KEY = b"j" * 32, b"c" * 32, bytes(range(32))
@@ -85,14 +88,17 @@ async def machines(root: Path, count: int) -> AsyncIterator[list[Machine]]:
 
 
 def assignment(spec: bytes, stage: int, workers: list[Machine], everybody: list[Machine]) -> Any:
+    program = decode_spec(spec)
+    ends = {link: program.other_end(0, stage, link)[1] for link in program.links(0, stage)}
     return SlotAssignment(
         job=JOB,
         spec=spec,
         slot=SlotId(0, stage),
         epoch=0,
         incarnation=0,
-        up=workers[stage - 1].session if stage else None,
-        down=workers[stage + 1].session if stage + 1 < len(workers) else None,
+        links=tuple(
+            LinkPeer(link, workers[end % len(workers)].session) for link, end in ends.items()
+        ),
         members=frozenset(machine.session for machine in everybody),
     )
 
@@ -239,9 +245,7 @@ async def test_two_machines_train_and_a_third_stands_by_audits_and_makes_the_res
 
         # The end: what nobody needs any more goes, lists and result stay.
         for stage, machine in enumerate(workers):
-            for segment in (0, 1):
-                for slot in (SlotId(0, 0), SlotId(0, 1)):
-                    await machine.settled(JOB, slot, segment)
+            await machine.forget_segments(JOB, SlotId(0, stage), 2)
             owner = tmp_path / str(stage) / "jobs" / JOB.hex() / f"slot-0.{stage}"
             assert list((owner / "ring").iterdir()) == []
             assert sorted(path.name for path in (owner / "state").iterdir()) == ["1", "2"]
@@ -272,6 +276,7 @@ async def test_a_killed_worker_and_a_killed_carrier_are_reported_and_disturb_not
         failed = await wait_for(machine, SlotFailed)
         assert failed.slot == task.slot
         assert "SIGKILL" in failed.reason
+        assert failed.cause is FailureCause.KILLED
         await machine.close_slot(JOB, task.slot, "failed")
         await machine.grant(JOB, task.slot, 1)
 
@@ -287,6 +292,7 @@ async def test_a_killed_worker_and_a_killed_carrier_are_reported_and_disturb_not
             await machine.set_members(JOB, frozenset())
         failed = await wait_for(machine, SlotFailed)
         assert "carrier" in failed.reason
+        assert failed.cause is FailureCause.CARRIER
         up = await wait_for(machine, CarrierUp)
         assert (machine.session, up.addresses) == (session, addresses)
         ((shard, _),) = await machine.import_text(tmp_path / "text")
@@ -325,7 +331,7 @@ async def test_a_job_that_is_closed_while_it_is_prepared_leaves_nobody_waiting(
 ) -> None:
     text = tmp_path / "text"
     text.write_bytes(TEXT)
-    asleep = ("sh", "-c", "exec sleep 1000", "sh")
+    asleep = ("sh", "-c", 'case "$*" in *zygote*) exit 1;; esac; exec sleep 1000', "sh")
     async with open_machine(tmp_path / "0", chain_id=CHAIN, launcher=asleep) as machine:
         await machine.import_text(text)
         task = assignment(ONE_STAGE, 0, [machine], [machine])

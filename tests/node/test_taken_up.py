@@ -1,0 +1,191 @@
+"""A slot is taken up again, whatever ended it, and gives the bits of an undisturbed one."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from tdmld.node.jobfiles import boundaries
+from tdmld.node.layout import list_file
+from tdmld.node.machine import FailureCause, SlotId, StateRoots
+from tdmld.train.numerics import check_torch
+from tdmld.train.segment import SegmentRecord, read_list
+from tdmld.train.spec import decode_spec
+from tests.node.playkit import (
+    JOB,
+    Player,
+    cast,
+    introduce,
+    kill_carrier,
+    kill_worker,
+    open_machines,
+    play,
+)
+from tests.train.support import TEXT, encode_document, run_job, spec_document, tokens_of
+
+PATIENCE_SECONDS = 300
+LONG: dict[str, Any] = {"train__steps": 12, "train__schedule__decay_from": 8}
+TWO_STAGES = encode_document(spec_document(**LONG))
+OUTER = {
+    "lr": "0.7",
+    "momentum": "0.9",
+    "nesterov": True,
+    "density": 64,
+    "bits": 8,
+    "feedback": "0.95",
+}
+TWO_LANES = {
+    mode: encode_document(
+        spec_document(**LONG, pipeline__cuts=[0, 4], pipeline__lanes={"count": 2, "mode": mode} | m)
+    )
+    for mode, m in (("sync", {}), ("diloco", {"outer": OUTER}))
+}
+
+
+@pytest.fixture(autouse=True)
+async def patience() -> AsyncIterator[None]:
+    with trio.fail_after(PATIENCE_SECONDS):
+        yield
+
+
+async def undisturbed(raw: bytes, root: Path) -> dict[SlotId, list[SegmentRecord]]:
+    """The records of the same job in one process."""
+    spec = decode_spec(raw)
+    check_torch()
+    found = await trio.to_thread.run_sync(run_job, spec, tokens_of(spec), root / "alone")
+    return {SlotId(*slot): records for slot, records in found.items()}
+
+
+def stations(root: Path, count: int) -> tuple[list[Path], Path]:
+    """Directories of machines, and the text."""
+    text = root / "text"
+    text.write_bytes(TEXT)
+    return [root / str(number) for number in range(count)], text
+
+
+async def check(players: list[Player], raw: bytes, root: Path) -> None:
+    """Every player has the records of the undisturbed job."""
+    expected = await undisturbed(raw, root)
+    for player in players:
+        records = expected[player.slot]
+        assert [player.records[number] for number in sorted(player.records)] == records[
+            min(player.records) :
+        ]
+
+
+@pytest.mark.parametrize("raw", [TWO_STAGES, *TWO_LANES.values()], ids=["stages", "sync", "diloco"])
+async def test_workers_that_are_killed_go_on_with_the_same_bits(raw: bytes, tmp_path: Path) -> None:
+    roots, text = stations(tmp_path, 2)
+    async with open_machines(roots, raw, text) as machines:
+        first, second = players = cast(raw, machines, roots)
+        first.plans = {0: kill_worker, 7: kill_worker}
+        second.plans = {4: kill_worker, 7: kill_worker}
+        await play(players)
+        assert first.causes == second.causes == [FailureCause.KILLED] * 2
+        assert first.starts[1] == 0
+        assert first.starts[2] in (1, 2)
+    await check(players, raw, tmp_path)
+
+
+async def test_carriers_that_are_killed_and_daemons_that_begin_again_change_no_bit(
+    tmp_path: Path,
+) -> None:
+    roots, text = stations(tmp_path, 2)
+    async with open_machines(roots[1:], TWO_STAGES, text) as (lower,):
+        records: dict[int, SegmentRecord] = {}
+        for life in range(2):
+            async with open_machines(roots[:1], TWO_STAGES, text) as (upper,):
+                await introduce([upper, lower])
+                above, below = cast(TWO_STAGES, [upper, lower], roots)
+                if life == 0:
+                    above.plans, below.plans = {1: kill_carrier}, {4: kill_carrier}
+                    await play_until_step(above, below, 7)
+                    assert above.causes == below.causes == [FailureCause.CARRIER]
+                    second = below
+                else:
+                    below.records = second.records
+                    await play([above, below])
+                    assert above.starts == below.starts == [2]
+                for number, record in above.records.items():
+                    assert records.setdefault(number, record) == record
+        above.records = records
+        await check([above, below], TWO_STAGES, tmp_path)
+
+
+async def play_until_step(above: Player, below: Player, step: int) -> None:
+    """Play, and stop everything when `above` has done a step; below closes its slot."""
+    with trio.CancelScope() as scope:
+        above.plans[step] = lambda player: scope.cancel()
+        await play([above, below])
+    await below.machine.close_slot(JOB, below.slot, "the test goes on with both")
+
+
+async def test_a_replacement_goes_on_from_a_copy_and_the_logs_of_its_neighbours(
+    tmp_path: Path,
+) -> None:
+    roots, text = stations(tmp_path, 3)
+    async with open_machines(roots, TWO_STAGES, text) as machines:
+        upper, lower, third = machines
+        above, below = cast(TWO_STAGES, machines, roots)
+        above.until = 3
+        held: list[StateRoots] = []
+
+        async def leave() -> None:
+            """The third machine copies boundary 2; the first one is gone after segment 2."""
+            await above.play()
+            record = above.records[1]
+            held.append(StateRoots(record.end_shared, record.end_lane))
+            slot = above.slot
+            await third.hold_state(JOB, TWO_STAGES, slot, 2, [upper.session], held[0])
+            await upper.close_job(JOB, "vacated")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(above.open)
+            nursery.start_soon(below.open)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(below.play)
+            await leave()
+            again = Player(
+                TWO_STAGES,
+                third,
+                roots[2],
+                above.slot,
+                {below.slot: lower},
+                machines,
+                incarnation=1,
+                lowest=2,
+                roots=held[0],
+            )
+            await third.fetch_slot_state(JOB, TWO_STAGES, above.slot, 2, [], held[0])
+            await again.open()
+            await lower.set_link_peer(JOB, below.slot, "up", third.session, 1)
+            await again.play()
+        assert again.starts == [2]
+        assert below.causes == []
+    above.records.update(again.records)
+    await check([above, below], TWO_STAGES, tmp_path)
+    assert sorted(again.records) == [2, 3]
+
+
+async def test_a_rollback_removes_what_came_after_and_is_done_again(tmp_path: Path) -> None:
+    roots, text = stations(tmp_path, 2)
+    async with open_machines(roots, TWO_STAGES, text) as machines:
+        players = cast(TWO_STAGES, machines, roots)
+        for player in players:
+            player.until = 3
+        await play(players)
+        for player in players:
+            assert boundaries(player.directory) == [0, 1, 2, 3]
+            await player.machine.close_slot(JOB, player.slot, "rolled back")
+            record = player.records[0]
+            player.epoch, player.lowest, player.until = 1, 1, None
+            player.roots = StateRoots(record.end_shared, record.end_lane)
+            player.records = {0: record}
+        salts = [read_list(list_file(player.directory, 1)).salt for player in players]
+        await play(players)
+        assert [player.starts for player in players] == [[0, 1], [0, 1]]
+        # Made again and not kept: the salts of seals are new.
+        assert salts != [read_list(list_file(player.directory, 1)).salt for player in players]
+    await check(players, TWO_STAGES, tmp_path)
