@@ -59,7 +59,7 @@ from tdmld.node.machine_types import (
 from tdmld.node.prepare import prepare
 from tdmld.node.resume import resume_point, take_up
 from tdmld.node.seal import sealing
-from tdmld.node.workers import WorkerLauncher, given_roots
+from tdmld.node.workers import WorkerLauncher, shared_roots
 from tdmld.train.errors import FileError
 from tdmld.train.segment import SegmentRecord, read_list
 from tdmld.train.spec import decode_spec
@@ -259,7 +259,7 @@ class Machine(ContentSide):
                     assignment.members,
                     sealing(raw),
                     private=spec.privacy == "split",
-                    given=given_roots(spec),
+                    given=shared_roots(spec),
                 )
                 try:
                     return await self._slots.open(assignment, text, directory)

@@ -69,8 +69,9 @@ class ContentSide:
         they are drawn. An empty set closes the job for others.
 
         sealed   the spec id of a sealed job; its members get the content key
-        private  a split job: states and contributions of stage 0 and the result are given to nobody
-        given    roots of the given weights that members may have (`workers.given_roots`)
+        private  a split job: the text, states and contributions of stage 0 and the result are given
+                 to nobody
+        given    roots of the given weights that members may have (`workers.shared_roots`)
         """
         named = _named(sessions)
         self._members[job] = lambda n: control.SetMembers(

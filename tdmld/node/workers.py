@@ -47,6 +47,8 @@ class LiveSlot:
         self.ready = trio.Event()
         """Set when `roots` or `failure` is known."""
         self.failure: WorkerFailed | None = None
+        self.gone = trio.Event()
+        """Its worker has ended and its links are closed."""
         self.closing = False
         self.announced = False
         """`open_slot` has returned: failures are events from now on."""
@@ -256,6 +258,13 @@ def given_roots(spec: Spec) -> tuple[bytes, ...]:
     if not isinstance(init, GivenInit):
         return ()
     return tuple(bytes.fromhex(root) for root in dict.fromkeys((*init.roots, *init.lane_roots)))
+
+
+def shared_roots(spec: Spec) -> tuple[bytes, ...]:
+    """Those of them that other members may have: of a split job not what slot 0 begins with."""
+    own = spec.privacy == "split"
+    kept = {root for _, root in given_parts(spec, SlotId(0, 0))} if own else set()
+    return tuple(root for root in given_roots(spec) if root not in kept)
 
 
 def draws(assignment: SlotAssignment, directory: Path) -> bool:
