@@ -9,20 +9,24 @@ from tdmld.chain.transactions import Offer
 from tdmld.cli.exits import Exit
 from tdmld.cli.text import size, units
 from tdmld.errors import UserError
-from tdmld.node.offers import check_supported, offered_stages
+from tdmld.node.offers import lane_mode, offered_stages
 from tdmld.rpc.types import ChainParameters, NodeStatus
 from tdmld.train.budget import stage_disk
 from tdmld.train.errors import SpecError
 from tdmld.train.jobfile import JobFile, load_job_file
 from tdmld.train.spec import spec_id
 
+_PRIVACY = {
+    "open": "the text lies readable on the disks of this job's members",
+    "sealed": "only this job's members can read the text",
+    "split": "text and labels stay on this node, which works in stage 0 itself, for nothing",
+}
+
 
 def read_job_file(path: Path) -> JobFile:
     """The checked job file; UserError names the field that is wrong and the remedy."""
     try:
-        job = load_job_file(path)
-        check_supported(job.spec)
-        return job
+        return load_job_file(path)
     except SpecError as error:
         raise UserError(
             f"{path}: {error.field}: {error.problem}", next=error.remedy, exit_code=Exit.USAGE
@@ -54,6 +58,9 @@ def make_offer(job: JobFile, status: NodeStatus) -> Offer:
         deadline=status.height + money.deadline_blocks,
         source=public_key(status.node),
         session=public_key(status.session),
+        ring=spec.is_ring,
+        lane_mode=lane_mode(spec),
+        lane_weights=spec.lane_weights,
     )
 
 
@@ -76,11 +83,7 @@ def estimate(job: JobFile, offer: Offer, locked: Lock, fee: int) -> list[str]:
         f"{spec.stages} stages x {spec.lanes} lanes, {spec.data.tokens:,} tokens of text, "
         f"spec of {len(job.raw):,} bytes"
     ]
-    lines.append(
-        "  privacy sealed: only this job's members can read the text"
-        if spec.privacy == "sealed"
-        else "  privacy open: the text lies readable on the disks of this job's members"
-    )
+    lines.append(f"  privacy {spec.privacy}: {_PRIVACY[spec.privacy]}")
     for stage, needed in enumerate(offer.stages):
         first, last = spec.layers(stage)
         lines.append(

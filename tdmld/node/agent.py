@@ -33,7 +33,7 @@ from tdmld.node.machine import CarrierUp, LinkWaits, Machine, SegmentDone, SlotF
 from tdmld.node.peers import PeerBook
 from tdmld.node.performer import Performer, Progress, Replay, SlotKey
 from tdmld.node.seal import stored_names
-from tdmld.node.workers import given_roots
+from tdmld.node.workers import given_roots, shared_roots
 from tdmld.p2p import PeerInfo
 from tdmld.train.errors import TrainError
 from tdmld.train.spec import Spec
@@ -398,7 +398,7 @@ class Agent:
                 members,
                 sealed,
                 private=job.privacy == SPLIT,
-                given=() if spec is None else sorted(given_roots(spec)),
+                given=() if spec is None else sorted(shared_roots(spec)),
             )
         self._lost[job.id] = lost
 

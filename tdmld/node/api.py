@@ -25,15 +25,15 @@ from tdmld.node.agent import Agent
 from tdmld.node.chainerrors import NotProvable, ServiceBusy, SpecUnavailable, StoreError
 from tdmld.node.chainservice import ChainService
 from tdmld.node.duties import assigned
-from tdmld.node.errors import CarrierUnavailable, ContentRefused, MachineError
+from tdmld.node.errors import ContentRefused, MachineError
 from tdmld.node.jobbook import JobBook
 from tdmld.node.jobfeed import JobFeed
 from tdmld.node.jobreports import JobReports
 from tdmld.node.machine import Machine, StepDone
 from tdmld.node.netapi import NetApi
 from tdmld.node.peers import PeerService
+from tdmld.node.publish import publish, readable_spec
 from tdmld.node.reachapi import ReachApi
-from tdmld.node.seal import sealing
 from tdmld.node.store import ChainStore
 from tdmld.node.work import Work
 from tdmld.p2p import Host
@@ -62,8 +62,6 @@ from tdmld.rpc.types import (
     TransactionStatus,
     time_text,
 )
-from tdmld.train.errors import SpecError
-from tdmld.train.spec import decode_spec
 
 log = logging.getLogger(__name__)
 
@@ -353,30 +351,14 @@ class Api:
 
     # jobs ------------------------------------------------------------------------------------
 
-    async def job_publish(self, spec: str, text_path: str, name: str = "") -> Published:
-        try:
-            raw = spec.encode("ascii")
-            wanted = decode_spec(raw)
-        except (SpecError, UnicodeEncodeError) as error:
-            raise Refused(f"the spec is malformed: {error}") from error
-        self.agent.published(wanted)
-        try:
-            shards = await self.machine.import_text(Path(text_path), sealing(raw))
-        except CarrierUnavailable as error:
-            raise NotReady(str(error)) from error
-        except MachineError as error:
-            raise Refused(f"{text_path}: {error}") from error
-        if tuple(shards) != tuple(wanted.shards):
-            raise Refused(f"{text_path} is not the text of the spec: it was changed meanwhile")
-        try:
-            spec_id = await self.chain.publish_spec(raw)
-        except (StoreError, ServiceBusy) as error:
-            raise NotReady(str(error)) from error
+    async def job_publish(
+        self, spec: str, text_path: str, name: str = "", given_path: str = ""
+    ) -> Published:
+        self.agent.published(readable_spec(spec)[1])
+        found = await publish(self.machine, self.chain, spec, text_path, given_path, self.data_dir)
         if name:
-            self._book.remember_name(spec_id.hex(), name)
-        return Published(
-            spec_id=spec_id.hex(), shards=len(shards), size=sum(size for _, size in shards)
-        )
+            self._book.remember_name(found.spec_id, name)
+        return found
 
     async def job_list(self) -> tuple[JobSummary, ...]:
         state = self.chain.state()

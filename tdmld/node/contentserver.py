@@ -17,6 +17,7 @@ from tdmld.chain.crypto import public_key
 from tdmld.node import contentwire as wire
 from tdmld.node.contentstore import ChunkList, ContentStore, chunks_of
 from tdmld.node.control import (
+    Blob,
     ContributionFile,
     FrameFile,
     GivenFile,
@@ -46,7 +47,7 @@ PEER_BURST_BYTES = 512 << 20
 class JobContent:
     """Who may have a job's content, and the spec id under which its data is sealed (None: open).
 
-    private  nobody gets the result, nor states and contributions of stage 0
+    private  nobody gets the text and the result, nor states and contributions of stage 0
     given    roots of the given weights that belong to the job
     """
 
@@ -66,6 +67,9 @@ class JobContent:
                     raise ContentRefused(
                         "the submitter of this job keeps its first stage to itself"
                     )
+            case Blob():
+                if self.private:
+                    raise ContentRefused("the submitter of this job keeps its text to itself")
             case ResultFile() | wire.ListFiles():
                 if self.private:
                     raise ContentRefused("the submitter of this job keeps its result to itself")
@@ -189,7 +193,8 @@ class ContentServer:
                 self._content(peer, job).check(request)
                 return wire.Files(await trio.to_thread.run_sync(self._store.result_files, job))
             case wire.AskKey(job, epoch, key):
-                spec = self._content(peer, job).sealed
+                content = self._content(peer, job)
+                spec = None if content.private else content.sealed
                 if spec is None:
                     raise ContentUnavailable("the data of this job is not sealed")
                 box = await trio.to_thread.run_sync(self._box, peer, spec, KeyName(epoch, key))

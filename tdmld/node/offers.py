@@ -7,11 +7,9 @@ it accepts: a submitter who promised little work and specified much is declined.
 from tdmld.chain.crypto import sha256
 from tdmld.chain.limits import STANDBY_SLOT
 from tdmld.chain.records import Job
-from tdmld.chain.transactions import Stage
+from tdmld.chain.transactions import LaneMode, Stage
 from tdmld.train.budget import stage_disk, stage_memory, standby_disk
-from tdmld.train.errors import SpecError
 from tdmld.train.spec import Spec, stage_parameters
-from tdmld.train.specfields import SeedInit
 
 
 class OfferRefused(Exception):
@@ -34,26 +32,23 @@ def offered_stages(spec: Spec) -> tuple[Stage, ...]:
     )
 
 
-def check_supported(spec: Spec) -> None:
-    """SpecError for what the reference can run and the network cannot yet."""
-    if spec.is_ring:
-        raise SpecError(
-            "config.tie_word_embeddings",
-            "a ring of stages is not supported by the network yet",
-            "set it to false, or use one stage",
-        )
-    if not isinstance(spec.init, SeedInit):
-        raise SpecError("init", "given weights are not fetched by nodes yet", 'use "seed"')
+def lane_mode(spec: Spec) -> LaneMode:
+    """What an Offer for `spec` says of its lanes."""
+    if spec.lanes == 1:
+        return LaneMode.SINGLE
+    return LaneMode.DILOCO if spec.is_diloco else LaneMode.SYNC
 
 
 def check_offer(job: Job, raw: bytes, spec: Spec) -> None:
     """Raise OfferMismatch unless the numbers of `job` are those of its spec (`raw` its bytes)."""
-    check_supported(spec)
     pairs = {
         "spec_id": (job.spec_id, sha256(raw)),
         "spec_bytes": (job.spec_bytes, len(raw)),
         "stages": (job.stages, offered_stages(spec)),
         "lanes": (job.lanes, spec.lanes),
+        "ring": (job.ring, spec.is_ring),
+        "lane_mode": (job.lane_mode, lane_mode(spec)),
+        "lane_weights": (job.lane_weights, spec.lane_weights),
         "rounds": (job.rounds, spec.rounds),
         "segment_steps": (job.segment_steps, spec.pipeline.segment_steps),
         "unsettled": (job.unsettled, spec.pipeline.unsettled),

@@ -73,13 +73,14 @@ def key_name(epoch: int, key: bytes) -> KeyName:
 
 
 def sealing(raw: bytes) -> bytes | None:
-    """The spec id under which a job's data is sealed; None when its spec (bytes) says `open`."""
-    return spec_id(raw) if decode_spec(raw).privacy == "sealed" else None
+    """The spec id under which a job's data is sealed; None when its spec (bytes) says `open`. That
+    of a `split` one is, too, though it is given to nobody: so it does not rest readable."""
+    return None if decode_spec(raw).privacy == "open" else spec_id(raw)
 
 
 def stored_names(spec: Spec) -> frozenset[bytes]:
     """Under which names the content store keeps a job's text: for `Machine.drop_data`."""
-    if spec.privacy == "sealed":
+    if spec.privacy != "open":
         return frozenset({spec_id(spec_bytes(spec))})
     return frozenset(content for content, _ in spec.shards)
 

@@ -127,12 +127,17 @@ class Backend(Protocol):
         """The present head, then each newly finalized block, none left out."""
 
     async def job_publish(
-        self, spec: SpecText, text_path: PathText, name: NameText = ""
+        self,
+        spec: SpecText,
+        text_path: PathText,
+        name: NameText = "",
+        given_path: NameText = "",
     ) -> Published:
         """Take a spec (canonical JSON text) and the text file that it names by its shards.
 
         `text_path` is a file on the node's own machine. Refused when the spec is malformed or the
         text's shards are not those of the spec. `name` is remembered for lists on this node.
+        `given_path` is the directory with the weights that the spec goes on from, if it does.
         """
 
     async def job_list(self) -> tuple[JobSummary, ...]:

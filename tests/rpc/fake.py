@@ -485,7 +485,7 @@ class FakeBackend:
         finally:
             self.closed_generators += 1
 
-    async def job_publish(self, spec: str, text_path: str, name: str) -> Published:
+    async def job_publish(self, spec: str, text_path: str, name: str, given_path: str) -> Published:
         self.published.append((spec, text_path, name))
         return Published(spec_id="5e" * 32, shards=2, size=1_271_402)
 
