@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 from transformers.configuration_utils import PreTrainedConfig
 
+from tdmld.train.device import CPU
 from tdmld.train.errors import SpecError
 from tdmld.train.family import Part, number
 from tdmld.train.numerics import ATTENTION, EXPERTS
@@ -39,7 +40,7 @@ class _NoPositions(nn.Module):
     """Stands for a table of positions: adding -0.0 changes no value's bits."""
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
-        return torch.full((1,), -0.0)
+        return torch.full((1,), -0.0, device=positions.device)
 
 
 def hugging_face_config(spec: Spec) -> PreTrainedConfig:
@@ -101,15 +102,15 @@ class StageModule(nn.Module):
     micro-batches a schedule has. That is part of the program.
     """
 
-    def __init__(self, spec: Spec, stage: int) -> None:
+    def __init__(self, spec: Spec, stage: int, device: torch.device = CPU) -> None:
         super().__init__()
         self.precision = spec.train.precision
         part = spec.part(stage)
         rings = spec.is_ring and part.head
-        self.body = _cut(spec, Part(part.first, part.last, part.entry, part.head and not rings))
-        self.end = (
-            _cut(spec, Part(spec.whole.last, spec.whole.last, False, True)) if rings else None
-        )
+        ends = Part(spec.whole.last, spec.whole.last, False, True)
+        own = Part(part.first, part.last, part.entry, part.head and not rings)
+        self.body = _cut(spec, own, device)
+        self.end = _cut(spec, ends, device) if rings else None
         self.weights: dict[str, nn.Parameter] = {}
         self.statistics: dict[str, torch.Tensor] = {}
         found = [*self.body.own(), *(self.end.own() if self.end is not None else ())]
@@ -126,7 +127,7 @@ class StageModule(nn.Module):
             )
         for weight in expected:
             owner, leaf = by_name[weight.name]
-            value = torch.zeros(weight.shape, dtype=_DTYPES[weight.dtype])
+            value = torch.zeros(weight.shape, dtype=_DTYPES[weight.dtype], device=device)
             if leaf in owner._buffers:
                 owner._buffers[leaf] = self.statistics[weight.name] = value
             else:
@@ -162,7 +163,7 @@ Owned = tuple[str, nn.Module, str]
 class _Decoder(nn.Module):
     """Layers of a decoder, with the ends that belong to the part."""
 
-    def __init__(self, spec: Spec, part: Part) -> None:
+    def __init__(self, spec: Spec, part: Part, device: torch.device) -> None:
         super().__init__()
         self.part = part
         with torch.device("meta"):
@@ -185,7 +186,7 @@ class _Decoder(nn.Module):
         if not part.head:
             setattr(base, _attribute(base, _NORMS), _Pass())
             model.lm_head = _Pass()
-        _fill_buffers(model, config)
+        _fill_buffers(model, config, device)
         self.model = model
 
     def own(self) -> Iterator[Owned]:
@@ -244,8 +245,8 @@ class _Classifier(nn.Module):
         return value
 
 
-def _cut(spec: Spec, part: Part) -> _Decoder | _Classifier:
-    return _Classifier(spec, part) if spec.model.images else _Decoder(spec, part)
+def _cut(spec: Spec, part: Part, device: torch.device = CPU) -> _Decoder | _Classifier:
+    return _Classifier(spec, part) if spec.model.images else _Decoder(spec, part, device)
 
 
 def loose_part(spec: Spec, part: Part) -> nn.Module:
@@ -298,22 +299,22 @@ def _attribute(base: nn.Module, names: tuple[str, ...]) -> str:
     return found
 
 
-def _fill_buffers(model: nn.Module, config: PreTrainedConfig) -> None:
+def _fill_buffers(model: nn.Module, config: PreTrainedConfig, device: torch.device) -> None:
     """Compute what meta left empty: rotary tables, from the whole model's config, and the scale of
-    an embedding."""
+    an embedding. The CPU computes them, wherever they go."""
     for name, module in list(model.named_modules()):
         empty = [key for key, value in module.named_buffers(recurse=False) if value.is_meta]
         if not empty:
             continue
         if empty == ["embed_scale"]:
             scale = torch.tensor(cast(Any, module).scalar_embed_scale)
-            module.register_buffer("embed_scale", scale, persistent=False)
+            module.register_buffer("embed_scale", scale.to(device), persistent=False)
             continue
         if "Rotary" not in type(module).__name__:
             raise SpecError("family", f"buffer of {name} is unknown", "the family cannot be cut")
         fresh = cast(Any, type(module))(config=config)
         for key, value in fresh.named_buffers(recurse=False):
-            module.register_buffer(key, value, persistent=False)
+            module.register_buffer(key, value.to(device), persistent=False)
         for key, value in vars(fresh).items():
             if isinstance(value, torch.Tensor):
-                setattr(module, key, value)
+                setattr(module, key, value.to(device))

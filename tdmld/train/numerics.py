@@ -28,11 +28,18 @@ _SET = {
     "MKL_NUM_THREADS": "1",
     "MKL_DYNAMIC": "FALSE",
     "OPENBLAS_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+"""Empty: the worker computes on the CPU; else the number of its one GPU."""
+_CUDA = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    "NVIDIA_TF32_OVERRIDE": "0",
+}
+"""What makes a GPU's products deterministic, and of full precision."""
 _UNSET = (
     "ATEN_CPU_CAPABILITY",
     "DNNL_MAX_CPU_ISA",
@@ -46,22 +53,40 @@ _UNSET = (
 _PACKAGES = ("numpy", "safetensors", "torch", "transformers")
 
 
-def pinned_environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of a worker: `base` (the own one by default) with the pins forced."""
+def _pins(device: str) -> dict[str, str]:
+    """The variables for a device "cpu" or "cuda:<number>"."""
+    kind, _, number = device.partition(":")
+    return _SET | ({_VISIBLE: ""} if kind == "cpu" else {**_CUDA, _VISIBLE: number})
+
+
+def pinned_environment(
+    base: Mapping[str, str] | None = None, device: str = "cpu"
+) -> dict[str, str]:
+    """The environment of a worker: `base` (the own one by default) with the pins forced.
+
+    `device` is "cpu", or "cuda:<number>" with the number that the PCI bus gives the GPU.
+    """
     given = os.environ if base is None else base
-    return {key: value for key, value in given.items() if key not in _UNSET} | _SET
+    return {key: value for key, value in given.items() if key not in _UNSET} | _pins(device)
 
 
 def pin_process(environ: MutableMapping[str, str] = os.environ) -> None:
     """Force the pins on this process, before torch is imported (`reference`, `evaluate`)."""
     for key in _UNSET:
         environ.pop(key, None)
-    environ.update(_SET)
+    environ.update(_pins("cpu"))
+
+
+def worker_device(environ: Mapping[str, str] = os.environ) -> str:
+    """Where this process computes, as torch calls it: "cpu", or "cuda:0", the one that it sees."""
+    return "cuda:0" if environ.get(_VISIBLE) else "cpu"
 
 
 def check_environment(environ: Mapping[str, str] = os.environ) -> None:
     """NumericsError unless the pins hold; for a worker, before it imports torch."""
-    wrong = [key for key, value in _SET.items() if environ.get(key) != value]
+    number = environ.get(_VISIBLE, "")
+    pins = _pins(f"cuda:{number}" if number.isdecimal() else "cpu")
+    wrong = [key for key, value in pins.items() if environ.get(key) != value]
     wrong += [key for key in _UNSET if key in environ]
     if wrong:
         raise NumericsError(
@@ -80,6 +105,11 @@ def check_torch() -> None:
     torch.use_deterministic_algorithms(True)
     # Filling fresh memory costs time and could hide nothing: nothing here reads it unwritten.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if torch.get_num_threads() != 1 or torch.get_float32_matmul_precision() != "highest":
         raise NumericsError(
             f"torch computes with {torch.get_num_threads()} threads and "
@@ -93,7 +123,7 @@ def program_hash(spec: Spec) -> bytes:
         f"program {PROGRAM_VERSION}",
         f"attention {ATTENTION}",
         f"experts {EXPERTS}",
-        *(f"{key}={value}" for key, value in sorted(_SET.items())),
+        *(f"{key}={value}" for key, value in sorted(_pins("cpu").items())),
         *(f"{package} {version(package)}" for package in _PACKAGES),
     ]
     wires = (spec.train.wire,) if isinstance(spec.train.wire, str) else spec.train.wire

@@ -16,6 +16,7 @@ import torch
 from tdmld.train import optimizer
 from tdmld.train.channel import Channel
 from tdmld.train.data import step_indices
+from tdmld.train.device import to_device
 from tdmld.train.digest import ZERO_DIGEST, digest, indices_root, link_root, merkle_root
 from tdmld.train.errors import SegmentFault
 from tdmld.train.lanes import DilocoSegment, exchange
@@ -200,6 +201,9 @@ class _Step:
                 raise SegmentFault("token", step, f"the data have a token {most} of {known}")
             inputs = [window[:, :-1].contiguous() for window in windows] if first else []
             labels = [window[:, 1:].contiguous() for window in windows] if last else []
+        device = self.slot.device
+        inputs = [to_device(one, device) for one in inputs]
+        labels = [to_device(one, device) for one in labels]
         return inputs, labels, indices_root(indices)
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -258,7 +262,7 @@ class _Step:
         self._note(link, "received", seq, digest(payload))
         self.verifying += time.perf_counter() - arrived
         try:
-            tensor = decode(payload, shape, wire)
+            tensor = decode(payload, shape, wire, self.slot.device)
         except WireError as error:
             raise SegmentFault("size", step, f"frame {seq} of {link}: {error}") from error
         finally:

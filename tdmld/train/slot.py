@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from tdmld.train.data import Tokens
+from tdmld.train.device import open_device
 from tdmld.train.digest import Leaf, digest, state_root
 from tdmld.train.draw import draw_weight
-from tdmld.train.errors import FileError
+from tdmld.train.errors import FileError, NumericsError
 from tdmld.train.model import StageModule
 from tdmld.train.spec import Spec
 from tdmld.train.specfields import GivenInit
@@ -39,9 +40,12 @@ class Slot:
     in the order of parameter names; `residual` and `outer_momentum` are flat, empty elsewhere.
     """
 
-    def __init__(self, spec: Spec, stage: int, lane: int, data: Tokens | None) -> None:
+    def __init__(
+        self, spec: Spec, stage: int, lane: int, data: Tokens | None, device: torch.device
+    ) -> None:
         self.spec, self.stage, self.lane, self.data = spec, stage, lane, data
-        self.module = StageModule(spec, stage)
+        self.device = device
+        self.module = StageModule(spec, stage, device)
         self.names = list(self.module.weights)
         self.weights = list(self.module.weights.values())
         self.first_moments = [torch.zeros_like(w, requires_grad=False) for w in self.weights]
@@ -90,11 +94,16 @@ class Slot:
         return [*self.weights, *self.module.statistics.values()]
 
     @classmethod
-    def create(cls, spec: Spec, stage: int, lane: int, data: Tokens | None) -> "Slot":
-        """A slot with memory but no values. `data` is needed where inputs or labels are."""
+    def create(
+        cls, spec: Spec, stage: int, lane: int, data: Tokens | None, device: str = "cpu"
+    ) -> "Slot":
+        """A slot with memory but no values. `data` is needed where inputs or labels are. `device`
+        is "cpu" or "cuda:0"; NumericsError when it is not there, or cannot do the job's work."""
+        if device != "cpu" and spec.is_diloco:
+            raise NumericsError("outer steps of diloco are made by the CPU alone; use another node")
         if data is None and (spec.has_input(stage) or spec.has_loss(stage)):
             raise ValueError("a stage with inputs or labels needs the data")
-        return cls(spec, stage, lane, data)
+        return cls(spec, stage, lane, data, open_device(device))
 
     def init_from_seed(self) -> None:
         """Boundary 0: drawn weights, zero moments, no step done. FileError when the spec gives

@@ -2,6 +2,7 @@
 
 import torch
 
+from tdmld.train.device import CPU, bytes_on, to_host
 from tdmld.train.digest import Buffer
 from tdmld.train.wireformat import BLOCK, WireError, pack, plain_bytes, split_name, unpack
 
@@ -9,8 +10,9 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, in place. The tensor must outlive the view unchanged."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    """The bytes of a contiguous tensor: in place, where it must outlive the view unchanged, or of a
+    copy when it is on a GPU."""
+    return to_host(tensor.detach().reshape(-1).view(torch.uint8)).numpy().data
 
 
 def encode(tensor: torch.Tensor, wire: str) -> memoryview:
@@ -28,7 +30,9 @@ def encode(tensor: torch.Tensor, wire: str) -> memoryview:
     return memoryview(pack(tensor_bytes(planes), values.numel()))
 
 
-def decode(payload: Buffer, shape: tuple[int, ...], wire: str) -> torch.Tensor:
+def decode(
+    payload: Buffer, shape: tuple[int, ...], wire: str, device: torch.device = CPU
+) -> torch.Tensor:
     """A float32 tensor of this shape and of its own memory from wire bytes; WireError."""
     base, packed = split_name(wire)
     count = torch.Size(shape).numel()
@@ -37,7 +41,7 @@ def decode(payload: Buffer, shape: tuple[int, ...], wire: str) -> torch.Tensor:
         payload = unpack(payload, size, count)
     if len(payload) != size:
         raise WireError(f"{len(payload)} bytes, not {size}")
-    raw = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+    raw = bytes_on(payload, device)
     if base == "int8":
         blocks = size - count
         return _from_blocks(raw[:blocks].view(torch.float32), raw[blocks:]).view(shape)
