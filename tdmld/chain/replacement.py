@@ -364,9 +364,10 @@ def settle(run: Execution, entry: Due) -> None:
     """Due: pay the rounds that are ready; who did not prove its copies loses its place."""
     settlement.settle(run, entry)
     job = run.job(entry.job)
-    if job.status is JobStatus.FINISHING and job.standby is not None and not job.copied:
-        closing.use_standby(run, job, job.standby.node, -1)
-        run.state.put_job(replace(job, standby=None))
+    if job.status is not JobStatus.ACTIVE:
+        if job.standby is not None and not job.copied:
+            closing.use_standby(run, job, job.standby.node, -1)
+            run.state.put_job(replace(job, standby=None))
         return
     for slot in job.living:
         state = run.slot(job.id, slot)

@@ -383,3 +383,13 @@ def test_lanes_survive_a_worker_that_dies(mode: LaneMode) -> None:
     assert job.reason is CloseReason.FETCHED
     assert any(isinstance(event, SlotVacated) for event in world.events)
     assert any(isinstance(event, SlotAsked) for event in world.events)
+
+
+def test_nobody_loses_a_place_in_a_job_that_has_all_its_segments() -> None:
+    world, job_id = active(audit_rate=0, rounds=4)
+    mute = worker(world, job_id, 0)
+    world.vices[mute] = frozenset({Vice.LOSES_COPY})
+    job = world.play_until(job_id)
+    assert job.reason is CloseReason.FETCHED
+    assert slot_of(world, job_id, 0).unproven == limits.UNPROVEN_COPIES
+    assert (worker(world, job_id, 0), job.repaired) == (mute, 0)

@@ -15,7 +15,7 @@ from tdmld.chain.genesis import genesis_document
 from tdmld.chain.ledger import BlockResult
 from tests.chain.second.executor import Executor
 from tests.chain.second.records import Place
-from tests.chain.test_supply import NODES, PARAMETERS, noise, shapes, vices
+from tests.chain.test_supply import NODES, PARAMETERS, noise, shaped, shapes, vices
 from tests.chain.test_vectors import ledger_cases, unhex
 from tests.chain.world import World, make_genesis, node_key, owner_key
 
@@ -68,7 +68,7 @@ def test_any_job(
     world.bad_segment = data.draw(st.integers(0, 3))
     if data.draw(st.booleans()):
         shape = {**shape, "deadline": world.height + data.draw(st.integers(2, 60))}
-    job = world.do(owner_key(0), world.offer(**shape))
+    job = world.do(owner_key(0), world.offer(**shaped(shape)))
     world.vices = {node_key(index).public: found for index, found in who.items()}
     for turn in range(400):
         if world.job(job).final:

@@ -12,16 +12,22 @@ from hypothesis import strategies as st
 
 from tdmld.chain.events import JobEnded, Paid, SegmentSettled
 from tdmld.chain.offers import lock_of
-from tdmld.chain.records import FINAL, Job, JobStatus, SegmentStatus
+from tdmld.chain.records import FINAL, Job, JobStatus, Member, SegmentStatus
 from tdmld.chain.transactions import (
     Accept,
     AttestResult,
     AuditOpen,
     Commit,
     Fetched,
+    LaneMode,
+    Leave,
+    LeaveReason,
     Open,
+    Present,
+    Stall,
     StandbyProof,
     Transfer,
+    Witness,
 )
 from tests.chain.world import STAKE, Vice, World, make_genesis, mark, node_key, owner_key
 
@@ -33,6 +39,7 @@ shapes = st.fixed_dictionaries(
     {
         "rounds": st.integers(1, 5),
         "lanes": st.integers(1, 2),
+        "ring": st.booleans(),
         "state_every": st.integers(1, 2),
         "unsettled": st.integers(4, 5),
         "audit_rate": st.sampled_from([0, 200_000, 1_000_000]),
@@ -49,7 +56,17 @@ PARAMETERS = {
     "reveal_window": 5,
     "settle_window": 3,
     "result_window": 20,
+    "answer_window": 4,
 }
+
+
+def shaped(shape: dict[str, Any]) -> dict[str, Any]:
+    """Two lanes, of two rounds or more, may meet once a segment and differ in weight."""
+    if shape["lanes"] == 1 or shape["rounds"] == 1 or shape["ring"]:
+        return shape
+    budget = max(shape["audit_budget"], 210_000)
+    weights = {"lane_mode": LaneMode.DILOCO, "lane_weights": (1, 2)}
+    return {**shape, **weights, "audit_budget": budget}
 
 
 def check_ended(world: World, job: Job, offer: Any) -> None:
@@ -74,9 +91,36 @@ def check_ended(world: World, job: Job, offer: Any) -> None:
         assert segment.status is not SegmentStatus.MISMATCH
     assert sum(earned.total for earned in world.state.payments(job.id).values()) == paid
     workers = sum(earned.worker for earned in world.state.payments(job.id).values())
-    assert workers <= len(settled) * job.slot_price_max
+    assert workers <= sum(job.slot_price_max * job.weight_of(slot) for slot, _ in settled)
     if job.status is JobStatus.CLOSED:
-        assert len(settled) == job.rounds * job.slots
+        assert {(s, n) for s in job.living for n in range(job.rounds)} <= settled.keys()
+    check_earned(world, job)
+
+
+def check_earned(world: World, job: Job) -> None:
+    """Each owner was paid for the settled segments that stand with its node's name, and no others:
+    nothing for what is void."""
+    wages: Counter[bytes] = Counter()
+    for slot in range(job.slots if job.matched else 0):
+        state = world.state.slot(job.id, slot)
+        if state is None:
+            continue
+        prices = {member.node: member.price for member in taken(world, job.id, slot)}
+        for number in range(job.rounds):
+            segment = world.state.segment(job.id, slot, number)
+            if segment is not None and segment.settled:
+                owner = world.state.owner_of(segment.worker)
+                assert owner is not None
+                wages[owner] += prices[segment.worker]
+        assert len({former.incarnation for former in state.former}) == len(state.former)
+    assert wages == Counter(
+        {o: e.worker for o, e in world.state.payments(job.id).items() if e.worker}
+    )
+
+
+def taken(world: World, job: bytes, slot: int) -> list[Member]:
+    """Everybody who ever worked in the slot."""
+    return [member for where, member in world.workers if where == (job, slot)]
 
 
 def check_idle(world: World) -> None:
@@ -99,7 +143,7 @@ def test_a_job_with_any_actors_ends_and_conserves_money(
     world.bad_segment = data.draw(st.integers(0, 3))
     if data.draw(st.booleans()):
         shape = {**shape, "deadline": world.height + data.draw(st.integers(2, 80))}
-    offer = world.offer(**shape)
+    offer = world.offer(**shaped(shape))
     job_id = world.do(owner_key(0), offer)
     world.vices = {node_key(index).public: found for index, found in who.items()}
     changes = {
@@ -127,7 +171,7 @@ def noise(world: World, job: bytes, data: st.DataObject) -> bytes:
     number = data.draw(st.integers(0, 4))
     node, owner = node_key(index), owner_key(index)
     at = (job, 0, slot, number)
-    choice = data.draw(st.integers(0, 8))
+    choice = data.draw(st.integers(0, 13))
     if choice == 0:
         amount = data.draw(st.sampled_from([1, 1000, 10**8]))
         return world.sign(owner, Transfer(owner_key(index + 1).public, amount))
@@ -141,6 +185,11 @@ def noise(world: World, job: bytes, data: st.DataObject) -> bytes:
         StandbyProof(job, 0, slot, 0, number, mark("z")),
         Commit(job, 0, slot, 0, number, *[mark("x")] * 4, (), mark("x")),
         AttestResult(mark("no job"), mark("x")),
+        Leave(job, 0, slot, data.draw(st.integers(0, 1)), LeaveReason.DISK),
+        Stall(job, 0, slot, 0, 0, "down", number),
+        Present(job, 0, slot, 0, number),
+        Witness(job, 0, slot, 0, number, delivered=False),
+        Accept(job, 1, slot, mark("x")),
     )[choice - 2]
     return world.sign(node, payload)
 
@@ -153,7 +202,7 @@ def test_strangers_and_repetitions_change_nobodys_money(
     """Every transaction is thrown in again in later blocks, among noise by anybody."""
     world = World(make_genesis(NODES, **PARAMETERS))
     world.all_ask(NODES)
-    offer = world.offer(**shape)
+    offer = world.offer(**shaped(shape))
     job_id = world.do(owner_key(0), offer)
     past: list[bytes] = []
     for _ in range(600):

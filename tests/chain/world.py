@@ -31,7 +31,7 @@ from tdmld.chain.ledger import (
     recount,
 )
 from tdmld.chain.limits import STANDBY_SLOT
-from tdmld.chain.records import AuditStatus, Job, JobStatus, ProofStatus, SlotState
+from tdmld.chain.records import AuditStatus, Job, JobStatus, Member, ProofStatus, SlotState
 from tdmld.chain.segments import audit_list_root, links_of, other_end
 from tdmld.chain.state import State
 from tdmld.chain.transactions import (
@@ -151,6 +151,8 @@ class World:
         """Nodes that do not lead their views: these are passed over."""
         self.bad_segment = 0
         """First segment that a cheat is made in."""
+        self.workers = set[tuple[tuple[bytes, int], Member]]()
+        """Who ever worked where."""
         self.hasty = set[bytes]()
         """Accusations and attestations of the last block: what comes before them may decide."""
         self.events: list[object] = []
@@ -209,9 +211,17 @@ class World:
             else:
                 self.store[key] = value
         recount(self.store.items())
+        self._remember_workers()
         self.events.extend(result.events)
         self.receipts.extend(result.receipts)
         return result
+
+    def _remember_workers(self) -> None:
+        for job_id in self.state.active_jobs():
+            for slot in range(self.job(job_id).slots):
+                state = self.state.slot(job_id, slot)
+                if state is not None and state.worker.accepted:
+                    self.workers.add(((job_id, slot), state.worker))
 
     def leader(self, view: int) -> bytes:
         """The node that leads a view of an epoch whose set is known."""

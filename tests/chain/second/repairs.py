@@ -247,9 +247,10 @@ class Repairs(Market):
         self.settle_rounds(job_id)
         job = self.the_job(job_id)
         standby = job["standby"]
-        if job["status"] == "finishing" and standby is not None and standby["session"] == b"":
-            self.use_standby(job, standby["node"], -1)
-            self.put_job(job_id, standby=None)
+        if job["status"] != "active":
+            if standby is not None and standby["session"] == b"":
+                self.use_standby(job, standby["node"], -1)
+                self.put_job(job_id, standby=None)
             return
         for slot in self.living(job):
             standby, state = self.the_job(job_id)["standby"], self.slot(job_id, slot)

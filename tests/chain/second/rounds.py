@@ -1,5 +1,6 @@
 """The second ledger's rounds of lanes that meet once a segment (section 13, ROUND)."""
 
+from itertools import pairwise
 from typing import Any
 
 from tests.chain.second.formats import u64
@@ -94,7 +95,7 @@ class Rounds(Settling):
     def patience(self, job: Record, number: int) -> int:
         """ROUND-4."""
         ends = [job["active"], *(self.the_round(job, n)["decided"] for n in range(number))]
-        lasted = sorted([b - a for a, b in zip(ends, ends[1:], strict=False)][-5:])
+        lasted = sorted([b - a for a, b in pairwise(ends)][-5:])
         usual = lasted[len(lasted) // 2] if lasted else self.rules["segment_window"] // 2
         return max(1, int(usual * self.rules["late_lane_percent"] // 100))
 
