@@ -36,6 +36,7 @@ _OTHER_VARIABLES = frozenset({"TDMLD_DATA_DIR", "TDMLD_API_INFO", "TDMLD_PASSWOR
 _Text = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 _Slots = Annotated[int, msgspec.Meta(ge=0, le=limits.AUDIT_CAPACITY)]
 _Price = Annotated[int, msgspec.Meta(ge=0, le=limits.PRICE)]
+_Device = Annotated[str, msgspec.Meta(pattern=r"^(cpu|cuda:[0-9]{1,2})$")]
 _Memory = Annotated[int, msgspec.Meta(ge=0, le=limits.MEMORY_BYTES)]
 
 _LISTEN = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/[^/\s]+/tcp/\d{1,5}")
@@ -93,7 +94,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     deny: tuple[_Text, ...] = ()
     """Peer ids and IP networks that may not connect, and are not dialled."""
     launcher: tuple[_Text, ...] = ()
-    """Words put before the command line of every worker, such as ["nice", "-n", "5"]."""
+    """Words put before the command line of what workers are forked from, such as
+    ["nice", "-n", "5"]."""
+    worker_memory: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
+    """Bytes of private memory that a worker may have; 0: as many as it can get."""
+    device: _Device = "cpu"
+    """Where workers compute: "cpu", or "cuda:<number>" for a GPU by its place on the PCI bus."""
     sync: Literal["blocks", "snapshot"] = "blocks"
     """How an empty node begins: by executing every block, or with a recent state from a peer."""
     checkpoint: str = ""

@@ -21,6 +21,7 @@ def run(
     peers: tuple[str, ...] | None = None,
     deny: tuple[str, ...] | None = None,
     launcher: str | None = None,
+    worker_memory: int | None = None,
     sync: str | None = None,
     checkpoint: str | None = None,
     keep_blocks: int | None = None,
@@ -48,7 +49,8 @@ def run(
     rpc_insecure: Allow an rpc_listen that other machines reach, without TLS.
     peers: Daemons to dial first: /ip4/.../tcp/.../p2p/<peer id>.
     deny: Peer ids and IP networks that may not connect: 192.0.2.0/24.
-    launcher: Words put before every worker's command line, such as "nice -n 5".
+    launcher: Words put before the command line that workers come from, such as "nice -n 5".
+    worker_memory: Bytes of private memory that a worker may have, 0 for no limit.
     sync: How an empty node begins: blocks or snapshot.
     checkpoint: HEIGHT:HASH of a block that you trust.
     keep_blocks: Blocks to keep, 0 for all.
@@ -79,6 +81,7 @@ def run(
         "peers": peers,
         "deny": deny,
         "launcher": launcher,
+        "worker_memory": worker_memory,
         "sync": sync,
         "checkpoint": checkpoint,
         "keep_blocks": keep_blocks,

@@ -137,6 +137,8 @@ class _Node:
                     chain_id=self._chain_id,
                     listen=(config.carrier_listen,),
                     launcher=config.launcher,
+                    device=config.device,
+                    worker_memory=config.worker_memory,
                 ) as machine,
                 open_host(key.seed, config.listen, bans=bans) as host,
                 trio.open_nursery() as nursery,
@@ -217,7 +219,7 @@ class _Node:
         if not ask.enabled:
             return None
         return AskPolicy(
-            class_id=machine_class(),
+            class_id=machine_class(self._config.device),
             memory=ask.memory,
             price=ask.price,
             audit_capacity=ask.audit_capacity,

@@ -104,7 +104,7 @@ async def open_machine(
     content_quota: int = 64 << 30,
     niceness: int = 5,
     worker_memory: int = 0,
-    warm: bool = False,
+    device: str = "cpu",
 ) -> AsyncIterator["Machine"]:
     """Start the carrier and give a Machine; leaving the block ends all of its processes.
 
@@ -114,7 +114,7 @@ async def open_machine(
     niceness       of worker processes, 0 to 19
     worker_memory  bytes of private memory that a worker may have (RLIMIT_DATA); 0: as many as it
                    can get
-    warm           be ready for workers from the start, not only from the first one on
+    device         where workers compute: "cpu", or "cuda:<number>" by the PCI bus
 
     MachineError when the carrier does not come up (the text ends with its last words).
     """
@@ -122,10 +122,8 @@ async def open_machine(
     config = control.Configure(str(layout.data_dir), chain_id, tuple(listen), content_quota)
     failure: MachineError | None = None
     async with trio.open_nursery() as nursery:
-        workers = WorkerLauncher(layout, launcher, niceness, worker_memory, nursery)
+        workers = WorkerLauncher(layout, launcher, niceness, worker_memory, nursery, device)
         machine = Machine(layout, session, config, workers, nursery)
-        if warm:
-            workers.warm_up()
         try:
             await machine._start()
         except MachineError as error:

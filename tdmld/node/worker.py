@@ -51,7 +51,7 @@ from tdmld.train.data import Tokens
 from tdmld.train.digest import data_root
 from tdmld.train.errors import FileError, TrainError
 from tdmld.train.limits import SPEC_BYTES
-from tdmld.train.numerics import check_environment, check_torch
+from tdmld.train.numerics import check_environment, check_torch, worker_device
 from tdmld.train.segment import SegmentRecord, StepReport, read_list, write_list
 from tdmld.train.spec import Spec, decode_spec
 
@@ -91,7 +91,7 @@ def run_task(task: Task, end: socket.socket, memory_fd: int | None, text_fd: int
         memory = FrameMemory(memory_fd, link_memory(spec, task.lane, task.stage))
         os.close(memory_fd)
     channel = WorkerChannel(end, memory)
-    slot = Slot.create(spec, task.stage, task.lane, tokens)
+    slot = Slot.create(spec, task.stage, task.lane, tokens, worker_device())
     directory = Path(task.directory)
     if task.mode == "replay":
         _replay(task, spec, slot, directory, channel)

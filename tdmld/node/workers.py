@@ -93,14 +93,17 @@ class WorkerLauncher:
         niceness: int,
         memory: int,
         nursery: trio.Nursery,
+        device: str = "cpu",
     ) -> None:
-        """`memory`: bytes of private memory that a worker may have; 0: as many as it can get."""
+        """`memory`: bytes of private memory that a worker may have; 0: as many as it can get.
+        `device`: where workers compute, "cpu" or "cuda:<number>"."""
         self._layout = layout
         self._launcher = tuple(launcher)
         self._niceness = niceness
         self._memory = memory
         self._nursery = nursery
-        self._zygote = ZygoteClient(launcher, layout.logs / "zygote.log", nursery)
+        self._device = device
+        self._zygote = ZygoteClient(launcher, layout.logs / "zygote.log", nursery, device)
 
     def warm_up(self) -> None:
         """Be ready to start workers quickly."""
@@ -235,7 +238,7 @@ class WorkerLauncher:
             forked = await self._zygote.fork(words, end, memory, text, path)
             if forked is not None:
                 return forked
-            env = pinned_environment(minimal_environment())
+            env = pinned_environment(minimal_environment(), self._device)
             return Child(argv, descriptors, env, path)
         except OSError as error:
             raise WorkerFailed(f"a worker cannot be started ({argv[0]}): {error}") from error

@@ -80,7 +80,15 @@ class _Wanted:
 class ZygoteClient:
     """Keeps one zygote running from the first `warm_up` on. Use it from the main thread's run."""
 
-    def __init__(self, launcher: Sequence[str], log_path: Path, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        launcher: Sequence[str],
+        log_path: Path,
+        nursery: trio.Nursery,
+        device: str = "cpu",
+    ) -> None:
+        """`device`: where workers compute, as in `numerics.pinned_environment`."""
+        self._device = device
         self._argv = (*launcher, sys.executable, "-m", "tdmld.node.zygote", "--control")
         self._log_path = log_path
         self._nursery = nursery
@@ -151,7 +159,7 @@ class ZygoteClient:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sock = ControlSocket(ours)
         argv = (*self._argv, str(theirs.fileno()))
-        env = pinned_environment(minimal_environment())
+        env = pinned_environment(minimal_environment(), self._device)
         try:
             child = Child(argv, (theirs.fileno(),), env, self._log_path)
         except OSError as error:
