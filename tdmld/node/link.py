@@ -21,7 +21,7 @@ LINK-6  Every frame is signed by the sender's session key over (job, epoch, lane
         digest); the receiver acknowledges each segment by one signature over its link root, again
         on every new stream until nobody can need it any more.
 LINK-7  The end is a handshake: Bye follows when everything was sent and received, in both
-        directions; a link that said it still answers a peer that missed it, and one that misses it
+        directions; an end that said it still answers a peer that missed it, and one that misses it
         dials, whichever end it is.
 LINK-8  A slot that is opened again goes on with what its logs hold (`restore`): it wants what they
         lack and serves what they have at once. What its worker, which begins at an earlier

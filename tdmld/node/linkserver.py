@@ -2,7 +2,8 @@
 
 The numbered log (`link.LinkLog`) decides; this shell moves bytes. At most one stream serves a link;
 a newer one replaces it. One end dials, with back-off: that whose link is "down", of a lane link the
-smaller lane's; the other one only when it has everything and misses the goodbye (LINK-7).
+smaller lane's; the other one once when it is opened or gets a new neighbour, so that nobody waits
+for a back-off, and when it has everything and misses the goodbye (LINK-7).
 """
 
 import logging
@@ -88,6 +89,8 @@ class LinkServer:
         self._receiving = trio.Lock()
         """One arriving frame at a time, also when a newer stream replaces the one it came on."""
         self._stopped = False
+        self._untried = True
+        """Whether this end has not dialled since it was opened or got another neighbour."""
         self._given: list[Ack] = []
         """Our acknowledgements of segments that somebody may still need, said on every new stream:
         one that was on its way when a stream broke is lost."""
@@ -134,6 +137,7 @@ class LinkServer:
             self.done = trio.Event()
         if self._scope is not None:
             self._scope.cancel()
+        self._untried = True
         self._peer_changed.set()
         self._peer_changed = trio.Event()
         self._wake()
@@ -173,6 +177,7 @@ class LinkServer:
         pause = REDIAL_FIRST_SECONDS
         while True:
             await self._until_due()
+            self._untried = False
             before, somebody = self._progress, self._peer_changed
             try:
                 stream = await host.open_stream(self.peer, protocol)
@@ -198,7 +203,7 @@ class LinkServer:
         while True:
             changed = self._changed
             if not self.done.is_set() and not self.connected:
-                if self.dials or waited:
+                if self.dials or self._untried or waited:
                     return
                 if self.state.complete:
                     waited = True

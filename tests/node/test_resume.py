@@ -129,6 +129,22 @@ def test_a_machine_that_has_nothing_takes_a_slot_over(
     assert pair.sides[1 - number].made == FRAMES
 
 
+@pytest.mark.parametrize("number", [0, 1], ids=NAMES)
+def test_whoever_is_opened_late_is_not_kept_waiting_for_a_redial(
+    tmp_path: Path, number: int
+) -> None:
+    async def act(pair: Pair) -> None:
+        await pair.until_made(number, SEGMENT + 1)
+        await pair.kill(number)
+        await trio.sleep(600)
+        began = trio.current_time()
+        pair.open(number, pair.sides[number].finished)
+        await pair.until_made(1 - number, FRAMES)
+        assert trio.current_time() - began < 1
+
+    play(tmp_path, act)
+
+
 def test_who_takes_over_after_the_goodbye_is_served_as_well(tmp_path: Path) -> None:
     async def act(pair: Pair) -> None:
         await pair.until_ended()

@@ -18,7 +18,7 @@ from tdmld.node.link import LinkSigner
 from tdmld.node.slotserver import SlotServer
 from tdmld.train.digest import digest
 from tdmld.train.segment import LinkRoots, SegmentRecord, write_list
-from tests.node.fake_stream import FakeHost
+from tests.node.fake_stream import FakeHost, FakeStream
 
 ME, PEER = KeyPair(b"1" * 32), KeyPair(b"2" * 32)
 SLOT = Slot(b"j" * 32, 0, 1)
@@ -75,7 +75,10 @@ async def long_rig(tmp_path: Path, nursery: trio.Nursery) -> Rig:
 
 
 async def started(rig: Rig, nursery: trio.Nursery) -> Rig:
-    nursery.start_soon(rig.server.serve, FakeHost(ME.address), "link")
+    host = FakeHost(ME.address)
+    host.nursery = nursery
+    host.routes[PEER.address] = FakeStream.reset  # nobody is there
+    nursery.start_soon(rig.server.serve, host, "link")
     rig.server.grant(1)
     assert await rig.hear() == channel.Granted(1)
     return rig
