@@ -79,17 +79,20 @@ class Hunt:
         self.directory = directory
         self.temporary = directory / "temporary"
         self.temporary.mkdir(parents=True)
-        self.network = devnet.make_network(
-            directory / "network",
+        self.network = self.make_network(directory / "network")
+        self.sealed, self.open = (secrets.token_hex(16) for _ in range(2))
+        self.needles = Needles(self.sealed)
+        self.deadline = time.monotonic() + PATIENCE_SECONDS
+
+    def make_network(self, directory: Path) -> devnet.Devnet:
+        return devnet.make_network(
+            directory,
             nodes=NODES,
             validators=1,
             asks=ASKS,
             settings={"ask.standby_slots": 4},
             parameters=WINDOWS,
         )
-        self.sealed, self.open = (secrets.token_hex(16) for _ in range(2))
-        self.needles = Needles(self.sealed)
-        self.deadline = time.monotonic() + PATIENCE_SECONDS
 
     def job_file(self, name: str, word: str, privacy: str) -> Path:
         """A job of one segment a stage, both of them audited, whose text is full of `word`."""
@@ -133,10 +136,10 @@ class Hunt:
         """The job now."""
         return self.ask(SUBMITTER, "job_status", {"id": job}, JobDetail)
 
-    def wait_for_asks(self) -> None:
+    def wait_for_asks(self, asks: range = ASKS) -> None:
         """Until everybody who looks for work can be matched, neighbours to neighbours."""
         needed = self.network.genesis().parameters.dial_receipts
-        for index in ASKS:
+        for index in asks:
             while True:
                 offered = self.ask(index, "node_status", {}, NodeStatus).ask
                 if offered is not None and offered.open >= needed:
@@ -148,21 +151,10 @@ class Hunt:
                 self.network.start(index, environment={"TMPDIR": str(self.temporary)})
             self.network.wait_ready(timeout_seconds=120)
             self.wait_for_asks()
-            ports = {port for n in self.network.nodes for port in (n.port, n.carrier_port)}
-            capture: Capture | None = None
-            refused = ""
-            try:
-                capture = Capture(ports)
-            except (PermissionError, AttributeError) as error:
-                refused = str(error)
+            capture, refused = self.listen()
             seen = self.follow(self.submit(self.job_file("sealed", self.sealed, "")))
             if capture is not None:
-                capture.stop()
-                seen.captured = sum(map(len, capture.flows.values()))
-                seen.lost_share = capture.lost_share
-                seen.in_clear = sum(b"/tls/1.0.0" in data for data in capture.flows.values())
-                for flow, data in capture.flows.items():
-                    seen.in_flows += [f"{flow}: {name}" for name in self.needles.in_bytes(data)]
+                self.take(capture, seen)
             seen.no_capture = refused
             self.submit(self.job_file("open", self.open, '\nprivacy = "open"'))
             seen.open_in_files = Needles(self.open).in_files(self.network.directory)
@@ -175,6 +167,23 @@ class Hunt:
         for place in (Path("/dev/shm"), Path("/var/tmp")):
             seen.in_temporary += self.needles.in_files(place) if place.is_dir() else []
         return seen
+
+    def listen(self) -> tuple[Capture | None, str]:
+        """Capture what goes from and to all nodes; or why the system does not let us."""
+        ports = {port for n in self.network.nodes for port in (n.port, n.carrier_port)}
+        try:
+            return Capture(ports), ""
+        except (PermissionError, AttributeError) as error:
+            return None, str(error)
+
+    def take(self, capture: Capture, seen: Seen) -> None:
+        """Stop listening, and search what was heard."""
+        capture.stop()
+        seen.captured = sum(map(len, capture.flows.values()))
+        seen.lost_share = capture.lost_share
+        seen.in_clear = sum(b"/tls/1.0.0" in data for data in capture.flows.values())
+        for flow, data in capture.flows.items():
+            seen.in_flows += [f"{flow}: {name}" for name in self.needles.in_bytes(data)]
 
     def follow(self, job: str) -> Seen:
         """Search while the job runs, and once more when its model is there."""
@@ -205,7 +214,7 @@ class Hunt:
 
     def worker_with_text(self) -> int | None:
         """A worker process that has been given the text."""
-        for index in range(NODES):
+        for index in range(len(self.network.nodes)):
             for pid, kind in self.processes(index):
                 with suppress(OSError):
                     maps = Path(f"/proc/{pid}/maps").read_text() if kind == "worker" else ""
@@ -240,18 +249,25 @@ class Hunt:
                     seen.in_memory.setdefault((kind, node.name), set()).update(found)
 
     def processes(self, index: int) -> Iterator[tuple[int, str]]:
-        """(process id, "daemon", "carrier" or "worker") of a node."""
+        """(process id, "daemon", "carrier", "zygote" or "worker") of a node. What the zygote
+        forked is a worker, too."""
         daemon = self.network.process(index)
         assert daemon is not None
         yield daemon.pid, "daemon"
-        try:
-            text = Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children").read_text()
-            for pid in map(int, text.split()):
+        for pid in _children(daemon.pid):
+            with suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes()
-                if kind := re.search(rb"tdmld\.node\.(carrier|worker)\0", words):
+                if kind := re.search(rb"tdmld\.node\.(carrier|worker|zygote)\0", words):
                     yield pid, kind[1].decode()
-        except OSError:
-            return
+                    yield from ((forked, "worker") for forked in _children(pid))
+
+
+def _children(pid: int) -> list[int]:
+    """Of a process, but for those that it began in other threads."""
+    try:
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    except OSError:
+        return []
 
 
 @pytest.fixture(scope="module")
