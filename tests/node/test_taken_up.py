@@ -8,13 +8,20 @@ from typing import Any
 import pytest
 import trio
 
-from tdmld.node.errors import AuditImpossible
+from tdmld.node.errors import (
+    AuditImpossible,
+    ContentMismatch,
+    ContentUnavailable,
+    WorkerFailed,
+)
 from tdmld.node.jobfiles import boundaries
-from tdmld.node.layout import list_file
+from tdmld.node.layout import Layout, list_file, state
 from tdmld.node.machine import AuditTask, ContributionSource, FailureCause, SlotId, StateRoots
+from tdmld.train.errors import FileError
 from tdmld.train.numerics import check_torch
 from tdmld.train.segment import SegmentRecord, read_list
 from tdmld.train.spec import decode_spec
+from tdmld.train.statefile import part_file
 from tests.node.playkit import (
     JOB,
     Player,
@@ -256,3 +263,42 @@ async def test_a_rollback_removes_what_came_after_and_is_done_again(tmp_path: Pa
         # Made again and not kept: the salts of seals are new.
         assert salts != [read_list(list_file(player.directory, 1)).salt for player in players]
     await check(players, TWO_STAGES, tmp_path)
+
+
+async def test_given_weights_come_from_their_source_and_a_wrong_state_is_not_begun_with(
+    tmp_path: Path,
+) -> None:
+    drawn = encode_document(spec_document(**LONG, pipeline__cuts=[0, 4]))
+    roots, text = stations(tmp_path, 2)
+    async with open_machines(roots, drawn, text) as machines:
+        source, worker = machines
+        slot = SlotId(0, 0)
+        first = await source.genesis_roots(JOB, drawn, slot)
+        weights = state(Layout(roots[0]).standby(JOB, 0, 0), 0) / part_file("shared")
+        with pytest.raises(FileError, match="cut the weights again"):
+            await source.publish_given({bytes(32): weights})
+        await source.publish_given({first.shared: weights})
+        init = {"kind": "given", "roots": [first.shared.hex()]}
+        raw = encode_document(spec_document(**LONG, pipeline__cuts=[0, 4], init=init))
+        (player,) = cast(raw, [worker], roots[1:])
+        with pytest.raises(WorkerFailed, match="given"):
+            await player.open()
+        with pytest.raises(ContentUnavailable):
+            await worker.fetch_given(JOB, raw, slot, [source.session])
+        members = frozenset(machine.session for machine in machines)
+        await source.set_members(JOB, members, given=[first.shared])
+        await worker.fetch_given(JOB, raw, slot, [source.session])
+        await worker.fetch_given(JOB, raw, slot, [])
+        player.until = 1
+        assert await player.open() == first
+        await player.play()
+
+        record = player.records[0]
+        await worker.close_slot(JOB, slot, "to begin with another state")
+        await worker.forget_segments(JOB, slot, 1)
+        player.epoch, player.lowest, player.roots = 1, 1, StateRoots(bytes(32), bytes(32))
+        with pytest.raises(ContentMismatch, match="fetch it again"):
+            await player.open()
+        player.roots = StateRoots(record.end_shared, record.end_lane)
+        with pytest.raises(ContentUnavailable, match="fetch_slot_state"):
+            await player.open()
