@@ -118,7 +118,7 @@ class BenchNetwork:
 
     def fetch(self, job: str, out: Path) -> JobDetail:
         """Wait for a job's result and fetch it, as its submitter does; its last state."""
-        self._until(job, lambda found: found.result is not None)
+        self._until(job, lambda found: found.result is not None and len(found.result.holders) > 1)
         node = self.network
         command = [sys.executable, "-m", "tdmld", "job", "fetch", job, str(out), "--json"]
         command += ["--data-dir", str(node.data_dir(SUBMITTER))]

@@ -324,6 +324,10 @@ class WorkerChannel:
         except OSError as error:
             raise ControlError(f"the serving process is gone: {error}") from error
 
+    def may_run(self, segment: int) -> bool:
+        """Whether `segment` was granted, as far as the packets read so far say."""
+        return self._granted > segment
+
     def wait_for_grant(self, segment: int) -> tuple[int, ...]:
         """Return when `segment` may run, with the lanes whose contributions enter it."""
         while self._granted <= segment:

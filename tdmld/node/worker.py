@@ -6,7 +6,7 @@ a stage that reads it, is a memory file whose descriptor comes through another o
 
     live      take the state at the boundary where the slot begins (or make boundary 0), report its
               roots, then run each segment that is granted; after each: state, list (both synced),
-              then the packet
+              then the packet, while the next segment runs (`segmentkeeper`)
     genesis   make the slot's boundary 0, report its roots, end
     replay    load a state, run one segment from logged frames, write its list, end
 
@@ -23,7 +23,6 @@ import errno
 import logging
 import os
 import resource
-import secrets
 import signal
 import socket
 import sys
@@ -45,6 +44,7 @@ from tdmld.node.channel import (
 from tdmld.node.errors import ControlError, FailureCause
 from tdmld.node.layout import contributions, disk_text, list_file, state
 from tdmld.node.parentdeath import die_with_parent, leave_no_core
+from tdmld.node.segmentkeeper import SegmentKeeper
 from tdmld.node.worker_task import EXIT_TASK, EXITS, Task, decode_task
 from tdmld.train.channel import LogChannel
 from tdmld.train.data import Tokens
@@ -52,7 +52,7 @@ from tdmld.train.digest import data_root
 from tdmld.train.errors import FileError, TrainError
 from tdmld.train.limits import SPEC_BYTES
 from tdmld.train.numerics import check_environment, check_torch, worker_device
-from tdmld.train.segment import SegmentRecord, StepReport, read_list, write_list
+from tdmld.train.segment import StepReport, write_list
 from tdmld.train.spec import Spec, decode_spec
 
 if TYPE_CHECKING:
@@ -60,7 +60,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SALT_BYTES = 32
 OPEN_FILES = 512
 """Descriptors that a worker may have: sockets, state files, mapped logs, what torch opens."""
 
@@ -128,34 +127,23 @@ def _live(task: Task, spec: Spec, slot: "Slot", directory: Path, channel: Worker
             )
         )
 
-    for segment in range(task.boundary, spec.rounds):
-        included = channel.wait_for_grant(segment)
-        record = run_segment(
-            slot,
-            segment,
-            channel,
-            on_step,
-            included=included,
-            contributions=contributions(directory),
-        )
-        slot.save(_new_state(directory, segment + 1))
-        _keep_list(list_file(directory, segment), record)
-        channel.report(Segment(segment))
-
-
-def _keep_list(path: Path, record: SegmentRecord) -> None:
-    """Write the list of a segment, unless it is there from a time before. FileError when that one
-    has another record."""
-    try:
-        before = read_list(path).record
-    except FileError:
-        write_list(path, record, secrets.token_bytes(SALT_BYTES))
-        return
-    if before != record:
-        raise FileError(
-            f"segment {record.segment} came out otherwise than before; memory or disk of this"
-            " machine is not reliable"
-        )
+    with SegmentKeeper(directory, channel) as keeper:
+        for segment in range(task.boundary, spec.rounds):
+            if not channel.may_run(segment):
+                # What it waits for may follow from the segment that is being kept.
+                keeper.wait()
+            included = channel.wait_for_grant(segment)
+            record = run_segment(
+                slot,
+                segment,
+                channel,
+                on_step,
+                included=included,
+                contributions=contributions(directory),
+            )
+            keeper.wait()
+            keeper.keep(record, slot.begin_save(_new_state(directory, segment + 1)))
+        keeper.wait()
 
 
 def _replay(task: Task, spec: Spec, slot: "Slot", directory: Path, channel: WorkerChannel) -> None:

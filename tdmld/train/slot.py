@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tdmld.files import Aside, settle_all
 from tdmld.train.data import Tokens
 from tdmld.train.device import open_device
 from tdmld.train.digest import Leaf, digest, state_root
@@ -18,9 +19,9 @@ from tdmld.train.statefile import (
     PARTS,
     StateFile,
     TensorData,
+    begin_safetensors,
     part_file,
     state_tensors,
-    write_safetensors,
 )
 from tdmld.train.wire import tensor_bytes
 
@@ -195,10 +196,23 @@ class Slot:
 
     def save(self, directory: Path) -> Roots:
         """Write shared.safetensors and lane.safetensors durably; OSError when that fails."""
-        directory.mkdir(parents=True, exist_ok=True)
-        for part in PARTS:
-            write_safetensors(directory / part_file(part), self._tensors(part))
+        settle_all(self.begin_save(directory))
         return self.roots()
+
+    def begin_save(self, directory: Path) -> list[Aside]:
+        """The files of `save`, written but neither synced nor in their places: settle them, in
+        this order. The slot may go on meanwhile. OSError."""
+        directory.mkdir(parents=True, exist_ok=True)
+        files: list[Aside] = []
+        try:
+            for part in PARTS:
+                path = directory / part_file(part)
+                files.append(begin_safetensors(path, self._tensors(part)))
+        except BaseException:  # whatever it was: no half file stays
+            for file in files:
+                file.discard()
+            raise
+        return files
 
     def load(self, directory: Path) -> Roots:
         """Take the state from a snapshot; FileError when it is not one of this slot.

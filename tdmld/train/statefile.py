@@ -19,7 +19,7 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 from blake3 import blake3
 
-from tdmld.files import write_file
+from tdmld.files import Aside, write_aside
 from tdmld.train import limits
 from tdmld.train.digest import DIGEST_BYTES, Buffer, Leaf, digest, state_root
 from tdmld.train.errors import FileError
@@ -116,6 +116,14 @@ def write_safetensors(
 
     ValueError for a tensor whose bytes do not fit its shape; OSError leaves an old file in place.
     """
+    begin_safetensors(path, tensors, metadata).settle()
+
+
+def begin_safetensors(
+    path: Path, tensors: Sequence[TensorData], metadata: Mapping[str, str] | None = None
+) -> Aside:
+    """As `write_safetensors`, but nothing is synced or in its place before the caller settles it.
+    The tensors may change meanwhile."""
     ordered = sorted(tensors, key=lambda tensor: tensor.name)
     for before, tensor in zip([None, *ordered], ordered, strict=False):
         size = prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
@@ -124,7 +132,7 @@ def write_safetensors(
     header = _header([tensor[:3] for tensor in ordered], metadata or {})
     chunks: list[bytes | memoryview] = [_LENGTH.pack(len(header)), header]
     chunks += [memoryview(tensor.data) for tensor in ordered]
-    write_file(path, chunks)
+    return write_aside(path, chunks)
 
 
 class StateFile:

@@ -156,8 +156,9 @@ def wrap(reaper: Reaper) -> None:
     def listing(write: Any) -> Any:
         def call(*arguments: Any, **named: Any) -> Any:
             write(*arguments, **named)
-            if reaper._slot is not None:
-                reaper.reached(COMMITMENT, reaper._slot.step)
+            # Lists are written while the next segment runs: the slot may stand elsewhere.
+            if steps := arguments[1].steps:
+                reaper.reached(COMMITMENT, steps[-1].step + 1)
 
         return call
 
@@ -165,7 +166,7 @@ def wrap(reaper: Reaper) -> None:
     around(runner._Step, "run", stepping)
     around(model.StageModule, "forward", at(FORWARD))
     around(torch.autograd, "backward", at(BACKWARD))
-    around(slots, "write_safetensors", at(SNAPSHOT))
+    around(slots, "begin_safetensors", at(SNAPSHOT))
     around(WorkerChannel, "send", sending)
     around(segment, "write_list", listing)
 
