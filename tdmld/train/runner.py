@@ -130,8 +130,8 @@ def mean_loss(losses: Sequence[torch.Tensor]) -> float:
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:
-    """Whether every value is finite. A sum is not when one of them is not, and costs a
-    fortieth of looking at each; the sum of large finite ones may overflow, so it alone accuses nobody."""
+    """Whether every value is finite. A sum is not when one of them is not, and costs a fortieth of
+    looking at each; that of large finite ones may overflow, so the sum alone accuses nobody."""
     return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
