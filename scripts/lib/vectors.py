@@ -20,6 +20,7 @@ from scripts.lib.vectors_formats import blocks, encoding, genesis  # noqa: E402
 from scripts.lib.vectors_jobs import ledger_match, ledger_segments  # noqa: E402
 from scripts.lib.vectors_lanes import ledger_lanes  # noqa: E402
 from scripts.lib.vectors_ledger import ledger_money  # noqa: E402
+from scripts.lib.vectors_repairs import ledger_repairs  # noqa: E402
 from scripts.lib.vectors_stakes import ledger_stakes  # noqa: E402
 
 DIRECTORY = ROOT / "tests" / "vectors"
@@ -36,6 +37,7 @@ FILES: dict[str, Callable[[], dict[str, Any]]] = {
     "ledger-audits": ledger_audits,
     "ledger-settle": ledger_settle,
     "ledger-lanes": ledger_lanes,
+    "ledger-repairs": ledger_repairs,
 }
 
 

@@ -34,6 +34,7 @@ from tdmld.chain.codec import Record
 from tdmld.chain.records import (
     FINAL,
     AuditStatus,
+    Cause,
     CloseReason,
     JobStatus,
     ProofStatus,
@@ -117,6 +118,7 @@ def test_every_limit_stands_there_with_its_value() -> None:
         ("Values of `Segment` proof", ProofStatus),
         ("Values of `Audit` status", AuditStatus),
         ("Values of `Due` timer", Timer),
+        ("Values of `Former` cause", Cause),
     ],
 )
 def test_every_status_stands_there(line: str, values: type[StrEnum]) -> None:

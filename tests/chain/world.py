@@ -30,7 +30,7 @@ from tdmld.chain.ledger import (
     next_due,
     recount,
 )
-from tdmld.chain.limits import STANDBY_SLOT
+from tdmld.chain.limits import LANES, STANDBY_SLOT
 from tdmld.chain.records import AuditStatus, Job, JobStatus, Member, ProofStatus, SlotState
 from tdmld.chain.segments import audit_list_root, links_of, other_end
 from tdmld.chain.state import State
@@ -295,7 +295,11 @@ class World:
         lanes = fields["lanes"]
         assert isinstance(lanes, int)
         if lanes > 1:
-            fields = {"lane_mode": LaneMode.SYNC, "lane_weights": (1,) * lanes, **fields}
+            fields = {
+                "lane_mode": LaneMode.SYNC,
+                "lane_weights": (1,) * min(lanes, LANES),
+                **fields,
+            }
         return Offer(**fields)  # type: ignore[arg-type]
 
     def submit(self, **changes: object) -> bytes:
