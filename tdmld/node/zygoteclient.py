@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 START_SECONDS = 120.0
 """For the imports, on a slow disk."""
+FORK_SECONDS = 30.0
+"""For a fork; a zygote that hangs keeps nobody from starting a worker."""
 STATUS_SECONDS = 2.0
 """For the zygote to say how a worker ended that has ended."""
 BACKOFF_FIRST_SECONDS = 5.0
@@ -41,6 +43,10 @@ class ForkedWorker(Process):
     def tell(self, status: int) -> None:
         """The zygote says how it ended."""
         self._status = status
+        self._told.set()
+
+    def orphaned(self) -> None:
+        """The zygote is gone; nobody will say how it ended."""
         self._told.set()
 
     async def watch(self) -> None:
@@ -125,8 +131,9 @@ class ZygoteClient:
             others = tuple(fd for fd in (memory, text) if fd is not None)
             request = Fork(number, task, memory is not None, text is not None)
             try:
-                await self._socket.send(encode(request), (end, output.fileno(), *others))
-                await wanted.answered.wait()
+                with trio.move_on_after(FORK_SECONDS):
+                    await self._socket.send(encode(request), (end, output.fileno(), *others))
+                    await wanted.answered.wait()
             except ControlError as error:
                 log.warning("%s", error)
             except trio.Cancelled:
@@ -182,6 +189,8 @@ class ZygoteClient:
             self._socket = None
             self.pid = None
             sock.close()
+            for worker in self._workers.values():
+                worker.orphaned()
             self._workers.clear()
             for wanted in self._wanted.values():
                 wanted.answered.set()

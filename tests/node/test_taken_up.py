@@ -233,6 +233,11 @@ async def test_a_replacement_goes_on_from_a_copy_and_the_logs_of_its_neighbours(
                 roots=held[0],
             )
             await third.fetch_slot_state(JOB, TWO_STAGES, above.slot, 2, [], held[0])
+            # As a witness it gets what the lower slot sent, and nothing that was not sent.
+            for seq, sent in ((0, True), (10_000, False)):
+                assert sent is await third.probe_frame(
+                    JOB, TWO_STAGES, below.slot, 0, "up", seq, lower.session
+                )
             await again.open()
             await lower.set_link_peer(JOB, below.slot, "up", third.session, 1)
             await again.play()
