@@ -127,7 +127,7 @@ def sample_text(
     model = load_model(directory)
     span = context or cast(int, model.config.max_position_embeddings)
     generator = torch.Generator().manual_seed(seed)
-    tokens = encoder.encode([prompt])[0] or [10]
+    tokens = encoder.encode([prompt])[0].tolist() or [min(10, encoder.vocabulary - 1)]
     with torch.no_grad():
         for _ in range(length):
             window = torch.tensor([tokens[-span:]], dtype=torch.long)

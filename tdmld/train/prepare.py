@@ -10,9 +10,10 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol
+from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tdmld.files import FileTooLarge, read_file, sync_directory, write_file
 from tdmld.train import limits
@@ -29,6 +30,9 @@ from tdmld.train.tokens import (
     token_width,
     write_manifest,
 )
+
+Numbers = NDArray[np.unsignedinteger[Any]]
+"""Tokens, little-endian, of the encoder's width."""
 
 _BATCH_PIECES = 64
 _BATCH_BYTES = 4 << 20
@@ -53,11 +57,11 @@ class Encoder(Protocol):
         """Bytes a token."""
         ...
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
+    def encode(self, texts: list[str]) -> list[Numbers]:
         """The numbers of each text."""
         ...
 
-    def end(self, text: str) -> list[int]:
+    def end(self, text: str) -> Numbers:
         """The numbers of the end mark; FileError when the tokenizer has no such token."""
         ...
 
@@ -73,13 +77,13 @@ class ByteEncoder:
     vocabulary = 256
     width: Literal[1, 2, 4] = 1
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
+    def encode(self, texts: list[str]) -> list[Numbers]:
         """See `Encoder`."""
-        return [list(text.encode("utf-8")) for text in texts]
+        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
 
-    def end(self, text: str) -> list[int]:
+    def end(self, text: str) -> Numbers:
         """The bytes of any text."""
-        return list(text.encode("utf-8"))
+        return self.encode([text])[0]
 
     def decode(self, numbers: list[int]) -> str:
         """Bytes that are no UTF-8 appear as replacement characters."""
@@ -114,17 +118,17 @@ class FileEncoder:
         self.identity = hashlib.sha256(self.raw).hexdigest()
         self.width: Literal[1, 2, 4] = token_width(self.vocabulary)
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
+    def encode(self, texts: list[str]) -> list[Numbers]:
         """See `Encoder`. The order does not depend on the number of cores."""
         found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in found]
+        return [np.asarray(encoding.ids, dtype=f"<u{self.width}") for encoding in found]
 
-    def end(self, text: str) -> list[int]:
+    def end(self, text: str) -> Numbers:
         """The one token with this name."""
         number = self._tokenizer.token_to_id(text)
         if number is None:
             raise FileError(f"the tokenizer has no token {text!r}; look into tokenizer.json")
-        return [number]
+        return np.asarray([number], dtype=f"<u{self.width}")
 
     def decode(self, numbers: list[int]) -> str:
         """See `Encoder`."""
@@ -152,7 +156,7 @@ def prepare(
     tokens, or more than a job can have; OSError from the disk. What was there before stays until
     all is written.
     """
-    mark = encoder.end(end) if end else []
+    mark = encoder.end(end) if end else None
     out.mkdir(parents=True, exist_ok=True)
     aside = out / f".{TOKENS_FILE}.{os.getpid()}.new"
     try:
@@ -162,7 +166,9 @@ def prepare(
                 for piece, numbers in zip(
                     batch, encoder.encode([piece.text for piece in batch]), strict=True
                 ):
-                    writer.write(piece, numbers + mark if piece.last else numbers)
+                    writer.write(piece, numbers)
+                    if piece.last and mark is not None:
+                        writer.append(mark)
                 if on_progress is not None:
                     on_progress(writer.tokens)
                 if writer.full:
@@ -217,14 +223,19 @@ class _Writer:
         self.tokens = self.documents = self.text_bytes = self.greatest = 0
         self.full = False
 
-    def write(self, piece: Piece, numbers: list[int]) -> None:
+    def write(self, piece: Piece, numbers: Numbers) -> None:
         """Append a piece's tokens, as many as there is room for."""
-        if self.full:
-            return
+        if not self.full:
+            self.documents += piece.last
+            self.text_bytes += len(piece.text.encode("utf-8"))
+            self.append(numbers)
+
+    def append(self, numbers: Numbers) -> None:
+        """Append tokens, as many as there is room for."""
         if self._most is not None and self.tokens + len(numbers) >= self._most:
             numbers = numbers[: self._most - self.tokens]
             self.full = True
-        if not numbers:
+        if not len(numbers):
             return
         self.tokens += len(numbers)
         if self.tokens * self._width > limits.TEXT_BYTES:
@@ -232,7 +243,5 @@ class _Writer:
                 f"more than {limits.TEXT_BYTES // self._width:,} tokens; "
                 "a job has no more: give --most, or fewer sources"
             )
-        self.greatest = max(self.greatest, max(numbers))
-        self.documents += piece.last
-        self.text_bytes += len(piece.text.encode("utf-8"))
-        self._file.write(np.asarray(numbers, dtype=f"<u{self._width}").tobytes())
+        self.greatest = max(self.greatest, int(numbers.max()))
+        self._file.write(numbers.tobytes())
