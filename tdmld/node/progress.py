@@ -11,6 +11,7 @@ Where the time of a step went:
     chain      it waited for leave to go on: settlement, or a round that is not decided
 """
 
+import statistics
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class Progress:
     restarts: int = 0
     """Times that its worker was started again."""
     _recent: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     _between: dict[str, float] = field(default_factory=dict)
     """What passed since the last step, by kind."""
     _stepped: float | None = None
@@ -47,6 +49,7 @@ class Progress:
         self.phase, self.step, self.failed = "running", event.step + 1, ""
         self.loss, self.gradient_norm, self.seconds = event.loss, event.gradient_norm, event.seconds
         self._recent.append({**dict.fromkeys(KINDS, 0.0), **event.timings, **self._between})
+        self._seconds.append(event.seconds)
         self._between = {}
         self._stepped = now
 
@@ -77,5 +80,6 @@ class Progress:
 
     @property
     def step_seconds(self) -> float:
-        """Mean seconds of the recent steps, everything included; 0 before the first one."""
-        return sum(self.times.values())
+        """What a step usually takes here, in seconds: the median of the recent ones, so that a
+        long wait is no measure of what is usual. 0 before the first one."""
+        return statistics.median(self._seconds) if self._seconds else 0.0
