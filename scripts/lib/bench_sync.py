@@ -10,7 +10,7 @@ of tokens in the same windows, with the same steps, schedule and K:
 
 Bytes are the payload that leaves one lane for others (a contribution or a tensor once, however many
 lanes fetch it). All lanes are run by the product's own runner, without a network.
-`--paper` is the experiment of the paper behind the project: see `papersync`.
+
 
     scripts/bench sync [--steps N] [--seeds N] [--json FILE]
 """
@@ -28,6 +28,7 @@ from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from msgspec import to_builtins
 from report import ROOT, Report, say
 
 from tdmld.train.data import Tokens
@@ -60,7 +61,7 @@ micro_batches = 1
 micro_batch_size = %(batch)d
 precision = "fp32"
 wire = "fp32"
-optimizer = { name = "adamw", lr = "%(lr)s", betas = ["0.9", "0.95"], eps = "1e-8", weight_decay = "0.1" }
+optimizer = { name = "adamw", lr = "%(lr)s", %(adamw)s }
 schedule = { kind = "linear", warmup = %(warmup)d, decay_from = %(decay)d, floor = "0.1" }
 clip = { kind = "stage", norm = "1.0" }
 [pipeline]
@@ -82,6 +83,7 @@ SETTINGS: dict[str, Any] = {
     "steps": 480,
     "batch": 4,
     "lr": "3e-3",
+    "adamw": 'betas = ["0.9", "0.95"], eps = "1e-8", weight_decay = "0.1"',
     "warmup": 40,
     "decay": 320,
     "every": 10,
@@ -269,3 +271,52 @@ def run_all(tasks: Sequence[Task]) -> list[tuple[float, int, float]]:
     pin_process()  # before the children import torch
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
         return list(pool.imap(run, tasks))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=SETTINGS["steps"], help="of each lane")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each way; means are shown")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    report = Report("scripts/bench sync")
+    every = SETTINGS["every"]
+    steps = max(1, arguments.steps // every) * every
+    base = SETTINGS | {"steps": steps, "decay": steps * 2 // 3, "warmup": steps // 12}
+    tasks: list[Task] = [
+        (way, base | {"seed": seed + 1}) for seed in range(arguments.seeds) for way in WAYS
+    ]
+    say(f"{len(tasks)} trainings of {steps} steps a lane, K = {every}, two at a time")
+    losses: dict[str, list[float]] = {way: [] for way in WAYS}
+    sent: dict[str, int] = {}
+    for (way, settings), (loss, told, seconds) in zip(tasks, run_all(tasks), strict=True):
+        losses[way].append(loss)
+        sent[way] = told
+        name = f"{way}, seed {settings['seed']}"
+        say(f"{name:18} {loss:.4f} nats a byte, {told:,} bytes, {seconds:.0f} s")
+    found = {way: mean(values) for way, values in losses.items()}
+    spec, _ = load(base, DILOCO)
+    report.document |= {
+        "steps": steps,
+        "tokens_per_lane": steps * base["batch"] * 64,
+        "segment_steps": every,
+        "parameters": sum(weight.count for weight in spec.weights(0)),
+        "outer": to_builtins(spec.outer),
+        "repeats": arguments.seeds,
+        "loss_dense": found["dense"],
+        "loss_ours": found["ours"],
+        "loss_ratio": found["ours"] / found["dense"],
+        "loss_allreduce": found["allreduce"],
+        "loss_single_lane": found["single"],
+        "loss_ours_to_single_lane": found["ours"] / found["single"],
+        "bytes_dense": sent["dense"],
+        "bytes_ours": sent["ours"],
+        "bytes_allreduce": sent["allreduce"],
+        "bytes_ratio": sent["ours"] / sent["dense"],
+    }
+    report.finish(arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -20,6 +20,7 @@ from tdmld.train.contribution import (
     MAGIC,
     chunk_sizes,
     contribution_size,
+    low_bits,
 )
 from tdmld.train.digest import Buffer, digest
 from tdmld.train.errors import FileError
@@ -149,7 +150,8 @@ def _encode_rows(rows: Floats, density: int, bits: int) -> tuple[bytes, bytes, b
     indices = _kept(rows, min(density, rows.shape[1]))
     values = np.take_along_axis(rows, indices, axis=1)
     scales, numbers = _quantize(values, bits)
-    return scales.astype("<f4").tobytes(), _pack_indices(indices), _pack_numbers(numbers, bits)
+    packed = _pack_indices(indices, rows.shape[1])
+    return scales.astype("<f4").tobytes(), packed, _pack_numbers(numbers, bits)
 
 
 def _kept(rows: Floats, kept: int) -> NDArray[np.int64]:
@@ -186,10 +188,12 @@ def _decode_rows(
 ) -> tuple[NDArray[np.int64], Floats]:
     """(indices, values) of chunks of one length; FileError unless they are spelled as made."""
     scales = np.frombuffer(part[0], dtype="<f4").astype(np.float32).reshape(count, -1)
-    indices = _unpack_indices(part[1], count, kept)
+    indices = _unpack_indices(part[1], count, kept, length)
+    if indices is None:
+        raise FileError(f"{named}: wrong indices; the slot that made it is at fault")
     numbers = _unpack_numbers(part[2], count, kept, bits)
     ordered = (np.diff(indices, axis=1) > 0).all() and (indices < length).all()
-    if not ordered or _pack_indices(indices) != part[1]:
+    if not ordered or _pack_indices(indices, length) != part[1]:
         raise FileError(f"{named}: indices out of order; the slot that made it is at fault")
     sound = np.isfinite(scales).all() and (scales >= 0).all()
     if bits == 2:
@@ -206,23 +210,30 @@ def _decode_rows(
     return indices, np.where(numbers & 1, -size, size)
 
 
-def _pack_indices(indices: NDArray[np.int64]) -> bytes:
-    """12 bits each, two in three bytes, from the low bit on."""
+def _pack_indices(indices: NDArray[np.int64], length: int) -> bytes:
+    """Elias-Fano: low bits, then a bitmap of the rest in unary; each row in bytes of its own."""
     rows, kept = indices.shape
-    pairs = np.zeros((rows, -(-kept // 2) * 2), dtype=np.uint16)
-    pairs[:, :kept] = indices
-    first, second = pairs[:, 0::2], pairs[:, 1::2]
-    packed = np.stack((first & 255, first >> 8 | (second & 15) << 4, second >> 4), axis=2)
-    return packed.astype(np.uint8).reshape(rows, -1)[:, : -(-12 * kept // 8)].tobytes()
+    low = low_bits(length, kept)
+    shifts = np.arange(low)
+    lows = (indices[:, :, None] >> shifts & 1).astype(np.uint8).reshape(rows, kept * low)
+    highs = np.zeros((rows, kept + (length - 1 >> low) + 1), dtype=np.uint8)
+    np.put_along_axis(highs, (indices >> low) + np.arange(kept), 1, axis=1)
+    return np.packbits(np.hstack((lows, highs)), axis=1, bitorder="little").tobytes()
 
 
-def _unpack_indices(raw: memoryview, rows: int, kept: int) -> NDArray[np.int64]:
-    width = -(-12 * kept // 8)
-    data = np.zeros((rows, -(-kept // 2) * 3), dtype=np.int64)
-    data[:, :width] = np.frombuffer(raw, dtype=np.uint8).reshape(rows, width)
-    low, middle, high = data[:, 0::3], data[:, 1::3], data[:, 2::3]
-    pairs = np.stack((low | (middle & 15) << 8, middle >> 4 | high << 4), axis=2)
-    return pairs.reshape(rows, -1)[:, :kept]
+def _unpack_indices(raw: memoryview, rows: int, kept: int, length: int) -> NDArray[np.int64] | None:
+    """The indices, or None when a bitmap has not one bit for each."""
+    low = low_bits(length, kept)
+    high = kept + (length - 1 >> low) + 1
+    data = np.frombuffer(raw, dtype=np.uint8).reshape(rows, -1)
+    bits = np.unpackbits(data, axis=1, bitorder="little")
+    highs = bits[:, kept * low : kept * low + high]
+    if (highs.sum(axis=1) != kept).any():
+        return None
+    upper = np.nonzero(highs)[1].reshape(rows, kept) - np.arange(kept)
+    lows = bits[:, : kept * low].reshape(rows, kept, low).astype(np.int64)
+    lower: NDArray[np.int64] = (lows << np.arange(low)).sum(axis=2)
+    return upper << low | lower
 
 
 def _pack_numbers(numbers: NDArray[Any], bits: int) -> bytes:

@@ -3,12 +3,16 @@
     head        "tdmldct1" ‖ lane u32 ‖ stage u32 ‖ round u32 ‖ density u16 ‖ bits u16 ‖
                   values u64 ‖ buffer values u64                                  (big-endian)
     chunks      of 4096 values of the flat delta, the last one shorter, each with k = min(density,
-                  its length) kept ones:
+                  its length n) kept ones:
                   scales      2 bits: float32 low, float32 high; 8 bits: float32 scale
-                  indices     k x 12 bits, ascending, packed from the low bit on, zeros behind
-                  numbers     k x 2 bits (bit 0 negative, bit 1 high) or k int8, packed likewise
+                  indices     ascending, Elias-Fano: with l = floor(log2(n / k)) the l low bits of
+                              each, then a bitmap of k + floor((n - 1) / 2^l) + 1 bits in which the
+                              j-th one stands at j + (index >> l)
+                  numbers     k x 2 bits (bit 0 negative, bit 1 high) or k int8
     buffers     the float buffers (running statistics) as float32
-                                                        (scales and numbers are little-endian)
+
+Bits are packed from the low bit of each byte on, with zeros behind the last one; scales, buffers
+and numbers are little-endian.
 
 The flat delta is (weights before the K steps - weights after them) of all parameters of the stage,
 in the order of their names, plus the fed-back residual. All parts of one kind stand together: the
@@ -20,7 +24,7 @@ import struct
 from typing import NamedTuple
 
 CHUNK = 4096
-"""Values among which the greatest are chosen; an index into it has 12 bits."""
+"""Values among which the greatest are chosen."""
 MAGIC = b"tdmldct1"
 HEAD = struct.Struct("!8sIIIHHQQ")
 SCALE_BYTES = {2: 8, 8: 4}
@@ -40,10 +44,17 @@ class Sizes(NamedTuple):
         return self.scales + self.indices + self.numbers
 
 
+def low_bits(length: int, kept: int) -> int:
+    """How many low bits of an index stand by themselves."""
+    return (length // kept).bit_length() - 1
+
+
 def chunk_sizes(length: int, density: int, bits: int) -> Sizes:
     """Sizes of a chunk of `length` values."""
     kept = min(density, length)
-    return Sizes(kept, SCALE_BYTES[bits], -(-12 * kept // 8), -(-bits * kept // 8))
+    low = low_bits(length, kept)
+    indices = kept * low + kept + (length - 1 >> low) + 1
+    return Sizes(kept, SCALE_BYTES[bits], -(-indices // 8), -(-bits * kept // 8))
 
 
 def contribution_size(values: int, buffers: int, density: int, bits: int) -> int:

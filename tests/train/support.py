@@ -166,7 +166,7 @@ class QueueChannel:
         self.held: dict[tuple[str, int], bytes] = {}
 
     def receive(self, link: str, seq: int) -> memoryview:
-        number, payload = self.boxes[self.lane, self.stage, link].get(timeout=60)
+        number, payload = self.boxes[self.lane, self.stage, link].get(timeout=600)
         assert number == seq
         self.logs[link].append(seq, bytes(64), payload)
         self.held[link, seq] = payload
@@ -191,7 +191,7 @@ class Meeting:
         """The lanes that enter the outer step of `segment`; returns when all slots ask."""
         if segment == 0:
             return ()
-        self._barrier.wait(timeout=120)
+        self._barrier.wait(timeout=600)
         return tuple(self._included.get(segment - 1, self._lanes))
 
     def abort(self) -> None:

@@ -87,7 +87,9 @@ def test_nothing_and_next_to_nothing_survive(bits: int) -> None:
 def test_the_bytes_are_as_many_times_fewer_as_the_format_says() -> None:
     spec = spec_of()
     whole, rest = divmod(stage_parameters(spec, 0), 4096)
-    assert spec.contribution_bytes(0) == HEAD.size + (whole + bool(rest)) * (8 + 96 + 16)
+    assert spec.contribution_bytes(0) == HEAD.size + (whole + bool(rest)) * (
+        8 + (64 * 6 + 64 + 64) // 8 + 16
+    )
 
 
 def test_a_delta_that_is_not_finite_or_of_another_size_is_no_contribution() -> None:
@@ -112,8 +114,7 @@ def test_changed_bytes_are_refused_or_another_contribution(data: st.DataObject) 
     cut = data.draw(st.integers(0, 3))
     try:
         found = decode_contribution(spec, PLACE, bytes(raw[: len(raw) - cut]))
-    except FileError as error:
-        assert "lane 1, stage 0 to round 3" in str(error)
+    except FileError:
         return
     assert not cut
     assert (np.diff(found.places) > 0).all()
@@ -138,7 +139,8 @@ def test_what_an_attacker_would_write_is_refused(tmp_path: Any) -> None:
         (changed(HEAD.size, infinite), "scales"),
         (changed(HEAD.size, negative), "scales"),
         (changed(HEAD.size, np.float32(1e30).tobytes()), "scales"),  # above the high one
-        (changed(indices, raw[indices + 1 : indices + 2] * 3), "order"),
+        (changed(indices, bytes(48) + b"\xff" * 8 + bytes(8)), "order"),  # all of them 0
+        (changed(indices + 48, b"\xff" * 16), "wrong indices"),
     ):
         with pytest.raises(FileError, match=why):
             decode_contribution(spec, PLACE, bad)

@@ -87,3 +87,14 @@ def test_lanes_of_different_weight_meet_at_every_step(
         **(BASE | {"pipeline__lanes": lanes if wire == "bf16" else lanes | {"wire": wire}}),
     )
     check_equal(spec, tmp_path, replay=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "resnet"])
+@pytest.mark.parametrize("stages", [2, 3])
+def test_a_split_job_of_an_untied_model_runs_in_a_ring(
+    family: str, stages: int, tmp_path: Path
+) -> None:
+    spec = family_spec(family, stages, **(BASE | {"privacy": "split"}))
+    assert spec.is_ring
+    assert [spec.reads_text(stage) for stage in range(stages)] == [True] + [False] * (stages - 1)
+    check_equal(spec, tmp_path, replay=True)
