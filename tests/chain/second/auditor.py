@@ -70,7 +70,7 @@ def money(state: dict[bytes, bytes]) -> dict[str, int]:
         elif key[:1] == b"b":
             unbonding += sum(amount for _, amount, _ in unpack(value)[0])
         elif key[:1] == b"j":
-            escrows += sum(unpack(value)[20:24])
+            escrows += sum(unpack(value)[23:27])
     counted = [balances, stakes, unbonding, escrows]
     check(recorded[1:5] == counted, "the chain recorded other sums")
     check(sum(counted) + recorded[5] == recorded[0], "money is not conserved")
@@ -83,7 +83,7 @@ def check_indexes(state: dict[bytes, bytes]) -> None:
     for name, wanted in (
         (b"k", {key[1:] for key in state if key[:1] == b"k"}),
         (b"w", {key[1:] for key in state if key[:1] == b"w"}),
-        (b"j", {k[1:] for k, v in state.items() if k[:1] == b"j" and unpack(v)[25] not in FINAL}),
+        (b"j", {k[1:] for k, v in state.items() if k[:1] == b"j" and unpack(v)[28] not in FINAL}),
     ):
         found = set[bytes]()
         for key, value in state.items():
