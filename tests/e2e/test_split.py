@@ -1,5 +1,7 @@
 """A split job: the submitter's node works in the first stage itself, and shows its text to nobody.
 
+The job goes on from given weights, of which the first stage's stay where they are, too.
+
 Seven nodes: the first one validates, submits and asks for work like the five behind it; the last
 one looks on. The text is full of a random word, which fits into a window of training: as text,
 tokens or labels it may be in the memory of the submitter's own carrier and worker, nowhere else.
@@ -11,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +21,7 @@ import pytest
 
 from tdmld import devnet
 from tdmld.rpc.types import FINAL_JOB_STATES, JobDetail
-from tests.e2e.test_sealed import ROOT, SUBMITTER, WINDOWS, Hunt, Seen
+from tests.e2e.test_sealed import PATIENCE_SECONDS, ROOT, SUBMITTER, WINDOWS, Hunt, Seen
 
 NODES, BYSTANDER = 7, 6
 
@@ -54,7 +57,8 @@ class SplitHunt(Hunt):
         )
 
     def job_file(self, name: str, word: str, privacy: str) -> Path:
-        """Three stages in a ring, four steps in two segments, every segment audited."""
+        """Three stages in a ring, four steps in two segments, every segment audited, from weights
+        that were trained before."""
         path = super().job_file(name, word, privacy)
         config = json.loads((ROOT / "tests" / "jobs" / "config.json").read_text())
         (path.parent / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
@@ -68,6 +72,9 @@ class SplitHunt(Hunt):
             assert old in toml
             toml = toml.replace(old, new, 1)
         path.write_text(toml)
+        before = self.tdmld("reference", path, "--out", self.directory / "before")
+        assert 'init = "seed"' in toml
+        path.write_text(toml.replace('init = "seed"', f'init = "{before["export_dir"]}"'))
         return path
 
     def tdmld(self, *arguments: object) -> dict[str, object]:
@@ -79,6 +86,7 @@ class SplitHunt(Hunt):
 
     def run_split(self) -> SplitSeen:
         job_file = self.job_file("split", self.sealed, '\nprivacy = "split"')
+        self.deadline = time.monotonic() + 2 * PATIENCE_SECONDS
         with self.network:
             for index in range(NODES):
                 self.network.start(index, environment={"TMPDIR": str(self.temporary)})
@@ -109,8 +117,8 @@ class SplitHunt(Hunt):
         return seen
 
     def watch(self, job: str, seen: SplitSeen) -> JobDetail:
-        """Search while the job runs, and once more when its model is there."""
-        detail = self.look(job)
+        """Search twice while the job runs, and once more when its model is there."""
+        detail, searched = self.look(job), False
         while detail.summary.state not in FINAL_JOB_STATES and detail.result is None:
             if not seen.searched_live and (worker := self.worker_with_text()) is not None:
                 os.kill(worker, signal.SIGSTOP)
@@ -120,8 +128,9 @@ class SplitHunt(Hunt):
                 finally:
                     os.kill(worker, signal.SIGCONT)
                 seen.searched_live = True
-            if detail.losses:
-                self.search_memory(seen)  # while activations and gradients go round
+            if detail.losses and not searched:
+                self.search_memory(seen)  # activations and gradients have gone round
+                searched = True
             detail = self.look(job)
         assert detail.result is not None, (detail.summary.state, detail.summary.reason)
         self.search_memory(seen)
