@@ -2,6 +2,8 @@
 
 import logging
 
+import trio
+
 from tdmld.chain.crypto import address
 from tdmld.chain.records import Job
 from tdmld.chain.state import State
@@ -24,6 +26,10 @@ from tdmld.node.errors import ContentError
 from tdmld.node.rounds import contribution_of
 
 log = logging.getLogger(__name__)
+
+MARGIN_BLOCKS = 5
+"""A witness has spoken so long before its time is over."""
+PROBE_SECONDS = 1.0
 
 
 class CopyWork:
@@ -110,9 +116,17 @@ class CopyWork:
         desk, slot = self._desk, slot_id(job, todo.slot)
         raw, _ = await desk.spec(job)
         accused = address(slot_of(state, job, todo.slot).worker.session)
-        delivered = await desk.machine.probe_frame(
-            job.id, raw, slot, todo.epoch, todo.link, todo.seq, accused
-        )
+        case = slot_of(state, job, todo.slot).case
+        last = 0 if case is None else case.until - MARGIN_BLOCKS
+        delivered = False
+        while not delivered:
+            delivered = await desk.machine.probe_frame(
+                job.id, raw, slot, todo.epoch, todo.link, todo.seq, accused
+            )
+            if desk.chain.height >= last:
+                break  # whoever has just been started again had its time
+            if not delivered:
+                await trio.sleep(PROBE_SECONDS)
         log.warning("%s: the frame was %s", todo, "delivered" if delivered else "not delivered")
         await desk.submit(
             Witness(job.id, todo.epoch, todo.slot, todo.incarnation, todo.opened, delivered)
