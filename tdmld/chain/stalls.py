@@ -56,7 +56,8 @@ def stall(run: Execution, node: bytes, said: Stall) -> None:
         "that slot waits itself for another one",
     )
     require(
-        accused.committed < allowed(run.state, job, slot, neighbours(job, slot)),
+        state.committed < accused.committed
+        or accused.committed < allowed(run.state, job, slot, neighbours(job, slot)),
         "that slot may not go on before something settles, or is copied",
     )
     if state.case is not None and state.case.accuser != slot:

@@ -190,6 +190,16 @@ def test_a_slot_that_may_not_go_on_is_not_accused() -> None:
     assert "may not go on" in world.refused(mine, complaint(world, job_id, 0, "down"))
 
 
+def test_a_slot_at_its_limit_owes_its_frames_to_one_that_is_behind() -> None:
+    """A replacement that replays is not served: the neighbour is ahead, and may be accused."""
+    world, job_id = active(**QUIET, unsettled=4)
+    world.stop_before[worker(world, job_id, 1)] = 1
+    play_to(world, job_id, 0, 4)
+    mine = world.keys[worker(world, job_id, 1)]
+    world.do(mine, complaint(world, job_id, 1, "up"))
+    assert slot_of(world, job_id, 0).case is not None
+
+
 def test_a_case_ends_when_either_end_gets_another_worker() -> None:
     world, job_id = line()
     accuse(world, job_id, 1, "down")

@@ -335,7 +335,8 @@ class Repairs(Market):
         for other in self.neighbours(job, slot):
             case = self.slot(job_id, other)["case"]
             rule(other == mine or case is None or case["accuser"] != slot, "CASE-2")
-        rule(accused["committed"] < self.room(job, slot), "CASE-2")
+        ahead = accused["committed"] > state["committed"]
+        rule(ahead or accused["committed"] < self.room(job, slot), "CASE-2")
         if state["case"] is not None and state["case"]["accuser"] != slot:
             self.end_case(job_id, mine)
         self.put_slot(job_id, mine, stalls=state["stalls"] + 1)
