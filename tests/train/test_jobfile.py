@@ -126,7 +126,7 @@ def test_a_malformed_field_is_named(place: Path, old: str, new: str, named: str)
     [
         ({"auto_map": {"AutoModel": "x.py"}}, "names code"),
         ({"model_type": "gpt2"}, "not of the family llama"),
-        ({"vocab_size": 32000}, "config.vocab_size"),
+        ({"vocab_size": 200}, "config.vocab_size"),
         ({"rope_scaling": {"type": "linear"}}, "config.rope_scaling"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "config.rope_parameters"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": []}}, "config.rope_theta"),
