@@ -175,7 +175,7 @@ def test_lanes_are_written_shortly_and_spelled_out_in_the_spec(place: Path) -> N
         return load_job_file(place / "job.toml").spec.pipeline.lanes
 
     plain = lanes('{ count = 3, mode = "diloco", weights = [1, 1, 1] }')
-    assert (plain.weights, plain.outer.density, plain.outer.bits) == ((), 64, 2)
+    assert (plain.weights, plain.outer.density, plain.outer.bits) == ((), 128, 2)
     other = lanes('{ count = 2, mode = "diloco", weights = [1, 3], outer = { lr = "0.5" } }')
     assert other.weights == (1, 3)
     assert other.outer == msgspec.structs.replace(plain.outer, lr="0.5")
