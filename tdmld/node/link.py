@@ -22,7 +22,7 @@ LINK-6  Every frame is signed by the sender's session key over (job, epoch, lane
         on every new stream until nobody can need it any more.
 LINK-7  The end is a handshake: Bye follows when everything was sent and received, in both
         directions; an end that said it still answers a peer that missed it, and one that misses it
-        dials, whichever end it is.
+        dials after a while, whichever end it is.
 LINK-8  A slot that is opened again goes on with what its logs hold (`restore`): it wants what they
         lack and serves what they have at once. What its worker, which begins at an earlier
         boundary, makes again is compared by digest and dropped; it is neither signed nor logged

@@ -3,7 +3,8 @@
 The numbered log (`link.LinkLog`) decides; this shell moves bytes. At most one stream serves a link;
 a newer one replaces it. One end dials, with back-off: that whose link is "down", of a lane link the
 smaller lane's; the other one once when it is opened or gets a new neighbour, so that nobody waits
-for a back-off, and when it has everything and misses the goodbye (LINK-7).
+for a back-off, and when nobody came for a while: the end that dials may have said its goodbye to a
+peer that was opened again since (LINK-7).
 """
 
 import logging
@@ -39,8 +40,8 @@ HELLO_SECONDS = 15.0
 """A peer that opened a stream and does not greet in this time is dropped."""
 REDIAL_FIRST_SECONDS = 0.1
 REDIAL_LAST_SECONDS = 5.0
-GOODBYE_PATIENCE_SECONDS = 3.0
-"""So long the end that does not dial waits for a goodbye that it misses."""
+PATIENCE_SECONDS = 3.0
+"""So long the end that does not dial waits for the other one."""
 EARLY_ACKS = 256
 """Acknowledgements of what a predecessor sent, kept until our worker has made it too."""
 
@@ -199,20 +200,17 @@ class LinkServer:
 
     async def _until_due(self) -> None:
         """Wait until there is something to dial for."""
-        waited = False
+        patience = math.inf
         while True:
             changed = self._changed
-            if not self.done.is_set() and not self.connected:
-                if self.dials or self._untried or waited:
-                    return
-                if self.state.complete:
-                    waited = True
-                    with trio.move_on_after(GOODBYE_PATIENCE_SECONDS):
-                        await changed.wait()
-                        waited = False
-                    continue
-            waited = False
-            await changed.wait()
+            if self.done.is_set() or self.connected:
+                patience = math.inf
+            elif self.dials or self._untried or trio.current_time() >= patience:
+                return
+            else:
+                patience = min(patience, trio.current_time() + PATIENCE_SECONDS)
+            with trio.move_on_at(patience):
+                await changed.wait()
 
     async def answer(self, stream: Stream, hello: Hello) -> None:
         """Serve a stream that the peer opened and greeted on. LinkRefused, P2PError."""
@@ -240,15 +238,19 @@ class LinkServer:
             self._broken(f"link {self.place.link}: {disk_text(error)}", cause_of(error))
 
     async def _serve(self, stream: Stream, cursor: int) -> None:
+        if self._stopped:
+            # Meanwhile: nobody would ever end this stream.
+            raise LinkRefused("the slot was closed")
         if self._scope is not None:
             self._scope.cancel()
         heard = trio.Event()
+        done = self.done  # of this peer: another one's is another one
         failure: Exception | None = None
         with trio.CancelScope() as scope:
             self._scope = scope
             try:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._write, stream, cursor, heard)
+                    nursery.start_soon(self._write, stream, cursor, heard, done)
                     await self._read(stream, heard)
             except* (P2PError, LinkRefused, OSError) as group:
                 # One cause ends both directions; which of them met it first does not matter.
@@ -261,7 +263,9 @@ class LinkServer:
         if failure is not None:
             raise failure
 
-    async def _write(self, stream: Stream, cursor: int, heard: trio.Event) -> None:
+    async def _write(
+        self, stream: Stream, cursor: int, heard: trio.Event, done: trio.Event
+    ) -> None:
         said, acknowledged = False, -1
         # One buffer a stream; untouched pages of it cost nothing.
         buffer = memoryview(bytearray(self.state.frame_bytes))
@@ -278,7 +282,8 @@ class LinkServer:
                 said = True
             else:
                 await changed.wait()
-        self.done.set()
+        done.set()
+        self._wake()
 
     async def _send_frame(self, stream: Stream, seq: int, buffer: memoryview) -> None:
         signature, payload = await self._ring.read_sent(self.place.link, seq, buffer)

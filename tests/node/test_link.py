@@ -363,6 +363,7 @@ async def test_an_unsigned_or_foreign_frame_is_refused(make_rig: Make) -> None:
         signed(rig, 0, b"data")[:-1] + b"!",
         signed(rig, 0, b"data", UPPER._replace(epoch=1)),
         signed(rig, 0, b"data", UPPER._replace(lane=1)),
+        signed(rig, 0, b"data", UPPER._replace(link="lane1")),
     ):
         assert "signed" in str(await attack(rig, bad))
     assert rig.lower.got == []

@@ -11,7 +11,8 @@ import trio
 import trio.testing
 
 from tdmld.chain.crypto import KeyPair
-from tdmld.node.link import Ack, Frame, Hello, LinkSigner, decode_message, encode_small
+from tdmld.node.errors import LinkRefused
+from tdmld.node.link import Ack, Bye, Frame, Hello, LinkSigner, decode_message, encode_small
 from tdmld.node.linkserver import LinkServer
 from tdmld.node.ring import INLINE_BYTES, SlotRing
 from tdmld.p2p.errors import P2PError, StreamClosed
@@ -20,6 +21,7 @@ from tests.node.fake_stream import FakeStream, stream_pair
 from tests.node.test_link import (
     CHAIN,
     DOWN,
+    FRAMES,
     LOWER,
     UPPER,
     Make,
@@ -107,7 +109,7 @@ async def test_a_large_frame_is_logged_beside_the_loop_and_sent_when_it_is_kept(
     monkeypatch.setattr(FrameLogWriter, "append", slow)
     mine, theirs = stream_pair("lower", "upper")
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(server._write, mine, 0, trio.Event())
+        nursery.start_soon(server._write, mine, 0, trio.Event(), server.done)
         nursery.start_soon(server.produce, 0, memoryview(bytes(size)))
         with trio.move_on_after(0.05) as waited:
             await theirs.receive(1 << 20)  # the loop runs, and nothing leaves that is not kept
@@ -160,3 +162,38 @@ async def test_a_stream_that_ends_while_a_newer_one_takes_its_place_is_one_error
     rig.lower.server._scope.cancel()
     await trio.testing.wait_all_tasks_blocked()
     assert [type(error) for error in ended] == [StreamClosed]
+
+
+async def test_the_goodbye_of_one_neighbour_is_not_that_of_the_next(
+    make_rig: Make,  # noqa: F811
+    nursery: trio.Nursery,
+) -> None:
+    """It came in the same moment as the news of another neighbour, whom nobody dialled then."""
+    rig = make_rig()
+    lower = rig.lower.server
+    for seq in range(FRAMES):
+        await lower.produce(seq, memoryview(b"gradient"))
+        lower.state.consume(seq, value(b"data"))
+    evil, theirs = stream_pair(rig.upper.key.address, rig.lower.key.address)
+    await evil.send(encode_small(Hello(*UPPER, 0, FRAMES, ())))
+    nursery.start_soon(ignoring_its_end, rig, theirs)
+    await trio.testing.wait_all_tasks_blocked()
+    done = lower.done
+    await evil.send(encode_small(Bye()))
+    with trio.CancelScope(deadline=trio.current_time() + 5):
+        while not done.is_set():
+            await trio.lowlevel.checkpoint()
+    lower.set_peer(KeyPair(b"9" * 32).address, 1)
+    assert not lower.done.is_set()
+    await trio.testing.wait_all_tasks_blocked()
+    assert not lower.done.is_set()
+
+
+async def test_a_stream_that_comes_while_the_slot_is_closed_is_not_kept(make_rig: Make) -> None:  # noqa: F811
+    """Its other end would wait on it for ever, and not dial the slot that is opened next."""
+    rig = make_rig()
+    evil, theirs = stream_pair(rig.upper.key.address, rig.lower.key.address)
+    await evil.send(encode_small(rig.upper.server.state.hello()))
+    await rig.lower.server.stop()
+    with trio.fail_after(5), pytest.raises(LinkRefused, match="closed"):
+        await rig.accept(theirs)

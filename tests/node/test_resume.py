@@ -11,14 +11,18 @@ import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tdmld.node import control
+from tdmld.node import control, linkserver
 from tdmld.train.digest import digest
 from tests.node.slotpair import FRAMES, JOB, NAMES, ROUNDS, SEGMENT, Pair, payload
 
 Act = Callable[[Pair], Awaitable[None]]
 
 
-def play(root: Path, act: Act) -> Pair:
+RATE = 50
+"""Pauses before a redial go by so much faster. No jumps: threads at work are no idleness."""
+
+
+def play(root: Path, act: Act, rate: float = RATE) -> Pair:
     """Run both slots to their end while `act` does its worst."""
 
     async def main() -> Pair:
@@ -27,16 +31,14 @@ def play(root: Path, act: Act) -> Pair:
             pair.open(0, 0)
             pair.open(1, 0)
             await act(pair)
-            with trio.fail_after(3600):
+            with trio.fail_after(120 * rate):
                 await pair.until_ended()
             for number in (0, 1):
                 await pair.sides[number].life.server.close(abort=True)  # type: ignore[union-attr]
             nursery.cancel_scope.cancel()
         return pair
 
-    # Not 0: what a thread does must not look like idleness.
-    clock = trio.testing.MockClock(autojump_threshold=0.02)
-    pair = trio.run(main, clock=clock)
+    pair = trio.run(main, clock=trio.testing.MockClock(rate=rate))
     pair.check()
     return pair
 
@@ -130,19 +132,17 @@ def test_a_machine_that_has_nothing_takes_a_slot_over(
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=NAMES)
-def test_whoever_is_opened_late_is_not_kept_waiting_for_a_redial(
-    tmp_path: Path, number: int
+def test_whoever_is_opened_again_is_not_kept_waiting_for_a_redial(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def act(pair: Pair) -> None:
         await pair.until_made(number, SEGMENT + 1)
+        for name in ("REDIAL_FIRST_SECONDS", "REDIAL_LAST_SECONDS", "PATIENCE_SECONDS"):
+            monkeypatch.setattr(linkserver, name, 10_000)
         await pair.kill(number)
-        await trio.sleep(600)
-        began = trio.current_time()
         pair.open(number, pair.sides[number].finished)
-        await pair.until_made(1 - number, FRAMES)
-        assert trio.current_time() - began < 1
 
-    play(tmp_path, act)
+    play(tmp_path, act, rate=1)
 
 
 def test_who_takes_over_after_the_goodbye_is_served_as_well(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ harms = st.lists(
 
 @given(harms)
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_no_frame_is_lost_or_doubled_whatever_is_taken_away(harm: list[Harm]) -> None:
     held = [0, 0]
