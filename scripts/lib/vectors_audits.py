@@ -15,10 +15,17 @@ from scripts.lib.vectors_case import (
     standby,
     worker,
 )
+from tdmld.chain.accounts import (
+    Facts,
+)
 from tdmld.chain.codec import encode
 from tdmld.chain.events import AuditPassed
 from tdmld.chain.genesis import genesis_document, genesis_from_document
-from tdmld.chain.records import AuditStatus, Facts, JobStatus, ProofStatus
+from tdmld.chain.records import (
+    AuditStatus,
+    JobStatus,
+    ProofStatus,
+)
 from tdmld.chain.transactions import (
     AttestResult,
     AuditCommit,

@@ -7,6 +7,9 @@ from blake3 import blake3
 
 from scripts.lib.vectors_case import hexed, state_root
 from tdmld.chain import history, vrf
+from tdmld.chain.accounts import (
+    Facts,
+)
 from tdmld.chain.audits import auditor_commitment, is_drawn
 from tdmld.chain.blocks import (
     EPOCH_VIEWS,
@@ -20,7 +23,9 @@ from tdmld.chain.codec import ZERO_HASH
 from tdmld.chain.crypto import KeyPair, sha256, signing_bytes
 from tdmld.chain.leader import Rotation
 from tdmld.chain.merkle import root as merkle_root
-from tdmld.chain.records import Facts, Job
+from tdmld.chain.records import (
+    Job,
+)
 from tdmld.chain.reputation import reputation
 from tdmld.chain.segments import audit_list_root, seal
 from tdmld.chain.state import u32, u64

@@ -7,6 +7,10 @@ import msgspec
 
 from scripts.lib.vectors_case import hexed, state_root
 from tdmld.chain import history, merkle, vrf
+from tdmld.chain.accounts import (
+    Account,
+    Supply,
+)
 from tdmld.chain.blocks import (
     EPOCH_VIEWS,
     Block,
@@ -38,7 +42,11 @@ from tdmld.chain.genesis import (
     validators,
 )
 from tdmld.chain.ledger import genesis_changes
-from tdmld.chain.records import Account, Due, Keys, Supply, Timer
+from tdmld.chain.records import (
+    Due,
+    Keys,
+    Timer,
+)
 from tdmld.chain.state import u64
 from tdmld.chain.transactions import (
     Ask,

@@ -13,6 +13,10 @@ from scripts.lib.vectors_case import (
     standby,
     worker,
 )
+from tdmld.chain.complaints import (
+    Leave,
+    LeaveReason,
+)
 from tdmld.chain.records import JobStatus
 from tdmld.chain.transactions import (
     AttestContributions,
@@ -20,8 +24,6 @@ from tdmld.chain.transactions import (
     AttestResult,
     Commit,
     LaneMode,
-    Leave,
-    LeaveReason,
     Stage,
 )
 from tests.chain.world import GIB, World, make_genesis, mark, node_key, owner_key

@@ -17,6 +17,13 @@ from scripts.lib.vectors_case import (
     worker,
 )
 from tdmld.chain.codec import encode
+from tdmld.chain.complaints import (
+    Leave,
+    LeaveReason,
+    Present,
+    Stall,
+    Witness,
+)
 from tdmld.chain.limits import INCARNATIONS, ROLLBACKS, STALLS, STANDBY_SLOT, STANDBY_TURNS
 from tdmld.chain.records import JobStatus, SlotState
 from tdmld.chain.state import u32
@@ -25,13 +32,8 @@ from tdmld.chain.transactions import (
     AuditOpen,
     Decline,
     LaneMode,
-    Leave,
-    LeaveReason,
     Payload,
-    Present,
     Stage,
-    Stall,
-    Witness,
 )
 from tests.chain.world import GIB, Vice, World, make_genesis, mark
 

@@ -21,6 +21,13 @@ from collections.abc import Iterable
 from msgspec.structs import replace
 
 from tdmld.chain import jail
+from tdmld.chain.accounts import (
+    EpochStart,
+    Seat,
+    Unbonding,
+    Unbondings,
+    ValidatorSet,
+)
 from tdmld.chain.blocks import Committee, ends_epoch, epoch_of
 from tdmld.chain.codec import encode
 from tdmld.chain.crypto import sha256
@@ -28,13 +35,6 @@ from tdmld.chain.errors import InvariantViolation
 from tdmld.chain.execution import BlockContext, Execution, require
 from tdmld.chain.genesis import Genesis
 from tdmld.chain.limits import UNBONDINGS
-from tdmld.chain.records import (
-    EpochStart,
-    Seat,
-    Unbonding,
-    Unbondings,
-    ValidatorSet,
-)
 from tdmld.chain.state import State
 from tdmld.chain.transactions import Nominate, Revoke, Unbond
 

@@ -16,13 +16,20 @@ alone: passing over takes a quorum's votes.
 
 from msgspec.structs import replace
 
+from tdmld.chain.accounts import (
+    Absences,
+    Seat,
+    ValidatorSet,
+)
 from tdmld.chain.blocks import turn, view_epoch
 from tdmld.chain.errors import InvariantViolation
 from tdmld.chain.events import Jailed, Returned
 from tdmld.chain.execution import Execution, require
 from tdmld.chain.leader import Rotation
 from tdmld.chain.limits import ABSENCES, JAIL_MISSES
-from tdmld.chain.records import Absences, Node, Seat, ValidatorSet
+from tdmld.chain.records import (
+    Node,
+)
 from tdmld.chain.state import State
 from tdmld.chain.transactions import Return
 

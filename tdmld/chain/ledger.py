@@ -38,14 +38,30 @@ from tdmld.chain import (
     slashing,
     stalls,
 )
+from tdmld.chain.accounts import (
+    Account,
+    Supply,
+    Unbondings,
+)
 from tdmld.chain.codec import decode
+from tdmld.chain.complaints import (
+    Leave,
+    Present,
+    Stall,
+    Witness,
+)
 from tdmld.chain.crypto import verify
 from tdmld.chain.errors import InvalidTransaction, InvariantViolation
 from tdmld.chain.events import Event
 from tdmld.chain.execution import BlockContext, Execution, known_job, require
 from tdmld.chain.genesis import Genesis, node_owners
 from tdmld.chain.genesis import supply as genesis_supply
-from tdmld.chain.records import Account, Due, Job, Node, Supply, Timer, Unbondings
+from tdmld.chain.records import (
+    Due,
+    Job,
+    Node,
+    Timer,
+)
 from tdmld.chain.state import SUPPLY_KEY, State
 from tdmld.chain.transactions import (
     EVIDENCE_KINDS,
@@ -64,24 +80,20 @@ from tdmld.chain.transactions import (
     Commit,
     Decline,
     Fetched,
-    Leave,
     Nominate,
     Offer,
     Open,
     Payload,
-    Present,
     ProposalEvidence,
     Register,
     Return,
     Revoke,
-    Stall,
     StandbyProof,
     Transaction,
     Transfer,
     Unbond,
     VoteEvidence,
     Withdraw,
-    Witness,
     registration_bytes,
 )
 

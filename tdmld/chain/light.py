@@ -21,6 +21,11 @@ from typing import Annotated
 import msgspec
 
 from tdmld.chain import history, merkle
+from tdmld.chain.accounts import (
+    Account,
+    Facts,
+    ValidatorSet,
+)
 from tdmld.chain.blocks import Certificate, Header, block_hash, epoch_of
 from tdmld.chain.checkpoint import Checkpoint
 from tdmld.chain.codec import Hash, Natural, Record, decode, encode
@@ -30,15 +35,12 @@ from tdmld.chain.errors import DecodeError, InvalidTransaction, ProofRefused
 from tdmld.chain.genesis import Genesis, chain_id
 from tdmld.chain.limits import RECORD_BYTES, TRANSACTION_BYTES
 from tdmld.chain.records import (
-    Account,
     Audit,
     Earnings,
-    Facts,
     Job,
     Node,
     Segment,
     SlotState,
-    ValidatorSet,
 )
 from tdmld.chain.state import u32, u64
 from tdmld.chain.transactions import Transaction, decode_transaction

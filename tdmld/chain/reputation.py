@@ -9,7 +9,9 @@ the owner, so that a new node key buys no new start. Reputation is never a gate;
 in matching.
 """
 
-from tdmld.chain.records import Facts
+from tdmld.chain.accounts import (
+    Facts,
+)
 
 START = 100_000
 

@@ -22,6 +22,9 @@ from collections.abc import Iterable
 from msgspec.structs import replace
 
 from tdmld.chain import due
+from tdmld.chain.accounts import (
+    Facts,
+)
 from tdmld.chain.codec import NATURAL_MAX
 from tdmld.chain.errors import InvariantViolation
 from tdmld.chain.events import JobFinishing, Paid, SegmentSettled
@@ -31,7 +34,6 @@ from tdmld.chain.records import (
     Audit,
     AuditStatus,
     Due,
-    Facts,
     Job,
     JobStatus,
     ProofStatus,

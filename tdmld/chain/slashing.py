@@ -10,6 +10,11 @@ unbinds and voted then. The node is never elected again; it leaves with the next
 from msgspec.structs import replace
 
 from tdmld.chain import epochs
+from tdmld.chain.accounts import (
+    Offence,
+    Unbonding,
+    Unbondings,
+)
 from tdmld.chain.blocks import (
     PROPOSAL_DOMAIN,
     VOTE_DOMAIN,
@@ -25,7 +30,6 @@ from tdmld.chain.crypto import verify
 from tdmld.chain.events import Slashed
 from tdmld.chain.execution import Execution, require
 from tdmld.chain.limits import RATE_ONE
-from tdmld.chain.records import Offence, Unbonding, Unbondings
 from tdmld.chain.transactions import Evidence, ProposalEvidence, Sworn, VoteEvidence
 
 

@@ -22,6 +22,12 @@ who hold up a round; when there are none of these either, nobody can be blamed, 
 from msgspec.structs import replace
 
 from tdmld.chain import closing, due, limits, rounds
+from tdmld.chain.complaints import (
+    Leave,
+    Present,
+    Stall,
+    Witness,
+)
 from tdmld.chain.errors import InvalidTransaction
 from tdmld.chain.events import CaseOpened
 from tdmld.chain.execution import Execution, known_job, known_slot, require
@@ -29,7 +35,6 @@ from tdmld.chain.records import Case, Cause, CloseReason, Due, Job, JobStatus, S
 from tdmld.chain.replacement import close_case, vacate
 from tdmld.chain.segments import links_of, neighbours, other_end, require_current
 from tdmld.chain.settlement import allowed, waits_for_settlement
-from tdmld.chain.transactions import Leave, Present, Stall, Witness
 
 
 def leave(run: Execution, node: bytes, said: Leave) -> None:

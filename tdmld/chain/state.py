@@ -26,29 +26,31 @@ from typing import TypeVar
 
 from msgspec.structs import replace
 
+from tdmld.chain.accounts import (
+    Absences,
+    Account,
+    EpochStart,
+    Facts,
+    Nominee,
+    Offence,
+    Supply,
+    Unbondings,
+    ValidatorSet,
+)
 from tdmld.chain.codec import Record, decode, encode
 from tdmld.chain.limits import RECORD_BYTES
 from tdmld.chain.records import (
-    Absences,
-    Account,
     At,
     Audit,
     Earnings,
-    EpochStart,
-    Facts,
     Head,
     Job,
     Keys,
     Node,
-    Nominee,
-    Offence,
     Round,
     Segment,
     SlotState,
     StandingAsk,
-    Supply,
-    Unbondings,
-    ValidatorSet,
 )
 
 R = TypeVar("R", bound=Record)

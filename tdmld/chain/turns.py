@@ -14,12 +14,14 @@ can be slashed: hence the age at which a trusted point needs a second look (`tru
 
 from collections.abc import Iterable
 
+from tdmld.chain.accounts import (
+    ValidatorSet,
+)
 from tdmld.chain.blocks import Certificate, Committee, Header, check_finalization
 from tdmld.chain.codec import Record
 from tdmld.chain.epochs import committee, set_id
 from tdmld.chain.errors import ProofRefused
 from tdmld.chain.genesis import Genesis
-from tdmld.chain.records import ValidatorSet
 
 MAX_TURNS = 4096
 """In one bundle: what a stranger checks at most. Nodes follow them in pages, without an end."""

@@ -9,6 +9,9 @@ import trio
 from cyclopts import App, Parameter
 
 from tdmld import files
+from tdmld.chain.accounts import (
+    Account,
+)
 from tdmld.chain.blocks import block_hash
 from tdmld.chain.checkpoint import Checkpoint, parse_checkpoint
 from tdmld.chain.codec import Record
@@ -26,7 +29,12 @@ from tdmld.chain.light import (
     record_of,
     state_key,
 )
-from tdmld.chain.records import Account, Audit, Earnings, Job, Segment
+from tdmld.chain.records import (
+    Audit,
+    Earnings,
+    Job,
+    Segment,
+)
 from tdmld.chain.turns import trust_ends_ms
 from tdmld.cli.common import AsJson, DataDir, emit, resolve_data_dir
 from tdmld.cli.exits import Exit

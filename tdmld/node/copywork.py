@@ -4,6 +4,9 @@ import logging
 
 import trio
 
+from tdmld.chain.complaints import (
+    Witness,
+)
 from tdmld.chain.crypto import address
 from tdmld.chain.records import Job
 from tdmld.chain.state import State
@@ -11,7 +14,6 @@ from tdmld.chain.transactions import (
     AttestContributions,
     AttestGenesis,
     StandbyProof,
-    Witness,
 )
 from tdmld.node import duty
 from tdmld.node.desk import (

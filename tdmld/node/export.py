@@ -15,11 +15,18 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from tdmld.chain.accounts import (
+    Account,
+    Supply,
+    Unbondings,
+)
 from tdmld.chain.blocks import Block, block_hash, first_header
 from tdmld.chain.codec import decode
 from tdmld.chain.genesis import genesis_document, load_genesis, protocol_at
 from tdmld.chain.limits import RECORD_BYTES
-from tdmld.chain.records import Account, Job, Supply, Unbondings
+from tdmld.chain.records import (
+    Job,
+)
 from tdmld.chain.state import SUPPLY_KEY
 from tdmld.chain.transactions import decode_transaction
 from tdmld.files import sync_directory

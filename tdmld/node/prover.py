@@ -2,6 +2,9 @@
 
 import trio
 
+from tdmld.chain.accounts import (
+    ValidatorSet,
+)
 from tdmld.chain.blocks import Header, ends_epoch, epoch_of
 from tdmld.chain.crypto import sha256
 from tdmld.chain.errors import DecodeError
@@ -18,7 +21,6 @@ from tdmld.chain.light import (
     state_key,
 )
 from tdmld.chain.merkle import proof as list_proof
-from tdmld.chain.records import ValidatorSet
 from tdmld.chain.state import State
 from tdmld.chain.turns import MAX_TURNS, Turn
 from tdmld.node.chainerrors import NotProvable

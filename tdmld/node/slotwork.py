@@ -16,6 +16,12 @@ from typing import Any
 import trio
 from blake3 import blake3
 
+from tdmld.chain.complaints import (
+    Leave,
+    LeaveReason,
+    Present,
+    Stall,
+)
 from tdmld.chain.crypto import address
 from tdmld.chain.errors import InvalidTransaction
 from tdmld.chain.records import Job, JobStatus
@@ -25,12 +31,8 @@ from tdmld.chain.transactions import (
     AttestGenesis,
     Commit,
     LaneMode,
-    Leave,
-    LeaveReason,
     LinkRoots,
     Open,
-    Present,
-    Stall,
 )
 from tdmld.node import duty
 from tdmld.node.desk import Desk, roots_at, sessions_at_stage, slot_id, slot_of, worker_at

@@ -27,6 +27,9 @@ from itertools import pairwise
 import trio
 
 from tdmld.chain import history
+from tdmld.chain.accounts import (
+    ValidatorSet,
+)
 from tdmld.chain.blocks import Header, beacon_mix, block_hash, epoch_of
 from tdmld.chain.checkpoint import Checkpoint
 from tdmld.chain.codec import decode, encode
@@ -35,7 +38,6 @@ from tdmld.chain.errors import ChainError, DecodeError, ProofRefused
 from tdmld.chain.genesis import protocol_at
 from tdmld.chain.history import NotHeld
 from tdmld.chain.light import Ancestor, check_headers, shows
-from tdmld.chain.records import ValidatorSet
 from tdmld.chain.turns import Turn, check_final, follow
 from tdmld.node.chainerrors import SnapshotUnavailable, StoreError
 from tdmld.node.chainwire import (

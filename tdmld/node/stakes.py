@@ -2,6 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 
+from tdmld.chain.accounts import (
+    Offence,
+    Seat,
+    Unbonding,
+)
 from tdmld.chain.blocks import epoch_of
 from tdmld.chain.codec import decode
 from tdmld.chain.crypto import address
@@ -9,7 +14,9 @@ from tdmld.chain.epochs import unbound
 from tdmld.chain.execution import BlockContext
 from tdmld.chain.genesis import Genesis
 from tdmld.chain.limits import RECORD_BYTES
-from tdmld.chain.records import Node, Offence, Seat, Unbonding
+from tdmld.chain.records import (
+    Node,
+)
 from tdmld.chain.state import State
 from tdmld.node import views
 from tdmld.rpc.staketypes import (

@@ -5,6 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tdmld.chain import epochs
+from tdmld.chain.accounts import (
+    Seat,
+    ValidatorSet,
+)
 from tdmld.chain.blocks import (
     EPOCH_VIEWS,
     Committee,
@@ -15,7 +19,6 @@ from tdmld.chain.blocks import (
     turn,
     view_epoch,
 )
-from tdmld.chain.records import Seat, ValidatorSet
 from tdmld.chain.transactions import (
     Bond,
     Nominate,

@@ -4,13 +4,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tdmld.chain.accounts import (
+    ValidatorSet,
+)
 from tdmld.chain.blocks import EPOCH_VIEWS, Committee, Kind, sign_vote, turn
 from tdmld.chain.epochs import committee
 from tdmld.chain.errors import InvalidTransaction
 from tdmld.chain.events import Jailed, Returned
 from tdmld.chain.limits import ABSENCES, JAIL_MISSES
 from tdmld.chain.mempool import Mempool
-from tdmld.chain.records import ValidatorSet
 from tdmld.chain.slashing import from_votes
 from tdmld.chain.transactions import (
     Bond,

@@ -1,5 +1,8 @@
 """A job's life from offer to end, by what its members do."""
 
+from tdmld.chain.accounts import (
+    Facts,
+)
 from tdmld.chain.codec import NATURAL_MAX, encode
 from tdmld.chain.events import (
     JobActive,
@@ -13,7 +16,10 @@ from tdmld.chain.events import (
 from tdmld.chain.ledger import recount
 from tdmld.chain.limits import STANDBY_SLOT
 from tdmld.chain.offers import lock_of
-from tdmld.chain.records import CloseReason, Facts, JobStatus
+from tdmld.chain.records import (
+    CloseReason,
+    JobStatus,
+)
 from tdmld.chain.transactions import (
     Accept,
     AttestGenesis,

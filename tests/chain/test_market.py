@@ -4,10 +4,17 @@ import pytest
 from msgspec.structs import replace
 
 from tdmld.chain import limits
+from tdmld.chain.accounts import (
+    Facts,
+)
 from tdmld.chain.events import JobMatched, JobUnmatched
 from tdmld.chain.market import slot_price
 from tdmld.chain.offers import audits_expected, lock_of, suggested_audit_budget
-from tdmld.chain.records import CloseReason, Facts, Job, JobStatus
+from tdmld.chain.records import (
+    CloseReason,
+    Job,
+    JobStatus,
+)
 from tdmld.chain.reputation import reputation
 from tdmld.chain.state import State
 from tdmld.chain.transactions import Accept, Ask, Decline, Register, Stage, sign_registration

@@ -3,6 +3,10 @@
 import pytest
 
 from tdmld.chain import limits
+from tdmld.chain.complaints import (
+    Leave,
+    LeaveReason,
+)
 from tdmld.chain.events import (
     SegmentSettled,
     SlotAsked,
@@ -14,7 +18,12 @@ from tdmld.chain.events import (
 from tdmld.chain.limits import STANDBY_SLOT
 from tdmld.chain.records import Cause, CloseReason, JobStatus, ProofStatus, SlotState
 from tdmld.chain.settlement import allowed, keep_from
-from tdmld.chain.transactions import Accept, Decline, LaneMode, Leave, LeaveReason, Payload
+from tdmld.chain.transactions import (
+    Accept,
+    Decline,
+    LaneMode,
+    Payload,
+)
 from tests.chain.test_jobs import active, standby, worker
 from tests.chain.world import Vice, World, make_genesis, mark, node_key, owner_key
 

@@ -12,8 +12,10 @@ import msgspec
 import pytest
 
 from tdmld.chain import (
+    accounts,
     audits,
     blocks,
+    complaints,
     consensus,
     crypto,
     genesis,
@@ -62,7 +64,7 @@ def records_of(*modules: ModuleType) -> list[type[Record]]:
 
 @pytest.mark.parametrize(
     "record",
-    records_of(blocks, transactions, records, tree, light, turns),
+    records_of(blocks, transactions, complaints, records, accounts, tree, light, turns),
     ids=lambda record: record.__name__,
 )
 def test_every_record_stands_there_with_its_tag_and_fields(record: type[Record]) -> None:
@@ -72,7 +74,7 @@ def test_every_record_stands_there_with_its_tag_and_fields(record: type[Record])
 
 
 def test_no_record_stands_there_that_the_code_has_not() -> None:
-    modules = (blocks, transactions, records, tree, light, turns)
+    modules = (blocks, transactions, complaints, records, accounts, tree, light, turns)
     known = {record.__name__ for record in records_of(*modules)}
     assert set(re.findall(r"^- `(\w+)` = `\[", SPEC, re.M)) <= known
 

@@ -4,11 +4,20 @@ from msgspec.structs import replace
 
 from tdmld.chain import limits
 from tdmld.chain.codec import encode
+from tdmld.chain.complaints import (
+    Leave,
+    LeaveReason,
+    Present,
+    Stall,
+    Witness,
+)
 from tdmld.chain.events import CaseClosed, CaseOpened, SlotVacated
 from tdmld.chain.records import Case, Cause, CloseReason, JobStatus
 from tdmld.chain.segments import links_of
 from tdmld.chain.state import u32
-from tdmld.chain.transactions import Leave, LeaveReason, Present, Stage, Stall, Witness
+from tdmld.chain.transactions import (
+    Stage,
+)
 from tests.chain.test_jobs import active, standby, worker
 from tests.chain.test_replacement import play_to, slot_of
 from tests.chain.world import GIB, Vice, World, make_genesis, owner_key

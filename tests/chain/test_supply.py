@@ -10,6 +10,13 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tdmld.chain.complaints import (
+    Leave,
+    LeaveReason,
+    Present,
+    Stall,
+    Witness,
+)
 from tdmld.chain.events import JobEnded, Paid, SegmentSettled
 from tdmld.chain.offers import lock_of
 from tdmld.chain.records import FINAL, Job, JobStatus, Member, SegmentStatus
@@ -20,14 +27,9 @@ from tdmld.chain.transactions import (
     Commit,
     Fetched,
     LaneMode,
-    Leave,
-    LeaveReason,
     Open,
-    Present,
-    Stall,
     StandbyProof,
     Transfer,
-    Witness,
 )
 from tests.chain.world import STAKE, Vice, World, make_genesis, mark, node_key, owner_key
 

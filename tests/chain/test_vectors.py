@@ -8,8 +8,22 @@ from typing import Any
 
 import pytest
 
+from tdmld.chain import (
+    accounts,
+    complaints,
+    crypto,
+    history,
+    leader,
+    ledger,
+    merkle,
+    records,
+    transactions,
+    vrf,
+)
 from tdmld.chain import blocks as chain_blocks
-from tdmld.chain import crypto, history, leader, ledger, merkle, records, transactions, vrf
+from tdmld.chain.accounts import (
+    Facts,
+)
 from tdmld.chain.audits import auditor_commitment, is_drawn
 from tdmld.chain.blocks import (
     Block,
@@ -44,7 +58,10 @@ from tdmld.chain.genesis import (
     validators,
 )
 from tdmld.chain.ledger import apply_block, genesis_changes, recount
-from tdmld.chain.records import Due, Facts, Timer
+from tdmld.chain.records import (
+    Due,
+    Timer,
+)
 from tdmld.chain.reputation import reputation
 from tdmld.chain.segments import seal
 from tdmld.chain.transactions import Payload, decode_transaction, verify_transaction
@@ -71,7 +88,7 @@ def root_of(state: dict[bytes, bytes]) -> bytes:
 
 
 def kind_of(name: str) -> type[Record]:
-    for module in (records, transactions, chain_blocks):
+    for module in (records, accounts, transactions, complaints, chain_blocks):
         found = getattr(module, name, None)
         if found is not None:
             return found  # type: ignore[no-any-return]

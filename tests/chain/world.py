@@ -10,6 +10,13 @@ from enum import StrEnum
 from blake3 import blake3
 
 from tdmld.chain.blocks import start_view, view_epoch
+from tdmld.chain.complaints import (
+    Leave,
+    LeaveReason,
+    Present,
+    Stall,
+    Witness,
+)
 from tdmld.chain.crypto import KeyPair, sha256
 from tdmld.chain.epochs import committee
 from tdmld.chain.errors import InvalidTransaction
@@ -48,17 +55,12 @@ from tdmld.chain.transactions import (
     Decline,
     Fetched,
     LaneMode,
-    Leave,
-    LeaveReason,
     LinkRoots,
     Offer,
     Open,
     Payload,
-    Present,
     Stage,
-    Stall,
     StandbyProof,
-    Witness,
     decode_transaction,
     sign_transaction,
     verify_transaction,

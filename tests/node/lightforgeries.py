@@ -7,13 +7,17 @@ from dataclasses import dataclass
 import msgspec
 import trio
 
+from tdmld.chain.accounts import (
+    Account,
+    Seat,
+    ValidatorSet,
+)
 from tdmld.chain.blocks import Kind
 from tdmld.chain.checkpoint import Checkpoint
 from tdmld.chain.codec import ZERO_HASH, encode
 from tdmld.chain.epochs import set_id
 from tdmld.chain.genesis import chain_id
 from tdmld.chain.light import Ancestor, Anchor, Bundle
-from tdmld.chain.records import Account, Seat, ValidatorSet
 from tdmld.chain.state import State
 from tdmld.chain.turns import Turn
 from tdmld.node.finality import Finality

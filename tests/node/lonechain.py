@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from functools import cache
 
 from tdmld.chain import vrf
+from tdmld.chain.accounts import (
+    ValidatorSet,
+)
 from tdmld.chain.blocks import (
     Block,
     Certificate,
@@ -27,7 +30,6 @@ from tdmld.chain.blocks import (
 from tdmld.chain.crypto import KeyPair, address, sha256
 from tdmld.chain.genesis import Genesis, chain_id, genesis_from_document
 from tdmld.chain.leader import Rotation
-from tdmld.chain.records import ValidatorSet
 from tdmld.chain.state import State
 from tdmld.chain.transactions import (
     Bond,

@@ -9,6 +9,9 @@ import pytest
 import trio
 import trio.testing
 
+from tdmld.chain.accounts import (
+    Account,
+)
 from tdmld.chain.blocks import Block, Kind, block_hash
 from tdmld.chain.checkpoint import Checkpoint
 from tdmld.chain.codec import ZERO_HASH
@@ -27,7 +30,6 @@ from tdmld.chain.light import (
     record_of,
     state_key,
 )
-from tdmld.chain.records import Account
 from tdmld.chain.turns import Turn, check_final
 from tdmld.node.chainerrors import NotProvable
 from tdmld.node.finality import Finality

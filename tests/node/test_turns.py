@@ -9,6 +9,10 @@ import msgspec
 import pytest
 
 from tdmld.chain import light, turns
+from tdmld.chain.accounts import (
+    Account,
+    ValidatorSet,
+)
 from tdmld.chain.blocks import block_hash, ends_epoch, epoch_of
 from tdmld.chain.checkpoint import Checkpoint
 from tdmld.chain.codec import ZERO_HASH, encode
@@ -29,7 +33,9 @@ from tdmld.chain.light import (
     read_bundle,
     record_of,
 )
-from tdmld.chain.records import Account, JobStatus, ValidatorSet
+from tdmld.chain.records import (
+    JobStatus,
+)
 from tdmld.chain.transactions import Bond
 from tdmld.node.chainerrors import NotProvable
 from tdmld.node.store import ChainStore

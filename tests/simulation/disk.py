@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tdmld.chain.accounts import (
+    ValidatorSet,
+)
 from tdmld.chain.blocks import (
     Block,
     Certificate,
@@ -27,7 +30,6 @@ from tdmld.chain.crypto import sha256
 from tdmld.chain.epochs import set_id
 from tdmld.chain.ledger import Receipt
 from tdmld.chain.records import Node as Registered
-from tdmld.chain.records import ValidatorSet
 from tdmld.node.store import AppliedBlock, Head
 from tests.simulation.facts import CHAIN_ID, FIRST, genesis, next_root, number_of
 

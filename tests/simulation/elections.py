@@ -10,9 +10,12 @@ import random
 
 from msgspec.structs import replace
 
+from tdmld.chain.accounts import (
+    Seat,
+    ValidatorSet,
+)
 from tdmld.chain.blocks import Committee
 from tdmld.chain.epochs import committee, elect, set_id
-from tdmld.chain.records import Seat, ValidatorSet
 from tests.simulation.facts import CHAIN_ID, Key, number_of
 from tests.simulation.plan import Plan, Weights
 

@@ -18,6 +18,9 @@ fair          nobody honest finds an honest proposal invalid, or is accused (N8)
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from tdmld.chain.accounts import (
+    ValidatorSet,
+)
 from tdmld.chain.blocks import (
     EPOCH_VIEWS,
     Block,
@@ -35,7 +38,6 @@ from tdmld.chain.blocks import (
 )
 from tdmld.chain.codec import ZERO_HASH
 from tdmld.chain.epochs import set_id
-from tdmld.chain.records import ValidatorSet
 from tdmld.chain.slashing import _check_proposals, _check_votes, offender
 from tdmld.chain.transactions import ProposalEvidence, VoteEvidence
 from tdmld.node.store import Head
