@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.train.support import check_equal, family_spec, going_on, published
+from tdmld.train.digest import digest
+from tdmld.train.errors import FileError, SegmentFault
+from tests.train.support import check_equal, family_spec, going_on, published, tokens_of
 
 OUTER = {
     "lr": "0.7",
@@ -98,3 +100,70 @@ def test_a_split_job_of_an_untied_model_runs_in_a_ring(
     assert spec.is_ring
     assert [spec.reads_text(stage) for stage in range(stages)] == [True] + [False] * (stages - 1)
     check_equal(spec, tmp_path, replay=True)
+
+
+class Sibling:
+    """A channel whose other lane says one and the same thing."""
+
+    def __init__(self, payload: bytes) -> None:
+        self.payload = payload
+
+    def receive(self, link: str, seq: int) -> bytes:
+        return self.payload
+
+    def release(self, link: str, seq: int) -> None:
+        """Nothing to free."""
+
+    def send(self, link: str, seq: int, payload: memoryview) -> None:
+        """Nobody listens."""
+
+
+def slot_of(spec: Any, lane: int = 0) -> Any:
+    from tdmld.train.slot import Slot
+
+    slot = Slot.create(spec, 0, lane, tokens_of(spec))
+    slot.init_from_seed()
+    return slot
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"), [(b"short", "size"), (None, "nonfinite")], ids=["size", "nonfinite"]
+)
+def test_what_a_sibling_must_not_send_is_a_fault(payload: bytes | None, reason: str) -> None:
+    from tdmld.train.runner import run_segment
+
+    spec = spec_of("llama", 1, "sync", 2, "fp32")
+    if payload is None:
+        payload = b"\xff" * spec.link_frame_bytes(0, "lane1")
+    with pytest.raises(SegmentFault) as caught:
+        run_segment(slot_of(spec), 0, Sibling(payload))
+    assert (caught.value.reason, caught.value.step) == (reason, 0)
+
+
+def test_an_outer_step_needs_the_contributions_that_the_chain_named(tmp_path: Path) -> None:
+    from tdmld.train.runner import run_segment
+
+    spec = spec_of("llama", 1, "diloco", 2, "fp32")
+    slot, told = slot_of(spec), tmp_path / "told"
+    for wrong in ({"included": (0,)}, {"included": ()}, {"included": (0, 0)}):
+        with pytest.raises(ValueError, match=r"lanes|directory"):
+            run_segment(slot, 0, Sibling(b""), **wrong)
+    record = run_segment(slot, 0, Sibling(b""), contributions=told)
+    assert digest((told / "0.0").read_bytes()) == record.contribution
+    assert record.end_shared == record.start_shared
+    start = tmp_path / "start"
+    slot.save(start)
+    for wrong in ({"included": ()}, {"included": (1, 0)}, {"included": (0, 2)}):
+        with pytest.raises(ValueError, match="lanes"):
+            run_segment(slot, 1, Sibling(b""), contributions=told, **wrong)
+    with pytest.raises(FileError, match=r"contribution .*0\.1"):
+        run_segment(slot, 1, Sibling(b""), contributions=told, included=(0, 1))
+    (told / "0.1").write_bytes((told / "0.0").read_bytes())  # another lane's
+    slot.load(start)
+    with pytest.raises(FileError, match="head is another"):
+        run_segment(slot, 1, Sibling(b""), contributions=told, included=(0, 1))
+    slot.load(start)
+    after = run_segment(slot, 1, Sibling(b""), contributions=told, included=(0,))
+    assert after.end_shared != after.start_shared
+    last = run_segment(slot, 2, Sibling(b""), contributions=told, included=(0,))
+    assert (last.steps, last.contribution, last.loss_micro) == ((), b"", None)
