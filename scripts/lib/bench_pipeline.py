@@ -10,8 +10,10 @@ order; each run is one job, or one group of ranks, of which the first steps are 
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from typing import Any
 from pipeline_job import MICRO_BATCHES, ROOT, TOKENS, write_job
 from pipeline_nodes import BenchNetwork, NetworkFailed
 from pipeline_torch import YardstickFailed, run_torch, settings_of
+from procstat import descendants
 from report import Report, say
 
 from tdmld.errors import UserError
@@ -179,15 +182,24 @@ def _install(where: Path) -> str | None:
 def _run_hivemind(python: Path, in_flight: int) -> float:
     """Tokens a second, the first steps not counted."""
     settings = settings_of(HIVEMIND_WARM + HIVEMIND_STEPS, 1, "sdpa") | {"in_flight": in_flight}
-    done = subprocess.run(
+    child = subprocess.Popen(
         [str(python), str(LIB / "pipeline_hivemind.py"), json.dumps(settings)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=HIVEMIND_SECONDS,
-        check=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    times = [json.loads(line)["time"] for line in done.stdout.splitlines() if line[:1] == "{"]
+    try:
+        said, complaint = child.communicate(timeout=HIVEMIND_SECONDS)
+    finally:
+        # Its servers are sessions of their own and outlive a client that was ended.
+        for pid in [*descendants(child.pid), child.pid] if child.poll() is None else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        child.wait()
+    if child.returncode != 0:
+        raise ValueError(f"exit {child.returncode}: {complaint.strip()}")
+    times = [json.loads(line)["time"] for line in said.splitlines() if line[:1] == "{"]
     return HIVEMIND_STEPS * TOKENS / (times[-1] - times[HIVEMIND_WARM - 1])
 
 
