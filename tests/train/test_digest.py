@@ -46,6 +46,7 @@ def test_the_chain_computes_the_same_list_root() -> None:
                 for link in ("up", "down")
                 if link in present
             ],
+            contribution=b"",
         )
         job = SimpleNamespace(id=h(b"job"), lane_of=lambda slot: 1, stage_of=lambda slot: 2)
         theirs = segments.audit_list_root(cast(Any, job), 5, 9, cast(Any, segment), h(b"steps"))
