@@ -20,8 +20,8 @@ from tdmld.train.numerics import pinned_environment
 
 log = logging.getLogger(__name__)
 
-START_SECONDS = 120.0
-"""For the imports, on a slow disk."""
+START_SECONDS = 600.0
+"""For the imports. While it lives it is as fast as a worker that is started alone would be."""
 FORK_SECONDS = 30.0
 """For a fork; a zygote that hangs keeps nobody from starting a worker."""
 STATUS_SECONDS = 2.0

@@ -34,7 +34,7 @@ from tests.node.playkit import (
 )
 from tests.train.support import TEXT, encode_document, run_job, spec_document, tokens_of
 
-PATIENCE_SECONDS = 300
+PATIENCE_SECONDS = 900
 LONG: dict[str, Any] = {"train__steps": 12, "train__schedule__decay_from": 8}
 TWO_STAGES = encode_document(spec_document(**LONG))
 OUTER = {
