@@ -246,7 +246,7 @@ async def test_discovery_lists_every_method_with_its_scope(running: Running) -> 
     scopes = {one["name"]: one["x-scope"] for one in found["methods"]}
     assert scopes["chain_submit"] == "write"
     assert scopes["job_subscribe"] == "read"
-    assert len(scopes) == 25
+    assert len(scopes) == 26
     assert "JobDetail" in found["components"]["schemas"]
 
 
