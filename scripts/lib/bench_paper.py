@@ -47,6 +47,7 @@ def load(steps: int, stages: int, lanes: str, place: Path) -> tuple[Spec, Tokens
         'text = "../data/digits.bin"': f'text = "{ROOT / "data" / "digits.bin"}"',
         'config = "resnet.json"': f'config = "{ROOT / "examples" / "resnet.json"}"',
         "steps = 120": f"steps = {steps}",
+        "warmup = 10": f"warmup = {steps // 12}",
         "micro_batches = 4": "micro_batches = 1",
         "micro_batch_size = 32": f"micro_batch_size = {BATCH}",
         "decay_from = 60": f"decay_from = {steps // 2}",

@@ -86,7 +86,7 @@ SETTINGS: dict[str, Any] = {
     "adamw": 'betas = ["0.9", "0.95"], eps = "1e-8", weight_decay = "0.1"',
     "warmup": 40,
     "decay": 320,
-    "every": 5,
+    "every": 10,
     "seed": 1,
 }
 SYNC = '{ count = 2, mode = "sync", wire = "fp32" }'

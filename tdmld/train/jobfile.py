@@ -93,12 +93,12 @@ class _OuterSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The outer step. The defaults did best in `scripts/bench sync`: what is fed back already acts
     as a momentum, and a rate above 1 makes up for what is told late."""
 
-    lr: DecimalText = "2.5"
+    lr: DecimalText = "3"
     momentum: DecimalText = "0"
     nesterov: bool = False
     density: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 128
     bits: Literal[2, 8] = 2
-    feedback: DecimalText = "0.8"
+    feedback: DecimalText = "0.6"
 
 
 class _LanesSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
