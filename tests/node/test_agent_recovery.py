@@ -8,14 +8,16 @@ import pytest
 import trio
 import trio.testing
 
-from tdmld.chain.records import JobStatus
-from tdmld.chain.transactions import (
-    Commit,
+from tdmld.chain.complaints import (
     Leave,
     LeaveReason,
     Present,
     Stall,
     Witness,
+)
+from tdmld.chain.records import JobStatus
+from tdmld.chain.transactions import (
+    Commit,
 )
 from tdmld.node.errors import CarrierUnavailable
 from tdmld.node.layout import Layout, list_file
