@@ -346,7 +346,7 @@ async def attack(rig: Rig, *messages: bytes) -> Exception:
     evil, theirs = stream_pair(rig.upper.key.address, rig.lower.key.address)
     for message in (encode_small(rig.upper.server.state.hello()), *messages):
         await evil.send(message)
-    with pytest.raises(LinkRefused) as caught:
+    with trio.fail_after(30), pytest.raises(LinkRefused) as caught:
         await rig.accept(theirs)
     return caught.value
 

@@ -118,6 +118,32 @@ async def test_frames_wait_in_the_ring_when_the_worker_holds_every_place(long_ri
     assert await rig.hear() == channel.Arrived("up", len(places) + 2, places[0], 5)
 
 
+async def test_a_frame_that_arrives_while_an_older_one_is_read_again_does_not_overtake_it(
+    long_rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, go, read = long_rig, trio.Event(), long_rig.server.ring.read_received
+
+    async def slow(*arguments: object) -> None:
+        await go.wait()
+        await read(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(rig.server.ring, "read_received", slow)
+    places = list(rig.memory.incoming("up"))
+    for seq in range(len(places) + 1):
+        await rig.arrive(seq)
+    for _ in places:
+        await rig.hear()
+    await rig.say(channel.Free(places[0]))
+    await rig.say(channel.Free(places[1]))
+    await rig.arrive(len(places) + 1)
+    go.set()
+    for seq in (len(places), len(places) + 1):
+        arrived = await rig.hear()
+        assert isinstance(arrived, channel.Arrived)
+        assert arrived.seq == seq
+        assert bytes(rig.memory.view(arrived.place, 5)) == b"%05d" % seq
+
+
 async def test_a_worker_that_takes_nothing_stops_the_reader(long_rig: Rig) -> None:
     rig = long_rig
     places = list(rig.memory.incoming("up"))
