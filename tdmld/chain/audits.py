@@ -23,8 +23,8 @@ verdict on it the job ends. The source's own slot in a split job is never drawn.
 **Who audits.** Owners other than the submitter, the source's and the workers' of this job, by work
 stake (an owner that genesis names as auditor counts one unit more; each has a lot of its own, so
 that nobody's stake or absence moves the choice among others), with an ask in force of the job's
-class and audit capacity left. The standby's owner holds the state: by one bit of the beacon
-holders are preferred or excluded, unless only the other kind is there. Then one node of the owner.
+class and audit capacity left. The standby's owner, who is first in line for the slot of whoever it
+finds wrong, audits only where nobody else could, busy or not. Then one node of the owner.
 
 **When all are busy**, the audit waits, and is drawn again every `draw_delay` blocks with the beacon
 of that height; after `audit_window` x D blocks it goes on as `unaudited`. The slot stalls at D
@@ -117,12 +117,10 @@ def choose(
 ) -> tuple[bytes, bytes, StandingAsk] | None:
     """(node, owner, ask) of the auditor that the beacon names, or None where nobody is eligible."""
     lots = sha256(b"auditor", run.context.beacon, job.id, u32(slot), u64(number), u32(attempt))
-    by_owner = _eligible(run, job, tried)
+    pool = dict(sorted(_eligible(run, job, tried).items()))
     holder = b"" if job.standby is None else job.standby.owner
-    holders = {owner: nodes for owner, nodes in by_owner.items() if owner == holder}
-    others = {owner: nodes for owner, nodes in by_owner.items() if owner != holder}
-    preferred, rest = (holders, others) if lots[0] & 1 else (others, holders)
-    pool = dict(sorted((preferred or rest).items()))
+    if _eligible(run, job, tried, busy=True).keys() - {holder}:
+        pool.pop(holder, None)
     if not pool:
         return None
     owner = min(pool, key=lambda owner: (_wait_of(lots, owner) << 128) // _weight(run, owner))

@@ -132,7 +132,7 @@ def commit(run: Execution, node: bytes, sworn: Commit) -> None:
         tuple(link.link for link in sworn.links) == wanted,
         f"links: this slot has {' and '.join(wanted) or 'none'}, in that order",
     )
-    needs_copy = copy_due_after(job, sworn.slot, sworn.segment)
+    needs_copy = job.copied and copy_due_after(job, sworn.slot, sworn.segment)
     key_at = run.height + run.parameters.draw_delay
     segment = Segment(
         worker=node,

@@ -12,9 +12,9 @@ Worker: the agreed price; nothing for the source's own slot. Standby: `standby_p
 segment since the last proven boundary, when its keyed hash equalled the worker's. Auditor:
 `audit_price`, from the audit budget.
 
-**What must be kept.** A replacement begins at `held`: the newest settled boundary that the present
-standby has proven to hold. Until then its own worker and its neighbours keep what leads on from
-there, so `held` also bounds how far a slot runs ahead (`allowed`).
+**What must be kept.** A replacement begins at `held`: the newest settled boundary of which the
+present standby has proven to hold every slot. Until then its own worker and its neighbours keep
+what leads on from there, so `held` also bounds how far a slot runs ahead (`allowed`).
 """
 
 from collections.abc import Iterable
@@ -125,6 +125,7 @@ def settle(run: Execution, entry: Due) -> None:
     while (at := _round_ready_at(run, job)) is not None and at <= run.height:
         for slot in job.living:
             pay_segment(run, job.id, slot)
+        _hold(run, job)
     if run.slot(job.id, job.living[0]).settled == job.rounds:
         _finish(run, job.id)
         return
@@ -181,17 +182,29 @@ def pay_segment(run: Execution, job_id: bytes, slot: int) -> None:
 
 
 def _settled_slot(job: Job, slot: int, state: SlotState, segment: Segment) -> SlotState:
-    """The slot once its next segment has settled: where a replacement would begin."""
+    """The slot once its next segment has settled."""
     boundary, held, unproven = state.settled + 1, state.held, state.unproven
     if segment.proof is ProofStatus.EQUAL:
         unproven = 0
-        if job.standby is not None and job.standby.owner == segment.holder:
-            held = boundary
     elif segment.proof is not ProofStatus.NONE and segment.committed >= job.standby_since:
         unproven += 1
     if not job.copied or job.is_own(slot):
         held, unproven = boundary, 0
     return replace(state, settled=boundary, held=held, unproven=unproven)
+
+
+def _hold(run: Execution, job: Job) -> None:
+    """A round has settled. When the standby has proven to hold every slot after it, all of them
+    would begin there: neighbours that are lost together need each other's frames from one cut."""
+    if job.standby is None or not job.copied:
+        return
+    slots = [slot for slot in job.living if not job.is_own(slot)]
+    boundary = run.slot(job.id, slots[0]).settled
+    segments = [run.segment(job.id, slot, boundary - 1) for slot in slots]
+    if any(s.proof is not ProofStatus.EQUAL or s.holder != job.standby.owner for s in segments):
+        return
+    for slot in slots:
+        run.state.put_slot(job.id, slot, replace(run.slot(job.id, slot), held=boundary))
 
 
 def pay_auditor(run: Execution, job_id: bytes, slot: int, segment: int, audit: Audit) -> None:

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+from msgspec.structs import replace
 
 from tdmld.chain import audits, limits
 from tdmld.chain.events import (
@@ -265,17 +266,31 @@ def _run_of(world: World, beacon: bytes) -> Execution:
     return Execution(world.state, world.genesis, context)
 
 
-def test_half_of_the_draws_prefer_the_holder_and_half_exclude_it() -> None:
+def test_the_standby_audits_only_where_nobody_else_could() -> None:
     world, job_id = active()
     job, holder = world.job(job_id), standby(world, job_id)
-    drawn = Counter(
-        found[0]
-        for number in range(400)
-        if (found := audits.choose(_run_of(world, mark(number)), job, 0, 0, 0, ()))
-    )
-    assert 160 < drawn[holder] < 240
-    assert len(drawn) == 4  # seven less the submitter's and two workers'
-    assert all(20 < count < 120 for node, count in drawn.items() if node != holder)
+    state = world.state
+
+    def drawn() -> Counter[bytes]:
+        found = []
+        for number in range(400):
+            context = BlockContext(world.height, 1, 0, 0, bytes(32), mark(number))
+            run = Execution(state, world.genesis, context)
+            found.append(audits.choose(run, job, 0, 0, 0, ()))
+        return Counter(auditor[0] for auditor in found if auditor is not None)
+
+    others = drawn()
+    assert len(others) == 3  # seven less the submitter's, two workers' and the standby's
+    assert holder not in others
+    assert all(80 < count < 190 for count in others.values())
+    for node in others:
+        record = state.node(node)
+        assert record is not None
+        state.put_node(node, replace(record, audits_open=100))
+    assert not drawn()  # all are busy: they are waited for
+    for node in others:
+        state.put_ask(node, None)
+    assert drawn() == {holder: 400}
 
 
 def test_auditors_are_drawn_by_work_stake_and_unstaked_ones_never() -> None:

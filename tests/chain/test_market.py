@@ -256,9 +256,9 @@ def test_memory_in_use_is_not_offered_twice() -> None:
 
 
 def test_neither_submitter_nor_source_works_for_the_job() -> None:
-    world = World()
-    world.block(*(world.ask(i) for i in range(5)))
     for seed in range(4):
+        world = World()
+        world.block(*(world.ask(i) for i in range(5)))
         job = matched(world, source=node_key(4).public, rounds=2 + seed)
         assert not {0, 4} & set(cast(world, job))
 

@@ -243,5 +243,5 @@ def test_workers_are_paid_while_nobody_is_there() -> None:
     for number in range(2):
         for slot in range(2):
             world.do(world.keys[worker(world, job, slot)], sworn(world, job, slot, number))
-    world.wait(50)
+    world.wait(150)
     assert sum(isinstance(event, SegmentSettled) for event in world.events) == 4

@@ -88,6 +88,7 @@ class Settling(Ledger):
         while (at := self.round_ready_at(job_id)) is not None and at <= self.height:
             for slot in slots:
                 self.pay_segment(job_id, slot)
+            self.hold(job, slots)
         if self.slot(job_id, slots[0])["settled"] == job["rounds"]:
             self.put_job(job_id, status="finishing", finished=self.height)
             self.cancel("deadline", job_id)
@@ -127,11 +128,24 @@ class Settling(Ledger):
             held, unproven = state["settled"] + 1, 0
         elif proof == "equal":
             unproven = 0
-            if standby["owner"] == segment["holder"]:
-                held = state["settled"] + 1
         elif proof != "none" and segment["committed"] >= job["standby_since"]:
             unproven += 1
         return {"held": held, "unproven": unproven}
+
+    def hold(self, job: Record, slots: list[int]) -> None:
+        """SETTLE-10: one cut for all slots."""
+        standby = job["standby"]
+        if standby is None or standby["session"] == b"":
+            return
+        slots = [slot for slot in slots if not self.is_own(job, slot)]
+        settled = self.slot(job["id"], slots[0])["settled"]
+        for slot in slots:
+            segment = self.segment(job["id"], slot, settled - 1)
+            assert segment is not None
+            if (segment["proof"], segment["holder"]) != ("equal", standby["owner"]):
+                return
+        for slot in slots:
+            self.put_slot(job["id"], slot, held=settled)
 
     def pay_auditor(self, job_id: bytes, key: bytes) -> None:
         """SETTLE-8."""

@@ -82,7 +82,8 @@ class Work(Rounds):
         rule(not self.must_wait(job, number), "ROUND-5")
         rule(len(what["contribution"]) == 32 * self.contributes(job, number), "ROUND-1")
         copy = (number + 1) % job["state_every"] == 0 or number + 1 == job["rounds"]
-        copy = copy and not self.is_own(job, slot)
+        held = job["standby"] is not None and job["standby"]["session"] != b""
+        copy = copy and held and not self.is_own(job, slot)
         key_at = self.after("draw_delay")
         names = FIELDS["g"].split()
         self.db[b"g" + job_id + u32(slot) + u64(number)] = {
@@ -263,14 +264,10 @@ class Work(Rounds):
     ) -> tuple[bytes, bytes, bytes] | None:
         """AUDIT-7: (node, owner, session)."""
         lots = H(b"auditor", self.mix, job["id"], u32(slot), u64(number), u32(attempt))
-        everybody = self.eligible(job, tried)
+        pool = self.eligible(job, tried)
         holder = None if job["standby"] is None else job["standby"]["owner"]
-        kinds = [
-            {owner: nodes for owner, nodes in everybody.items() if (owner == holder) is held}
-            for held in (False, True)
-        ]
-        preferred = lots[0] & 1
-        pool = kinds[preferred] or kinds[1 - preferred]
+        if any(owner != holder for owner in self.eligible(job, tried, busy=True)):
+            pool = {owner: nodes for owner, nodes in pool.items() if owner != holder}
         if not pool:
             return None
         waits = [
