@@ -10,6 +10,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from tdmld.files import read_file, sync_directory, write_file
+from tdmld.node.errors import ContentMismatch
 from tdmld.node.layout import Layout
 from tdmld.train.digest import digest, link_root
 from tdmld.train.errors import FileError
@@ -64,6 +65,17 @@ def has_frames(path: Path, root: bytes, frame_bytes: int) -> bool:
         return link_root(found) == root
     except (FileError, OSError):
         return False
+
+
+def check_contribution(spec: Spec, place: tuple[int, int, int], path: Path) -> None:
+    """ContentMismatch unless the file is a contribution to (lane, stage, round). What is no
+    contribution and gets in stops every lane: only what was read may be attested."""
+    from tdmld.train.compress import Place, read_contribution  # numpy, for those who need it
+
+    try:
+        read_contribution(spec, Place(*place), path)
+    except FileError as error:
+        raise ContentMismatch(str(error)) from error
 
 
 def has_content(path: Path, content: bytes, limit: int) -> bool:

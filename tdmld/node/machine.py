@@ -32,8 +32,14 @@ from tdmld.node.errors import (
     MachineError,
     WorkerFailed,
 )
-from tdmld.node.jobfiles import discard_job, forget_copies, forget_slot, remove_tree
-from tdmld.node.layout import Layout, list_file, state
+from tdmld.node.jobfiles import (
+    check_contribution,
+    discard_job,
+    forget_copies,
+    forget_slot,
+    remove_tree,
+)
+from tdmld.node.layout import Layout, contribution_file, list_file, state
 from tdmld.node.liveslots import LiveSlots
 from tdmld.node.machine_content import ContentSide
 from tdmld.node.machine_types import (
@@ -231,9 +237,13 @@ class Machine(ContentSide):
         """In lanes mode `diloco`: bring contributions of round `number` (by lane) to our slot's
         directory, checked by their ids: siblings' ones to attest them, its own one for a slot that
         another node had before. At once for what is here. ContentError names what is missing;
-        what came stays."""
+        what came stays. ContentMismatch: it has the id, and is no contribution to this place."""
         owner = self._layout.slot(job, *slot)
         await self._gather.contributions(job, spec, slot, number, sources, owner)
+        program = decode_spec(spec)
+        for lane in sources:
+            place, path = (lane, slot.stage, number), contribution_file(owner, number, lane)
+            await trio.to_thread.run_sync(check_contribution, program, place, path)
 
     async def open_slot(self, assignment: SlotAssignment) -> GenesisRoots:
         """Start the worker of a slot at boundary `start`, open the links (this also does

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from tdmld.node.errors import MachineError
+from tdmld.node.errors import ContentMismatch, MachineError
 from tdmld.node.jobfiles import (
     boundaries,
+    check_contribution,
     discard_job,
     forget_copies,
     forget_slot,
@@ -23,6 +24,8 @@ from tdmld.node.machine_types import SlotAssignment, SlotId
 from tdmld.node.resume import made_under, take_up
 from tdmld.train.digest import digest, link_root
 from tdmld.train.framelog import FrameLogWriter
+from tests.train.support import family_spec
+from tests.train.test_spec import DILOCO
 
 
 def fill(owner: Path, segments: int) -> None:
@@ -211,3 +214,11 @@ def test_the_newest_logs_of_workers_stay(tmp_path: Path) -> None:
     keep_newest_logs(tmp_path, 2)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["daemon.jsonl", "worker-5-0.0-live.log", "worker-6-0.0-live.log"]
+
+
+def test_a_contribution_is_read_before_it_is_attested(tmp_path: Path) -> None:
+    spec = family_spec("llama", 2, pipeline__lanes=DILOCO)
+    path = tmp_path / "3.1"
+    path.write_bytes(bytes(spec.contribution_bytes(0)))
+    with pytest.raises(ContentMismatch):
+        check_contribution(spec, (1, 0, 3), path)
