@@ -70,6 +70,7 @@ class SlotAssignment:
     members      sessions of everybody who may fetch this job's states and frames from us
     start        boundary to begin at; 0 is drawn, or the given weights, when it is not here
     roots        that the state at `start` must have; None while boundary 0 is not attested
+    committed    segments below it stand on the chain: their lists stay, with the salts of the seals
     """
 
     job: bytes
@@ -81,6 +82,7 @@ class SlotAssignment:
     members: frozenset[str]
     start: int = 0
     roots: StateRoots | None = None
+    committed: int = 0
 
 
 @dataclass(frozen=True)

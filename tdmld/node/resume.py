@@ -89,7 +89,8 @@ def _is_whole(owner: Path, spec: Spec, slot: SlotId, boundary: int) -> bool:
 
 def take_up(owner: Path, spec_path: Path, assignment: SlotAssignment) -> None:
     """Make a slot's directory ready for its worker: removes what an older epoch or incarnation
-    left from `start` on, and writes the file that names the new one. OSError."""
+    left from `start` on (of lists from `committed` on, if that is more), and writes the file that
+    names the new one. OSError."""
     under = (assignment.epoch, assignment.incarnation)
     for name in ("state", *_NUMBERED):
         (owner / name).mkdir(parents=True, exist_ok=True)
@@ -103,17 +104,19 @@ def take_up(owner: Path, spec_path: Path, assignment: SlotAssignment) -> None:
             f"{owner} was made under epoch and incarnation {before}, newer than {under}; the chain"
             " cannot have gone back: this is another job's directory"
         )
-    remove_from(owner, assignment.start)
+    remove_from(owner, assignment.start, assignment.committed)
     write_file(owner / "incarnation", msgspec.json.encode(_Made(*under)))
 
 
-def remove_from(owner: Path, start: int) -> None:
-    """Remove what came out of segments >= `start`; the state at `start` stays."""
+def remove_from(owner: Path, start: int, committed: int) -> None:
+    """Remove what came out of segments >= `start`; the state at `start` stays, and so do the lists
+    of segments < `committed`: nobody else has the salts of their seals."""
     for boundary in boundaries(owner):
         if boundary > start:
             remove_tree(state(owner, boundary))
     for name in _NUMBERED:
-        found = [path for path in (owner / name).iterdir() if _number(path) >= start]
+        first = max(start, committed) if name == "list" else start
+        found = [path for path in (owner / name).iterdir() if _number(path) >= first]
         remove_files(found)
 
 

@@ -159,7 +159,7 @@ class SlotRing:
                     if size <= INLINE_BYTES:
                         read = os.preadv(file, buffers, at)
                     else:
-                        read = await trio.to_thread.run_sync(os.preadv, file, buffers, at)
+                        read = await _read_in_thread(file, buffers, at)
                     if read != size:
                         raise LinkRefused(f"frame {seq} of link {link}: its log was cut off")
             finally:
@@ -207,7 +207,7 @@ class SlotRing:
         return Restored(first * dims.segment_frames, digests["sent"], digests["received"])
 
     def _whole(self, dims: Link, segment: int, direction: str, names: set[str]) -> list[FrameEntry]:
-        """The frames of a log that was closed with all of its segment's frames, else nothing."""
+        """The frames of a log that has all of its segment's frames, else nothing."""
         name = frame_log_name(segment, dims.name, direction)
         if name not in names:
             return []
@@ -215,6 +215,7 @@ class SlotRing:
             file = os.open(self._directory / name, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 entries = list(scan_frames(file, dims.frame_bytes, name))
+                os.fsync(file)  # whoever wrote it may have died before that
             finally:
                 os.close(file)
         except (FileError, FileNotFoundError):
@@ -254,6 +255,15 @@ def _segments(names: set[str], link: str, direction: str) -> Iterator[int]:
         number, _, rest = name.partition(".")
         if number.isdecimal() and rest == f"{link}.{direction}":
             yield int(number)
+
+
+async def _read_in_thread(file: int, buffers: list[bytearray | memoryview], at: int) -> int:
+    """Read in a thread. The segment may be closed meanwhile, and its number be another file's."""
+    own = os.dup(file)
+    try:
+        return await trio.to_thread.run_sync(os.preadv, own, buffers, at)
+    finally:
+        os.close(own)
 
 
 def _read_now(file: int, buffers: list[bytearray | memoryview], at: int, size: int) -> bool:

@@ -63,10 +63,13 @@ class SegmentKeeper:
 
 def keep_list(path: Path, record: SegmentRecord) -> None:
     """Write the list of a segment, unless it is there from a time before. FileError when that one
-    has another record."""
+    has another record, or cannot be read now: the salt in it may be on the chain."""
     try:
         before = read_list(path).record
-    except FileError:
+    except FileError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+            raise
         write_list(path, record, secrets.token_bytes(SALT_BYTES))
         return
     if before != record:

@@ -192,6 +192,7 @@ class SlotWork:
                 members=sessions(party(state, job)),
                 start=start,
                 roots=roots,
+                committed=slot_of(state, job, index).committed,
             )
             try:
                 found = await desk.machine.open_slot(assignment)

@@ -1,6 +1,7 @@
 """What stays and what goes of a job's files."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,16 @@ def test_what_an_older_epoch_or_incarnation_made_goes_from_the_start_on(
     assert boundaries(owner) == [0, 1, 2]
     assert rings(owner) == rounds(owner) == [0, 1]
     assert sorted(path.name for path in (owner / "list").iterdir()) == ["0", "1"]
+
+
+def test_lists_that_are_committed_to_stay_when_a_slot_begins_below_them(tmp_path: Path) -> None:
+    """The salt of a seal that is on the chain is nowhere else."""
+    owner, spec = tmp_path / "slot", tmp_path / "spec.json"
+    take_up(owner, spec, slot_of(1, 2, 0))
+    put(owner, 5)
+    take_up(owner, spec, replace(slot_of(2, 2, 1), committed=3))
+    assert sorted(path.name for path in (owner / "list").iterdir()) == ["0", "1", "2"]
+    assert rings(owner) == rounds(owner) == [0]
 
 
 def test_a_slot_never_goes_back_to_an_older_epoch(tmp_path: Path) -> None:

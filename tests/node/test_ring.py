@@ -162,3 +162,41 @@ async def test_a_large_frame_that_is_not_in_the_page_cache_is_read_beside_the_lo
         buffer[:] = bytes(size)
         assert (await ring.read_sent("down", 0, buffer))[1] == data
     ring.close()
+
+
+async def test_segments_that_are_taken_up_whole_are_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A carrier that was killed had not synced them, and they are committed to next."""
+    await filled(tmp_path, 6, 6)
+    synced, fsync = set(), os.fsync
+
+    def note(file: int) -> None:
+        synced.add(Path(os.readlink(f"/proc/self/fd/{file}")).name)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", note)
+    SlotRing(tmp_path, [LINK]).restore(2)
+    assert synced == {log(tmp_path, n, way).name for n in (0, 1) for way in ("sent", "received")}
+
+
+async def test_a_log_that_is_closed_while_it_is_read_gives_no_other_files_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 2 * INLINE_BYTES
+    ring = SlotRing(tmp_path, [msgspec.structs.replace(LINK, frame_bytes=size)])
+    data = os.urandom(size)
+    await ring.append("down", "sent", 0, signature(0), memoryview(data), digest(data))
+    (tmp_path / "secret").write_bytes(bytes(2 * size))
+    preadv, others = os.preadv, []
+
+    def cold(file: int, into: list[memoryview], at: int, flags: int = 0) -> int:
+        if flags:
+            raise OSError(errno.EAGAIN, "not now")
+        ring.close()
+        others.append(os.open(tmp_path / "secret", os.O_RDONLY))  # takes the number of the log
+        return preadv(file, into, at)
+
+    monkeypatch.setattr(os, "preadv", cold)
+    assert (await ring.read_sent("down", 0, memoryview(bytearray(size))))[1] == data
+    os.close(others[0])

@@ -12,7 +12,7 @@ import pytest
 from tdmld import files
 from tdmld.node.channel import Segment, WorkerChannel, decode_packet
 from tdmld.node.layout import list_file, state
-from tdmld.node.segmentkeeper import SegmentKeeper
+from tdmld.node.segmentkeeper import SegmentKeeper, keep_list
 from tdmld.train.data import Tokens, cut_shards
 from tdmld.train.errors import FileError
 from tdmld.train.segment import SegmentRecord, read_list
@@ -136,6 +136,29 @@ def test_a_segment_that_is_run_again_keeps_its_list_or_ends_the_worker(
         with pytest.raises(FileError, match="not reliable"):
             keeper.wait()
     assert heard(told) == [0, 0]
+
+
+def test_a_list_that_cannot_be_read_now_is_not_written_anew(
+    tmp_path: Path, slot: Slot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The salt of its seal may be on the chain."""
+    path, opened = tmp_path / "0", Path.open
+    keep_list(path, record_of(slot, 0))
+    before = path.read_bytes()
+
+    def broken(self: Path, *arguments: object) -> object:
+        if self == path:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return opened(self, *arguments)  # type: ignore[call-overload]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", broken)
+        with pytest.raises(FileError, match="Too many"):
+            keep_list(path, record_of(slot, 0))
+    assert path.read_bytes() == before
+    path.write_bytes(b"spoilt")
+    keep_list(path, record_of(slot, 0))
+    assert read_list(path).record == record_of(slot, 0)
 
 
 def test_files_that_are_begun_and_given_up_leave_what_was_there(tmp_path: Path) -> None:
