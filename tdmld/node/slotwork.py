@@ -24,7 +24,7 @@ from tdmld.chain.complaints import (
 )
 from tdmld.chain.crypto import address
 from tdmld.chain.errors import InvalidTransaction
-from tdmld.chain.records import Job, JobStatus
+from tdmld.chain.records import Job, JobStatus, SlotState
 from tdmld.chain.segments import links_of, other_end
 from tdmld.chain.state import State
 from tdmld.chain.transactions import (
@@ -35,6 +35,7 @@ from tdmld.chain.transactions import (
     Open,
 )
 from tdmld.node import duty
+from tdmld.node.channel import WAITS_SECONDS
 from tdmld.node.desk import Desk, roots_at, sessions_at_stage, slot_id, slot_of, worker_at
 from tdmld.node.duties import party, sessions
 from tdmld.node.errors import ContentError, WorkerFailed
@@ -65,7 +66,7 @@ BACK_OFF_SECONDS = 1.0
 """Before the second restart within a segment; twice as long before each further one."""
 STALL_SECONDS = 30.0
 """A neighbour that delivers nothing for less than this, or less than STALL_SEGMENTS times what a
-segment takes, is slow, not silent."""
+segment takes (half the chain's window, before anybody knows), is slow, not silent."""
 STALL_SEGMENTS = 3
 HOPELESS = frozenset({FailureCause.REFUSED})
 """The same again would end the same way."""
@@ -120,8 +121,8 @@ class SlotWork:
         self._newest: dict[SlotKey, int] = {}
         """The first segment that was never finished here."""
         self._trouble: dict[SlotKey, _Trouble] = {}
-        self._waits: dict[SlotKey, LinkWaits] = {}
-        """What the worker of a slot waits for now."""
+        self._waits: dict[SlotKey, tuple[LinkWaits, float]] = {}
+        """What the worker of a slot waits for, and when it said so last."""
         self._forgotten: dict[SlotKey, int] = {}
 
     # opening ---------------------------------------------------------------------------------
@@ -346,7 +347,8 @@ class SlotWork:
         """See duty.SayPresent. Whoever waits in vain itself says that, too: else it would be found
         not to deliver what it cannot have."""
         key = (todo.job, todo.slot)
-        if (waits := self._waits.get(key)) is not None:
+        waits, said = self._waits.get(key, (None, 0.0))
+        if waits is not None and trio.current_time() < said + 1.5 * WAITS_SECONDS:
             with suppress(InvalidTransaction):  # a case against us may be open already
                 await self._call_stall(key, waits)
         await self._desk.submit(
@@ -397,7 +399,7 @@ class SlotWork:
 
     async def link_waits(self, key: SlotKey, event: LinkWaits) -> None:
         """The worker of a slot waits for a frame; the chain is told when it is too long."""
-        self._waits[key] = event
+        self._waits[key] = event, trio.current_time()
         self.of(key).phase = f"waiting for frame {event.seq} of {event.link}"
         if self._is_silent(key, event):
             await self._call_stall(key, event)
@@ -421,13 +423,26 @@ class SlotWork:
         job = state.job(key[0])
         if job is None or opened is None:
             return False
-        segment = self.of(key).step_seconds * job.segment_steps
+        segment = self._segment_seconds(job, slot_of(state, job, key[1]), key)
         patience = max(STALL_SECONDS, STALL_SEGMENTS * segment)
         other = slot_of(state, job, other_end(job, key[1], event.link)[0])
         again = segment * max(0, self._newest.get(key, 0) - other.held)
         blocks = chain.height - max(other.since, job.repaired)
         there = blocks * chain.genesis.parameters.interval_ms / 1000
         return event.seconds >= patience and there >= patience + again
+
+    def _segment_seconds(self, job: Job, slot: SlotState, key: SlotKey) -> float:
+        """What a segment takes, by our own steps; before the first of them here by the pace that
+        the chain saw, or by the time that it leaves for the first one."""
+        own = self.of(key).step_seconds * job.segment_steps
+        parameters = self._desk.chain.genesis.parameters
+        if own:
+            return own
+        blocks = parameters.activate_window / (2 * STALL_SEGMENTS)
+        if slot.committed:
+            seen = (slot.last_commit - job.active) / slot.committed
+            blocks = min(seen, parameters.segment_window / STALL_SEGMENTS)
+        return blocks * parameters.interval_ms / 1000
 
     # small things ----------------------------------------------------------------------------
 

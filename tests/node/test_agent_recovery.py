@@ -19,6 +19,7 @@ from tdmld.chain.records import JobStatus
 from tdmld.chain.transactions import (
     Commit,
 )
+from tdmld.node.channel import WAITS_SECONDS
 from tdmld.node.errors import CarrierUnavailable
 from tdmld.node.layout import Layout, list_file
 from tdmld.node.machine import (
@@ -303,6 +304,50 @@ async def test_who_is_accused_and_waits_itself_says_for_whom(world: World, serve
     await rig.look()
     assert rig.sent(Stall) == [Stall(job, 0, 1, 0, 0, "down", 5)]
     assert rig.sent(Present) == [Present(job, 0, 1, 0, case.opened)]
+
+
+async def test_a_wait_that_is_over_accuses_nobody(
+    world: World, serve: Any, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The worker says again and again that it waits; when it does not, it has got its frame."""
+    three = world.offer().stages[:1] * 3
+    job = submit(world, stages=three)
+    rig = await serve(world, worker_of(world, job, 1))
+    await rig.play(job, JobStatus.ACTIVE)
+    rig.machine.send.send_nowait(LinkWaits(job, SlotId(0, 1), "down", 5, 1.0))
+    await rig.look()
+    await trio.sleep(2 * WAITS_SECONDS)
+    case = accuse(world, job, 0, "down")
+    await rig.look()
+    assert rig.sent(Stall) == []
+    assert rig.sent(Present) == [Present(job, 0, 1, 0, case.opened)]
+
+
+async def test_before_its_first_step_a_slot_is_as_patient_as_the_chain(serve: Any) -> None:
+    """How long a step takes is not known yet; with a large model it is more than a moment."""
+    world = World(make_genesis(9, activate_window=1200))
+    world.all_ask(9)
+    rig, job = await active(world, serve)
+    world.wait(700)
+    for seconds, accused in ((STALL_SECONDS + 1, 0), (299.0, 0), (301.0, 1)):
+        rig.machine.send.send_nowait(LinkWaits(job, SlotId(0, 0), "down", 3, seconds))
+        await rig.look()
+        assert len(rig.sent(Stall)) == accused
+
+
+async def test_a_node_that_was_restarted_knows_the_pace_from_the_chain(serve: Any) -> None:
+    world = World(make_genesis(9, activate_window=1200, segment_window=1200))
+    world.all_ask(9)
+    job = submit(world)
+    world.play_until(job, JobStatus.ACTIVE)
+    world.wait(200)
+    play(world, job, lambda: slot_of(world, job, 0).committed > 0)
+    rig = await serve(world, worker_of(world, job, 0))
+    world.wait(900)
+    for seconds, accused in ((STALL_SECONDS + 1, 0), (299.0, 0), (330.0, 1)):
+        rig.machine.send.send_nowait(LinkWaits(job, SlotId(0, 0), "down", 20, seconds))
+        await rig.look()
+        assert len(rig.sent(Stall)) == accused
 
 
 @pytest.mark.parametrize("delivers", [True, False])
