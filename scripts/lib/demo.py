@@ -355,7 +355,8 @@ def checks(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[tuple
         return
     yield "bit for bit the reference", found["bitwise_reference"]
     yield "at least two audits passed", found["audits_passed"] >= 2
-    yield "at least two auditors", found["auditors"] >= 2
+    if not options.cheater and options.kill != "node":  # one of them may stand by now
+        yield "at least two auditors", found["auditors"] >= 2
     owners = found["owners"]
     earners = {owners[node] for node in [*found["workers"], found["first_standby"]]}
     yield "workers and standby were paid", earners <= set(found["paid"])
