@@ -44,7 +44,8 @@ SOURCE_FILES = 1024
 """Safetensors files of a model that a job goes on from."""
 STATE_FILE_BYTES = 2**40
 LIST_BYTES = 16 * 1024 * 1024
-"""A segment's digest list: 34 bytes a frame, 4 frames a micro-batch, 110 bytes a step."""
+"""A segment's digest list: 34 bytes a frame, 4 frames a micro-batch, 110 bytes a step;
+gradients between lanes are frames, too."""
 MANIFEST_BYTES = 64 * 1024
 TOKENIZER_BYTES = 64 * 1024 * 1024
 """A tokenizer.json; the largest published ones have about 35 MB."""

@@ -245,6 +245,11 @@ class Spec(Fields, frozen=True):
         gradients, in `lanes.wire`, then those of its float buffers, in fp32."""
         return (*self.gradient_parts(stage), *self.buffer_parts(stage))
 
+    def part_count(self, stage: int) -> int:
+        """Number of `lane_parts`, without listing them."""
+        gradients = -(-stage_parameters(self, stage) // _LANE_VALUES[self.pipeline.lanes.wire])
+        return gradients + -(-self.float_buffers(stage) // _LANE_VALUES["fp32"])
+
     def gradient_parts(self, stage: int) -> tuple[int, ...]:
         """Values in each part of a stage's gradients, which stand one after another by name."""
         return _parts(stage_parameters(self, stage), _LANE_VALUES[self.pipeline.lanes.wire])
@@ -259,7 +264,7 @@ class Spec(Fields, frozen=True):
 
     def link_frames(self, lane: int, stage: int, link: str) -> int:
         """Frames that cross a link in a segment with steps, the same number in both directions."""
-        step = self.micro_batches(lane) if _is_boundary(link) else len(self.lane_parts(stage))
+        step = self.micro_batches(lane) if _is_boundary(link) else self.part_count(stage)
         return step * self.pipeline.segment_steps
 
     def link_frame_bytes(self, stage: int, link: str) -> int:
@@ -274,7 +279,7 @@ class Spec(Fields, frozen=True):
     def link_ahead(self, stage: int, link: str) -> int:
         """By how much a frame's number may exceed the greatest that its receiver ever sent on this
         link: the parts of a pipeline that can be ahead of each other, or one step of parts."""
-        return self.ahead if _is_boundary(link) else len(self.lane_parts(stage))
+        return self.ahead if _is_boundary(link) else self.part_count(stage)
 
     def link_places(self, stage: int, link: str) -> int:
         """Places of shared memory for each direction of a link."""

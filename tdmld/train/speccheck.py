@@ -13,6 +13,11 @@ from tdmld.train.specfields import LANE_WIRE, GivenInit, StageClip, decimal
 if TYPE_CHECKING:
     from tdmld.train.spec import Spec
 
+_LIST_FRAME_BYTES = 34
+_LIST_STEP_BYTES = 110
+_LIST_HEAD_BYTES = 4096
+"""Of a segment's digest list: what each frame and step takes in it, and the rest at most."""
+
 
 def check_spec(spec: "Spec") -> None:
     """Every rule that types cannot say. Raises SpecError at the first one that is broken."""
@@ -22,6 +27,7 @@ def check_spec(spec: "Spec") -> None:
     _check_pipeline(spec, family)
     _check_train(spec)
     _check_data(spec, family)
+    _check_list(spec)  # before anything goes over the parts of gradients: it bounds their number
     if spec.frame_bytes > limits.FRAME_BYTES:
         raise SpecError(
             "train.micro_batch_size",
@@ -103,6 +109,26 @@ def _check_pipeline(spec: "Spec", family: Family) -> None:
             "pipeline.state_every",
             f"2 x {spec.pipeline.state_every} exceeds unsettled = {spec.pipeline.unsettled}",
             "lower state_every or raise unsettled (2R <= D)",
+        )
+
+
+def _check_list(spec: "Spec") -> None:
+    steps = spec.pipeline.segment_steps
+    batches = spec.train.micro_batches * max(spec.lane_weights)
+    siblings = spec.lanes - 1 if spec.has_lane_links else 0
+
+    def step_frames(stage: int) -> int:
+        boundaries = len(spec.links(0, stage)) - siblings
+        parts = spec.part_count(stage) if siblings else 0
+        return 2 * (boundaries * batches + siblings * parts)
+
+    frames = steps * max(map(step_frames, range(spec.stages)))
+    size = frames * _LIST_FRAME_BYTES + steps * _LIST_STEP_BYTES + _LIST_HEAD_BYTES
+    if size > limits.LIST_BYTES:
+        raise SpecError(
+            "pipeline.segment_steps",
+            f"the list of a segment has {size} bytes, at most {limits.LIST_BYTES}: {frames} frames",
+            "lower segment_steps, use fewer lanes or more stages, or a shorter lanes.wire",
         )
 
 

@@ -92,6 +92,17 @@ def test_a_step_and_a_segment_without_measure_are_refused() -> None:
     assert stage_memory(wide, 0) - stage_memory(make_spec(), 0) > 17 * text
 
 
+def test_a_segment_whose_list_nobody_would_read_is_refused() -> None:
+    """Gradients between lanes are frames, too, and a list of digests has an entry for each."""
+    config = make_spec().config | {"vocab_size": 1 << 19}
+    lanes = {"count": 16, "mode": "sync", "wire": "fp32"}
+    steps = {"train__steps": 4096, "train__schedule__decay_from": 4096}
+    more = {"config": config, "pipeline__lanes": lanes, **steps}
+    with pytest.raises(SpecError, match=r"pipeline\.segment_steps: the list of a segment has 3"):
+        make_spec(pipeline__segment_steps=4096, **more)
+    assert make_spec(pipeline__segment_steps=1024, **more).lanes == 16
+
+
 OUTER = {
     "lr": "0.7",
     "momentum": "0.9",
