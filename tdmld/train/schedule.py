@@ -83,12 +83,13 @@ def step_frames(spec: Spec, lane: int, stage: int, step: int) -> tuple[StepFrame
             found.append(StepFrame(into, "received", seq))
         if out is not None:
             found.append(StepFrame(out, "sent", seq))
-    parts = len(spec.lane_parts(stage))
+    parts = spec.part_count(stage)
     siblings = [link for link in spec.links(lane, stage) if link not in ("up", "down")]
     ways: tuple[Direction, Direction] = ("sent", "received")
     for direction in ways:
         for part in range(parts):
-            found += [StepFrame(link, direction, step * parts + part) for link in siblings]
+            seq = (step - spec.first_step) * parts + part
+            found += [StepFrame(link, direction, seq) for link in siblings]
     return tuple(found)
 
 

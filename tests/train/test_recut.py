@@ -14,6 +14,7 @@ from tdmld.train.errors import FileError, SpecError
 from tdmld.train.jobfile import load_job_file
 from tdmld.train.pretrained import Pretrained
 from tdmld.train.recut import MOMENTS, write_boundary
+from tdmld.train.schedule import step_frames
 from tdmld.train.spec import Spec, spec_bytes
 from tests.train.support import (
     CUTS,
@@ -77,6 +78,10 @@ def test_the_same_cuts_go_on_as_if_they_had_never_stopped(
     data, boundary, before = stopped(spec, tmp_path)
     again = going_on(spec, boundary)
     assert (again.first_step, again.rounds, again.boundary_step(1)) == (2, 2, 4)
+    for stage in range(2):
+        for link in again.links(0, stage):
+            numbers = [f.seq for f in step_frames(again, 0, stage, 2) if f.link == link]
+            assert min(numbers) == 0  # frames are counted from the job's own first step
     after = run_job(again, data, tmp_path / "second", given=boundary)
     for slot, records in after.items():
         for number, record in enumerate(records):
