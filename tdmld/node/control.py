@@ -43,8 +43,9 @@ MAX_LINKS = 2 + MAX_LANES - 1
 MAX_FRAME_BYTES = 64 << 20
 MAX_PLACES = 4096
 """Of shared memory, for one direction of a link."""
-MAX_GIVEN = 64
-"""Files of given weights of one job: one a stage."""
+MAX_GIVEN = 64 + 256
+"""Files of given weights of one job: one a stage and, when it goes on with moments, one a slot.
+With MAX_MEMBERS they fill a message."""
 
 Id32 = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]

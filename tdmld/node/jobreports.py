@@ -59,8 +59,10 @@ class SlotReport(Record, tag="slot_report", frozen=True):
 
     @property
     def seconds(self) -> Mapping[str, float]:
-        """Mean seconds a step by kind; empty before the first one."""
-        return {kind: micro / MICRO for kind, micro in zip(KINDS, self.times, strict=False)}
+        """Mean seconds a step by kind; empty before the first one, and when some are missing."""
+        if len(self.times) != len(KINDS):
+            return {}
+        return {kind: micro / MICRO for kind, micro in zip(KINDS, self.times, strict=True)}
 
 
 class Report(Record, tag="report", frozen=True):

@@ -3,13 +3,15 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import trio
 import trio.testing
 
+from tdmld.chain.codec import decode, encode
 from tdmld.chain.crypto import KeyPair, public_key
 from tdmld.chain.records import JobStatus, Member, SlotState
-from tdmld.node.jobreports import JobReports
-from tdmld.node.progress import Progress
+from tdmld.node.jobreports import REPORT_BYTES, JobReports, Report, SlotReport
+from tdmld.node.progress import KINDS, Progress
 from tdmld.p2p import Host
 from tests.p2p.support import connected_pair
 
@@ -89,3 +91,11 @@ async def test_a_job_that_is_over_has_no_reports() -> None:
         assert set(await here.of(JOB)) == {0}
         state.found.final = True
         assert await here.of(JOB) == {}
+
+
+@pytest.mark.parametrize("count", range(len(KINDS) + 1))
+def test_a_report_has_all_times_or_none(count: int) -> None:
+    """Views are made of what others say: half a report must not break them."""
+    said = encode(Report((SlotReport(0, 1, None, None, 0, "", (1,) * count),)))
+    heard = decode(Report, said, REPORT_BYTES).slots[0]
+    assert set(heard.seconds) == (set(KINDS) if count == len(KINDS) else set())

@@ -48,6 +48,7 @@ from tdmld.node.machine import (
     open_machine,
 )
 from tdmld.p2p import PeerInfo
+from tdmld.train import limits
 from tdmld.train.segment import SegmentRecord
 from tdmld.train.spec import decode_spec
 from tests.train.support import TEXT, encode_document, spec_document
@@ -309,7 +310,9 @@ async def test_peers_and_members_without_number_or_sense_harm_nothing(tmp_path: 
     many = [PeerInfo(session(n), ("/dns4/" + "a" * 240 + "/tcp/1",) * 20) for n in range(1, 400)]
     async with open_machine(tmp_path / "0", chain_id=CHAIN) as machine:
         await machine.set_peers([PeerInfo(session(0), ("/ip4/1.2.3.4/tcp/99999",)), *many])
-        await machine.set_members(JOB, frozenset(session(n) for n in range(1, 1500)))
+        given = [n.to_bytes(32, "big") for n in range(limits.STAGES + limits.SLOTS)]
+        many = frozenset(session(n) for n in range(1, 1500))
+        await machine.set_members(JOB, many, bytes(32), given=given)
         assert machine.carrier_pid is not None
 
 
