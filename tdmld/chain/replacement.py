@@ -51,7 +51,7 @@ from tdmld.chain.records import (
     Timer,
 )
 from tdmld.chain.segments import neighbours
-from tdmld.chain.settlement import arm_settlement, arm_stall, copy_due_after, count
+from tdmld.chain.settlement import arm_settlement, arm_stall, count, unproven_copy
 from tdmld.chain.transactions import Accept, Decline, LaneMode
 
 COUNTED_AS = {
@@ -83,6 +83,7 @@ def vacate(run: Execution, job_id: bytes, slot: int, cause: Cause, barred: bytes
         closing.refund(run, job_id, _reason(cause), detail)
         return
     closing.void(run, job_id, slot, state.settled)
+    rounds.void_slot(run, job, slot, state.settled)  # also what it held before it committed
     close_cases(run, job, slot)
     excluded = tuple(sorted({*run.job(job_id).excluded, state.worker.owner}))
     run.state.put_job(replace(run.job(job_id), excluded=excluded))
@@ -197,6 +198,7 @@ def _lose_lane(run: Execution, job: Job, lane: int) -> None:
     run.state.put_job(job)
     run.emit(LaneLost(job.id, lane))
     rounds.reconsider(run, job)
+    arm_settlement(run, run.job(job.id))
 
 
 def _reason(cause: Cause) -> CloseReason:
@@ -368,15 +370,17 @@ def settle(run: Execution, entry: Due) -> None:
         if job.standby is not None and not job.copied:
             closing.use_standby(run, job, job.standby.node, -1)
             run.state.put_job(replace(job, standby=None))
+        for slot in job.living:
+            if run.slot(job.id, slot).case is not None:
+                close_case(run, job, slot, "all segments are settled")
         return
     for slot in job.living:
-        state = run.slot(job.id, slot)
-        if state.unproven < limits.UNPROVEN_COPIES or not run.job(job.id).copied:
+        state, now = run.slot(job.id, slot), run.job(job.id)
+        if state.unproven < limits.UNPROVEN_COPIES or not now.copied or slot not in now.living:
             continue
         number = state.settled - 1
-        while not copy_due_after(job, slot, number):
+        while not unproven_copy(segment := run.segment(job.id, slot, number)):
             number -= 1
-        segment = run.segment(job.id, slot, number)
         if segment.proof is ProofStatus.UNEQUAL:
             vacate_standby(run, job.id, Cause.UNEQUAL)
         elif segment.standby_hash == b"":

@@ -302,7 +302,13 @@ def standby_proof(run: Execution, node: bytes, proof: StandbyProof) -> None:
     require(run.height < segment.proof_until, "the standby window of this boundary is over")
     if job.standby is not None and node == job.standby.node and job.standby.accepted:
         require(segment.standby_hash == b"", "the standby has given its proof")
-        changed = replace(segment, standby_hash=proof.keyed_hash, holder=job.standby.owner)
+        changed = replace(
+            segment,
+            standby_hash=proof.keyed_hash,
+            holder=job.standby.owner,
+            # Who speaks last must not be short of time because the other was late.
+            proof_until=max(segment.proof_until, run.height + run.parameters.answer_window),
+        )
         run.state.put_segment(job.id, proof.slot, proof.segment, changed)
         return
     require(node == slot.worker.node, "proofs come from the standby and from the slot's worker")

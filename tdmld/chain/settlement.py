@@ -14,7 +14,8 @@ segment since the last proven boundary, when its keyed hash equalled the worker'
 
 **What must be kept.** A replacement begins at `held`: the newest settled boundary of which the
 present standby has proven to hold every slot. Until then its own worker and its neighbours keep
-what leads on from there, so `held` also bounds how far a slot runs ahead (`allowed`).
+what leads on from there, so `held` also bounds how far a slot runs ahead (`allowed`), but for the
+way to the next copy: without it nothing could change any more.
 """
 
 from collections.abc import Iterable
@@ -53,6 +54,11 @@ def copy_due_after(job: Job, slot: int, segment: int) -> bool:
     return boundary % job.state_every == 0 or boundary == job.rounds
 
 
+def unproven_copy(segment: Segment) -> bool:
+    """Whether a copy was due after the settled segment, and was not proven."""
+    return segment.proof in (ProofStatus.UNEQUAL, ProofStatus.MISSING)
+
+
 def copied_segments(job: Job, segment: int) -> int:
     """How many segments the standby is paid for when it proves the state after `segment`."""
     return (segment % job.state_every) + 1
@@ -72,11 +78,12 @@ def keep_from(state: State, job: Job, slot: int, ends: Iterable[int]) -> int:
 
 def allowed(state: State, job: Job, slot: int, ends: Iterable[int]) -> int:
     """How many segments the slot may have finished now: at most D unsettled ones, and no more than
-    it has room to keep (`keep_from`). Beyond that it stalls; nothing is dropped."""
+    it has room to keep (`keep_from`), but always as many as lead to the next copy. Beyond that it
+    stalls; nothing is dropped."""
     record = state.slot(job.id, slot)
     settled = 0 if record is None else record.settled
     room = keep_from(state, job, slot, ends) + job.unsettled + 2 * job.state_every
-    return min(job.rounds, settled + job.unsettled, room)
+    return min(job.rounds, settled + job.unsettled, max(room, settled + job.state_every))
 
 
 def waits_for_settlement(run: Execution, job: Job) -> bool:
@@ -184,9 +191,7 @@ def pay_segment(run: Execution, job_id: bytes, slot: int) -> None:
 def _settled_slot(job: Job, slot: int, state: SlotState, segment: Segment) -> SlotState:
     """The slot once its next segment has settled."""
     boundary, held, unproven = state.settled + 1, state.held, state.unproven
-    if segment.proof is ProofStatus.EQUAL:
-        unproven = 0
-    elif segment.proof is not ProofStatus.NONE and segment.committed >= job.standby_since:
+    if unproven_copy(segment) and segment.committed >= job.standby_since:
         unproven += 1
     if not job.copied or job.is_own(slot):
         held, unproven = boundary, 0
@@ -204,7 +209,8 @@ def _hold(run: Execution, job: Job) -> None:
     if any(s.proof is not ProofStatus.EQUAL or s.holder != job.standby.owner for s in segments):
         return
     for slot in slots:
-        run.state.put_slot(job.id, slot, replace(run.slot(job.id, slot), held=boundary))
+        state = run.slot(job.id, slot)
+        run.state.put_slot(job.id, slot, replace(state, held=boundary, unproven=0))
 
 
 def pay_auditor(run: Execution, job_id: bytes, slot: int, segment: int, audit: Audit) -> None:

@@ -7,6 +7,7 @@ from tests.chain.second.market import STANDBY, Market, member
 from tests.chain.second.records import Record, rule
 from tests.chain.second.settling import HELD, OPEN
 
+LACKING = {"unequal", "missing"}
 FAULTS = {"absent", "undelivered", "stall", "left", "unproven", "unanswered"}
 WRONG = {"mismatch", "unopened"}
 INCARNATIONS, ROLLBACKS, STANDBY_TURNS, STALLS, OF_PAIR, UNPROVEN = 20, 8, 32, 32, 3, 2
@@ -57,6 +58,7 @@ class Repairs(Market):
             self.refund(job_id, "mismatch" if cause in WRONG else "fault", text)
             return
         self.void(job_id, slot, state["settled"])
+        self.void_in_rounds(job, slot, state["settled"])
         self.end_cases(job_id, slot)
         self.put_job(job_id, excluded=sorted({*self.the_job(job_id)["excluded"], owner}))
         self.put_slot(job_id, slot, barred=barred, unproven=0, delivered=[])
@@ -140,6 +142,7 @@ class Repairs(Market):
         newest = self.newest_round(job)
         if newest is not None:
             self.committed_round(job, newest)
+        self.arm(job_id)
 
     def new_windows(self, job_id: bytes) -> None:
         """VAC-7."""
@@ -251,13 +254,18 @@ class Repairs(Market):
             if standby is not None and standby["session"] == b"":
                 self.use_standby(job, standby["node"], -1)
                 self.put_job(job_id, standby=None)
+            for slot in self.living(job):
+                if self.slot(job_id, slot)["case"] is not None:
+                    self.end_case(job_id, slot)
             return
         for slot in self.living(job):
+            if slot not in self.living(self.the_job(job_id)):
+                continue
             standby, state = self.the_job(job_id)["standby"], self.slot(job_id, slot)
             if standby is None or standby["session"] == b"" or state["unproven"] < UNPROVEN:
                 continue
             segments = (self.segment(job_id, slot, n) for n in range(state["settled"] - 1, -1, -1))
-            last = next(one for one in segments if one is not None and one["proof"] != "none")
+            last = next(one for one in segments if one is not None and one["proof"] in LACKING)
             if last["proof"] == "unequal":
                 self.vacate_standby(job_id, "unequal")
             elif last["standby_hash"] == b"":
@@ -318,8 +326,9 @@ class Repairs(Market):
         """SETTLE-11."""
         states = [self.slot(job["id"], one) for one in (slot, *self.neighbours(job, slot))]
         kept = min(state["held"] for state in states)
-        far = kept + job["unsettled"] + 2 * job["state_every"]
-        return int(min(job["rounds"], states[0]["settled"] + job["unsettled"], far))
+        settled = states[0]["settled"]
+        far = max(kept + job["unsettled"] + 2 * job["state_every"], settled + job["state_every"])
+        return int(min(job["rounds"], settled + job["unsettled"], far))
 
     def stall(self, signer: bytes, what: Record, _: bytes) -> None:
         """CASE-2, CASE-3."""

@@ -126,9 +126,7 @@ class Settling(Ledger):
         held, unproven = state["held"], state["unproven"]
         if standby is None or standby["session"] == b"" or self.is_own(job, slot):
             held, unproven = state["settled"] + 1, 0
-        elif proof == "equal":
-            unproven = 0
-        elif proof != "none" and segment["committed"] >= job["standby_since"]:
+        elif proof in ("unequal", "missing") and segment["committed"] >= job["standby_since"]:
             unproven += 1
         return {"held": held, "unproven": unproven}
 
@@ -145,7 +143,7 @@ class Settling(Ledger):
             if (segment["proof"], segment["holder"]) != ("equal", standby["owner"]):
                 return
         for slot in slots:
-            self.put_slot(job["id"], slot, held=settled)
+            self.put_slot(job["id"], slot, held=settled, unproven=0)
 
     def pay_auditor(self, job_id: bytes, key: bytes) -> None:
         """SETTLE-8."""

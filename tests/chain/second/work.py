@@ -185,7 +185,8 @@ class Work(Rounds):
         standby = job["standby"]
         if standby is not None and standby["session"] and signer == standby["node"]:
             rule(segment["standby_hash"] == b"", "SEG-9")
-            found = {"standby_hash": mine, "holder": standby["owner"]}
+            until = max(segment["proof_until"], self.after("answer_window"))
+            found = {"standby_hash": mine, "holder": standby["owner"], "proof_until": until}
             self.put_segment(job_id, slot, number, **found)
             return
         rule(signer == self.slot(job_id, slot)["worker"]["node"], "SEG-9")
