@@ -23,8 +23,12 @@ _OUTER_BYTES = 8
 _OUTER_WORK_BYTES = 24
 """Of a trained value in a diloco job, in memory only: the weights before the segment, the delta and
 what compressing and combining make of it."""
-KEPT_STATES = 2
-"""States that are kept besides those that something unsettled needs."""
+
+
+def kept_segments(spec: Spec) -> int:
+    """Segments of which a slot keeps what it has: up to D + 2R from the newest boundary whose copy
+    was proven, beyond which it stalls, and one that a neighbour is ahead."""
+    return spec.pipeline.unsettled + 2 * spec.pipeline.state_every + 1
 
 
 def stage_memory(spec: Spec, stage: int) -> int:
@@ -45,7 +49,7 @@ def stage_memory(spec: Spec, stage: int) -> int:
         + once
         + _frame_memory(spec, stage)
         + _text_memory(spec, stage)
-        + _segment_frames(spec, stage) * _DIGEST_BYTES * (spec.pipeline.unsettled + 2)
+        + _segment_frames(spec, stage) * _DIGEST_BYTES * (kept_segments(spec) + 1)
     )
 
 
@@ -131,8 +135,8 @@ def state_bytes(spec: Spec, stage: int) -> int:
 
 def stage_disk(spec: Spec, stage: int) -> int:
     """Bytes of disk that a worker of this stage needs at its peak: the frames, contributions and
-    states of the segments that are not settled (D, and the one that runs), the text."""
-    unsettled = spec.pipeline.unsettled
+    states of the segments that somebody may need (`kept_segments`), the text."""
+    kept = kept_segments(spec)
     frames = max(
         sum(
             2
@@ -143,13 +147,17 @@ def stage_disk(spec: Spec, stage: int) -> int:
         for lane in range(spec.lanes)
     )
     told = spec.lanes * spec.contribution_bytes(stage)
-    states = (unsettled + KEPT_STATES) * state_bytes(spec, stage)
-    return (unsettled + 1) * (frames + told) + states + spec.data.tokens
+    states = (kept + 1) * state_bytes(spec, stage)
+    return kept * (frames + told) + states + spec.data.tokens
 
 
 def standby_disk(spec: Spec) -> int:
     """Bytes of disk that a standby of the whole job needs at its peak: copies of every slot's
-    state (one more while it arrives), the result, the text."""
-    states = spec.lanes * sum(state_bytes(spec, stage) for stage in range(spec.stages))
+    state from the newest proven one on (one more while it arrives), each with what its lane
+    contributed last, the result, the text."""
+    states = spec.lanes * sum(
+        state_bytes(spec, stage) + spec.contribution_bytes(stage) for stage in range(spec.stages)
+    )
+    copies = kept_segments(spec) // spec.pipeline.state_every + 2
     parameters = sum(stage_parameters(spec, stage) for stage in range(spec.stages))
-    return (KEPT_STATES + 1) * states + 4 * parameters + spec.data.tokens
+    return copies * states + 4 * parameters + spec.data.tokens

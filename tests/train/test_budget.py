@@ -5,10 +5,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from tdmld.train.budget import activation_memory, stage_memory
+from tdmld.train.budget import (
+    activation_memory,
+    stage_disk,
+    stage_memory,
+    standby_disk,
+    state_bytes,
+)
 from tdmld.train.families import FAMILIES
 from tdmld.train.spec import Spec
-from tests.train.support import FAMILY_CONFIGS, family_spec
+from tests.train.support import FAMILY_CONFIGS, family_spec, make_spec
+from tests.train.test_spec import DILOCO
 
 WIDER = {
     "hidden_size": 128,
@@ -107,3 +114,18 @@ def test_a_tokens_width_is_memory_and_disk() -> None:
         spec, data=msgspec.structs.replace(spec.data, tokenizer="tokens", width=4)
     )
     assert stage_memory(wide, 0) > stage_memory(spec, 0)
+
+
+@pytest.mark.parametrize("lanes", [{"count": 1, "mode": "sync"}, DILOCO])
+def test_disk_lasts_for_all_that_is_kept_until_a_copy_is_proven(lanes: dict[str, Any]) -> None:
+    """The newest proven copy may lie 2R behind what is settled, and that D behind what is done."""
+    ahead, every = 6, 2
+    spec = make_spec(pipeline__lanes=lanes, pipeline__unsettled=ahead, pipeline__state_every=every)
+    segments = ahead + 2 * every
+    frames = spec.link_frames(0, 0, "down") * 2 * spec.link_frame_bytes(0, "down")
+    told = spec.lanes * spec.contribution_bytes(0)
+    assert stage_disk(spec, 0) >= (segments + 1) * (frames + told + state_bytes(spec, 0))
+    copies = segments // every + 1
+    slots = spec.lanes * sum(state_bytes(spec, stage) for stage in range(2))
+    brought = spec.lanes * sum(spec.contribution_bytes(stage) for stage in range(2))
+    assert standby_disk(spec) >= copies * (slots + brought)
