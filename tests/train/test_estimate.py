@@ -21,6 +21,8 @@ from tdmld.train.estimate import (
     with_cuts,
 )
 from tdmld.train.families import FAMILIES
+from tdmld.train.family import Part
+from tdmld.train.spec import Spec
 from tests.train.support import FAMILY_CONFIGS, family_spec, make_spec
 
 FREE = Line(1e15, 0.0)
@@ -134,6 +136,26 @@ def test_every_part_of_a_model_is_measured(family: str) -> None:
     assert all(one.forward > 0 and one.backward >= 0 for one in every)
     assert seconds.optimizer > 0 < seconds.hash
     assert (told[0], told[-2:]) == ("embedding", ["head", "optimizer"])
+
+
+def test_a_second_forward_is_not_measured_and_then_counted_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tdmld.train import timing
+    from tdmld.train.model import loose_part as whole
+
+    measured: list[bool] = []
+
+    def loose_part(spec: Spec, part: Part) -> object:
+        measured.append(spec.train.recompute)
+        return whole(spec, part)
+
+    monkeypatch.setattr(timing, "loose_part", loose_part)
+    spec = make_spec()
+    timing.measure(
+        msgspec.structs.replace(spec, train=msgspec.structs.replace(spec.train, recompute=True))
+    )
+    assert not any(measured)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))
