@@ -5,6 +5,7 @@ for people (progress, losses, where the time goes) and nothing rests on it.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated
 
@@ -111,6 +112,8 @@ class JobReports:
         """(job, node) -> when it was asked last."""
         self._known: dict[tuple[bytes, bytes], tuple[float, tuple[SlotReport, ...]]] = {}
         """(job, node) -> when it answered last, and what it said then."""
+        self._members: dict[bytes, tuple[float, frozenset[bytes]]] = {}
+        """Job that we work for -> when we looked, and the nodes that had to do with it."""
         self._nursery: trio.Nursery | None = None
 
     async def run(self) -> None:
@@ -198,19 +201,28 @@ class JobReports:
         except DecodeError as error:
             stream.blame(str(error))
             return await stream.reset()
-        slots: tuple[SlotReport, ...] = ()
-        state = self._state()
-        job = state.job(asked)
-        if job is not None and any(_is(stream.peer_id, node) for node, _ in party(state, job)):
-            slots = tuple(self._own(asked))
+        slots = tuple(self._own(asked))
+        if not slots or not self._is_member(stream.peer_id, asked):
+            slots = ()
         await stream.send(encode(Report(slots)))
 
-
-def _is(peer_id: str, node: bytes) -> bool:
-    try:
-        return public_key(peer_id) == node
-    except DecodeError:
-        return False
+    def _is_member(self, peer_id: str, job_id: bytes) -> bool:
+        """Whether a node has to do with a job that we work for. Strangers ask too, and to look at a
+        job takes long: once in a while is enough."""
+        now = trio.current_time()
+        at, members = self._members.get(job_id, (-math.inf, frozenset[bytes]()))
+        if at <= now - FRESH_SECONDS:
+            state = self._state()
+            job = state.job(job_id)
+            found = () if job is None else party(state, job)
+            members = frozenset(node for node, _ in found)
+            working = {job for job, _ in self._progress}
+            self._members = {job: seen for job, seen in self._members.items() if job in working}
+            self._members[job_id] = now, members
+        try:
+            return public_key(peer_id) in members
+        except DecodeError:
+            return False
 
 
 def _micro(value: float) -> int:

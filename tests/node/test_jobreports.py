@@ -84,6 +84,30 @@ async def test_a_stranger_is_told_nothing() -> None:
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("works", [True, False])
+async def test_who_asks_again_and_again_costs_no_look_at_the_whole_job(works: bool) -> None:
+    """A job has hundreds of slots with dozens of segments each, and strangers may ask as well."""
+    async with connected_pair() as (a, b), trio.open_nursery() as nursery:
+        state, looks = Two(NOBODY, NOBODY), 0
+        slot = state.slot
+
+        def counted(job: bytes, index: int) -> SlotState:
+            nonlocal looks
+            looks += 1
+            return slot(job, index)
+
+        state.slot = counted  # type: ignore[method-assign]
+        asks = reports(a, Two(NOBODY, NOBODY), {})
+        answers = reports(b, state, {(JOB, 0): progressed(4)} if works else {})
+        nursery.start_soon(answers.run)
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.fail_after(30):
+            for _ in range(10):
+                assert await asks._exchange(JOB, public_key(b.peer_id)) == ()
+        assert looks <= (4 if works else 0)
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_job_that_is_over_has_no_reports() -> None:
     async with connected_pair() as (a, b):
         state = Two(public_key(a.peer_id), public_key(b.peer_id))
