@@ -5,6 +5,7 @@ Estimates that err upwards; they stand in the offer, and matching counts with th
 
 from math import prod
 
+from tdmld.train.contribution import CHUNK, ROWS, low_bits
 from tdmld.train.family import Part
 from tdmld.train.spec import Spec, stage_parameters
 
@@ -20,9 +21,15 @@ _STATE_BYTES = 12
 """Of a trained value: itself and two moments."""
 _OUTER_BYTES = 8
 """Of a trained value in a diloco state, beside: outer momentum and residual."""
-_OUTER_WORK_BYTES = 24
-"""Of a trained value in a diloco job, in memory only: the weights before the segment, the delta and
-what compressing and combining make of it."""
+_OUTER_WORK_BYTES = 16
+"""Of a trained value in a diloco job, in memory only: the weights before the segment, and the delta
+twice for a moment."""
+_ENCODE_BYTES = 48
+"""Of a value among those that are compressed at a time."""
+_KEPT_BYTES = 12
+"""Of a value that a contribution which was read keeps: its place and itself."""
+_DECODE_BYTES, _DECODE_BIT_BYTES = 40, 16
+"""Of a kept value while its contribution is read, and of each low bit of its place."""
 
 
 def kept_segments(spec: Spec) -> int:
@@ -83,8 +90,13 @@ def _lane_bytes(spec: Spec, stage: int) -> int:
     """What is in memory for the other lanes: all gradients once more, or an outer step's values."""
     parameters = stage_parameters(spec, stage)
     if spec.is_diloco:
-        values = (_OUTER_BYTES + _OUTER_WORK_BYTES) * parameters
-        return values + 2 * spec.lanes * spec.contribution_bytes(stage)
+        density = spec.outer.density
+        kept = parameters * density // CHUNK + min(density, parameters)
+        read = (_DECODE_BYTES + _DECODE_BIT_BYTES * low_bits(CHUNK, density)) * kept
+        made = _ENCODE_BYTES * min(parameters, ROWS * CHUNK)
+        work = max(made, _KEPT_BYTES * spec.lanes * kept) + read
+        told = 2 * spec.lanes * spec.contribution_bytes(stage)
+        return (_OUTER_BYTES + _OUTER_WORK_BYTES) * parameters + work + told
     return 8 * parameters if spec.has_lane_links else 0
 
 

@@ -18,6 +18,7 @@ from tdmld.train.contribution import (
     CHUNK,
     HEAD,
     MAGIC,
+    ROWS,
     chunk_sizes,
     contribution_size,
     low_bits,
@@ -27,8 +28,6 @@ from tdmld.train.errors import FileError
 from tdmld.train.spec import Spec, stage_parameters
 
 Floats = NDArray[np.float32]
-_ROWS = 1024
-"""Chunks that are worked on at a time: bounds the memory of a large delta."""
 
 
 class Place(NamedTuple):
@@ -139,8 +138,8 @@ def _blocks(flat: Floats) -> Iterator[Floats]:
     """The chunks of a flat delta as rows, some at a time; the shorter last one by itself."""
     whole = flat.size // CHUNK
     rows = flat[: whole * CHUNK].reshape(whole, CHUNK)
-    for at in range(0, whole, _ROWS):
-        yield rows[at : at + _ROWS]
+    for at in range(0, whole, ROWS):
+        yield rows[at : at + ROWS]
     if flat.size % CHUNK:
         yield flat[whole * CHUNK :].reshape(1, -1)
 

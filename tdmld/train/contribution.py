@@ -25,6 +25,8 @@ from typing import NamedTuple
 
 CHUNK = 4096
 """Values among which the greatest are chosen."""
+ROWS = 1024
+"""Chunks that are worked on at a time: bounds the memory of a large delta."""
 MAGIC = b"tdmldct1"
 HEAD = struct.Struct("!8sIIIHHQQ")
 SCALE_BYTES = {2: 8, 8: 4}

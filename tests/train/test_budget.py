@@ -13,9 +13,9 @@ from tdmld.train.budget import (
     state_bytes,
 )
 from tdmld.train.families import FAMILIES
-from tdmld.train.spec import Spec
+from tdmld.train.spec import Spec, stage_parameters
 from tests.train.support import FAMILY_CONFIGS, family_spec, make_spec
-from tests.train.test_spec import DILOCO
+from tests.train.test_spec import DILOCO, OUTER
 
 WIDER = {
     "hidden_size": 128,
@@ -129,3 +129,32 @@ def test_disk_lasts_for_all_that_is_kept_until_a_copy_is_proven(lanes: dict[str,
     slots = spec.lanes * sum(state_bytes(spec, stage) for stage in range(2))
     brought = spec.lanes * sum(spec.contribution_bytes(stage) for stage in range(2))
     assert standby_disk(spec) >= copies * (slots + brought)
+
+
+@pytest.mark.parametrize(("density", "bits"), [(128, 2), (1024, 8), (4096, 2), (4096, 8)])
+def test_an_outer_step_takes_no_more_than_is_estimated(density: int, bits: int) -> None:
+    import tracemalloc
+
+    import numpy as np
+
+    from tdmld.train.compress import Place, decode_contribution, encode_contribution
+    from tdmld.train.outer import combine
+
+    config = make_spec().config | {"vocab_size": 1 << 14}
+    outer = OUTER | {"density": density, "bits": bits}
+    apart = make_spec(config=config, pipeline__lanes=DILOCO | {"count": 8, "outer": outer})
+    values = stage_parameters(apart, 0)
+    room = stage_memory(apart, 0) - stage_memory(make_spec(config=config), 0) - 8 * values
+    delta = np.random.default_rng(1).standard_normal(values).astype(np.float32)
+    tracemalloc.start()
+    try:
+        raw = encode_contribution(apart, Place(0, 0, 0), delta, np.zeros(0, np.float32))
+        made = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        found = [decode_contribution(apart, Place(0, 0, 0), raw) for _ in range(8)]
+        combine(found, [1] * 8, values)
+        met = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    before = 12 * values  # the weights before the segment, and the delta, twice for a moment
+    assert max(before + made, met) <= room
