@@ -94,9 +94,12 @@ def write_boundary(spec: Spec, boundary: int, states: States, out: Path) -> Resu
                     raise FileError(f"the state of {lane}.{stage} is not of boundary {boundary}")
                 tensors += [t for t in own if t.name != "step" or stage == 0]
         model = {w.name for stage in range(spec.stages) for w in spec.shared(stage)}
-        result = write_result(spec, [t for t in shared if t.name in model], out)
         place = out / MOMENTS
+        (place / BOUNDARY_FILE).unlink(missing_ok=True)  # what was there before is whole no more
+        result = write_result(spec, [t for t in shared if t.name in model], out)
         place.mkdir(exist_ok=True)
+        for old in place.glob("*.safetensors"):
+            old.unlink()
         for number, tensors in enumerate(lanes):
             write_safetensors(place / f"{number}.safetensors", tensors)
         if outer := [t for t in shared if t.name not in model]:

@@ -188,6 +188,27 @@ def test_states_that_are_missing_foreign_or_unequal_are_refused(tmp_path: Path) 
         write_boundary(spec, 1, states | {(1, 1): other[1, 1]}, out)
 
 
+def test_a_boundary_written_over_another_one_leaves_nothing_of_it(tmp_path: Path) -> None:
+    """Else a job of lanes that meet in outer steps would go on with a foreign momentum."""
+    data = tokens_of(family_spec("llama"))
+    first = family_spec("llama", 2, **STEPS, pipeline__lanes=apart(2))
+    run_job(first, data, tmp_path / "first")
+    out = tmp_path / "out"
+    write_boundary(first, first.rounds, states_at(first, tmp_path / "first", first.rounds), out)
+    assert (out / MOMENTS / "outer.safetensors").exists()
+    second = family_spec("llama", 2, **STEPS)
+    run_job(second, data, tmp_path / "second")
+    states = states_at(second, tmp_path / "second", 1)
+    write_boundary(second, 1, states, out)
+    names = {path.name for path in (out / MOMENTS).iterdir()}
+    assert names == {"boundary.json", "0.safetensors"}
+    # What is half written is no boundary.
+    spoilt = {slot: path for slot, path in states.items() if slot != (0, 0)}
+    with pytest.raises(FileError, match="no state of every"):
+        write_boundary(second, 1, spoilt, out)
+    assert (out / MOMENTS / "boundary.json").exists()  # nothing was begun
+
+
 @pytest.fixture
 def resumed(tmp_path: Path) -> Path:
     """A job file that names a boundary's directory."""
