@@ -282,7 +282,7 @@ class LiveSlots:
             text = f"the list of segment {segment} cannot be read: {error}"
             self._fail(live, text, FailureCause.REFUSED)
             return
-        self._emit(SegmentDone(live.job, live.slot, stored.record, stored.salt))
+        self._emit(SegmentDone(live.job, live.slot, stored.record, stored.salt, live.under))
 
 
 def _fits(found: GenesisRoots, expected: StateRoots | None) -> bool:

@@ -165,12 +165,13 @@ class StepDone:
 class SegmentDone:
     """A segment is finished: its list, the frames and the state after it are on disk, synced.
     The daemon may commit to `record` now. `salt` (32 bytes, in the list file too) is for the seal
-    of the steps root."""
+    of the steps root. `under`: the epoch and incarnation that the slot was open under."""
 
     job: bytes
     slot: SlotId
     record: SegmentRecord
     salt: bytes
+    under: tuple[int, int]
 
 
 @dataclass(frozen=True)

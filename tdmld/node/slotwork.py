@@ -364,9 +364,9 @@ class SlotWork:
 
     def segment_done(self, key: SlotKey, event: SegmentDone) -> duty.CommitSegment | None:
         """A segment was finished; the duty that can be done now."""
-        opened = self._opened.get(key)
+        opened = self._named(*key, *event.under)
         if opened is None:
-            return None
+            return None  # of a worker that was closed meanwhile
         record = event.record
         number = record.segment
         opened.lists[number] = StoredList(event.salt, record)

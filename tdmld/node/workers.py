@@ -42,6 +42,7 @@ class LiveSlot:
     def __init__(self, assignment: SlotAssignment, spec: Spec) -> None:
         self.job = assignment.job
         self.slot = assignment.slot
+        self.under = (assignment.epoch, assignment.incarnation)
         self.spec = spec
         self.roots: GenesisRoots | None = None
         self.ready = trio.Event()

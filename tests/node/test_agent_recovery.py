@@ -1,6 +1,7 @@
 """The agent when something died: its worker, its carrier, itself, a neighbour, another's honour."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ async def test_a_finished_segment_lets_failures_be_forgotten(
     for number in range(RESTARTS + 2):
         await fail(rig, job, FailureCause.DIED)
         await trio.sleep(60)
-        done = SegmentDone(job, SlotId(0, 0), record(world, job, 0, number), SALT)
+        done = SegmentDone(job, SlotId(0, 0), record(world, job, 0, number), SALT, (0, 0))
         rig.machine.send.send_nowait(done)
         await rig.look()
     assert rig.sent(Leave) == []
@@ -174,6 +175,21 @@ async def test_a_carrier_that_is_back_is_used_at_once(world: World, serve: Any) 
     rig.machine.send.send_nowait(CarrierUp(()))
     await rig.look()
     assert len(opened(rig)) == count + 1
+
+
+async def test_what_was_finished_under_an_older_epoch_is_not_committed_to(
+    world: World, serve: Any
+) -> None:
+    """News of a worker that was closed may come when the slot is open under the next name: its list
+    is gone, and with it the salt."""
+    rig, job = await active(world, serve)
+    late = SegmentDone(job, SlotId(0, 0), record(world, job, 0, 0), SALT, (0, 7))
+    rig.machine.send.send_nowait(late)
+    await rig.look()
+    assert rig.sent(Commit) == []
+    rig.machine.send.send_nowait(replace(late, under=(0, 0)))
+    await rig.look()
+    assert len(rig.sent(Commit)) == 1
 
 
 async def test_a_restarted_daemon_goes_on_where_its_disk_says_and_commits_what_was_done(
