@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from tdmld.train.budget import link_step_bytes, stage_memory
+from tdmld.train.budget import link_step_bytes, stage_memory, state_bytes
 from tdmld.train.errors import SpecError
 from tdmld.train.family import Part
 from tdmld.train.schedule import operations, traffic
@@ -200,8 +200,7 @@ def play(
 
 def segment_overhead(spec: Spec, seconds: Seconds) -> float:
     """Seconds between two segments: the greatest state is hashed at both ends."""
-    largest = max(stage_parameters(spec, stage) for stage in range(spec.stages))
-    return 12 * largest * seconds.hash
+    return max(state_bytes(spec, stage) for stage in range(spec.stages)) * seconds.hash
 
 
 class Cut(NamedTuple):

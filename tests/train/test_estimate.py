@@ -17,13 +17,15 @@ from tdmld.train.estimate import (
     balanced,
     play,
     seconds_of_speed,
+    segment_overhead,
     stage_seconds,
     with_cuts,
 )
 from tdmld.train.families import FAMILIES
 from tdmld.train.family import Part
-from tdmld.train.spec import Spec
+from tdmld.train.spec import Spec, stage_parameters
 from tests.train.support import FAMILY_CONFIGS, family_spec, make_spec
+from tests.train.test_spec import DILOCO
 
 FREE = Line(1e15, 0.0)
 
@@ -136,6 +138,14 @@ def test_every_part_of_a_model_is_measured(family: str) -> None:
     assert all(one.forward > 0 and one.backward >= 0 for one in every)
     assert seconds.optimizer > 0 < seconds.hash
     assert (told[0], told[-2:]) == ("embedding", ["head", "optimizer"])
+
+
+def test_between_segments_the_whole_state_is_hashed() -> None:
+    seconds = seconds_of_speed(make_spec(), 1e9)
+    for lanes, size in (({"count": 1, "mode": "sync"}, 12), (DILOCO, 20)):
+        spec = make_spec(pipeline__lanes=lanes)
+        largest = max(stage_parameters(spec, stage) for stage in range(2))
+        assert segment_overhead(spec, seconds) == pytest.approx(size * largest * seconds.hash)
 
 
 def test_a_second_forward_is_not_measured_and_then_counted_again(
