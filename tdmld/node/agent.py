@@ -389,16 +389,17 @@ class Agent:
         has lost a place: what is sealed from then on is not for them."""
         sealed = job.spec_id if job.privacy == "sealed" else None
         lost = len(duties.lost_places(state, job))
+        spec = self._performer.known_spec(job.id)
+        given = () if spec is None else sorted(shared_roots(spec))
         if sealed is not None and job.source == self.key.public and lost > self._lost[job.id]:
-            await self.machine.rekey(job.id, members, sealed)
+            await self.machine.rekey(job.id, members, sealed, given=given)
         else:
-            spec = self._performer.known_spec(job.id)
             await self.machine.set_members(
                 job.id,
                 members,
                 sealed,
                 private=job.privacy == SPLIT,
-                given=() if spec is None else sorted(shared_roots(spec)),
+                given=given,
             )
         self._lost[job.id] = lost
 

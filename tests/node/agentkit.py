@@ -51,7 +51,9 @@ class FakeMachine:
         self.members[job] = sessions
         self.heard.set()
 
-    async def rekey(self, job: bytes, remaining: frozenset[str], sealed: bytes) -> None:
+    async def rekey(
+        self, job: bytes, remaining: frozenset[str], sealed: bytes, *, given: object = ()
+    ) -> None:
         self.calls.append(("rekey", job, remaining))
 
     async def set_peers(self, peers: list[PeerInfo]) -> None:

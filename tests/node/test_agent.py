@@ -10,9 +10,11 @@ from tdmld.chain.crypto import KeyPair
 from tdmld.chain.errors import InvalidTransaction
 from tdmld.chain.records import JobStatus
 from tdmld.chain.transactions import Decline, decode_transaction
+from tdmld.node import duties
 from tdmld.node.agent import RETRY_BLOCKS, Agent
 from tdmld.node.chainerrors import ServiceBusy, SpecUnavailable, StoreError
 from tdmld.node.duty import TakePlace
+from tdmld.train.specfields import GivenInit
 from tests.node.chainkit import make_genesis
 from tests.node.fake_chain import FakeWitnesses
 
@@ -83,3 +85,21 @@ async def test_a_place_is_declined_in_time_when_nobody_has_the_spec(
     await agent._perform("place", lambda: agent._performer._take_place(cast(Any, None), job, place))
     found = [decode_transaction(raw, bytes(32)).payload for raw in submitted]
     assert found == ([Decline(bytes(32), 0, 1)] if declined else [])
+
+
+async def test_given_weights_are_still_given_when_a_sealed_job_gets_a_new_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    agent, told = make_agent(), []
+
+    async def rekey(*arguments: object, **options: object) -> None:
+        told.append((*arguments, options))
+
+    agent.machine = cast(Any, SimpleNamespace(rekey=rekey))
+    monkeypatch.setattr(duties, "lost_places", lambda state, job: ["somebody"])
+    root = "ab" * 32
+    spec = SimpleNamespace(init=GivenInit((root,)), privacy="sealed")
+    monkeypatch.setattr(agent._performer, "known_spec", lambda job: spec)
+    job = SimpleNamespace(id=b"job", spec_id=b"spec", privacy="sealed", source=agent.key.public)
+    await agent._tell_members(cast(Any, None), cast(Any, job), frozenset({"a"}))
+    assert told == [(b"job", frozenset({"a"}), b"spec", {"given": [bytes.fromhex(root)]})]
