@@ -111,7 +111,8 @@ class _LanesSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def lanes(self) -> Lanes:
         """As the spec spells them; SpecError for what it does not allow."""
         outer = self.outer or (_OuterSection() if self.mode == "diloco" else None)
-        weights = () if set(self.weights) == {1} else self.weights
+        alike = len(self.weights) == self.count and set(self.weights) == {1}
+        weights = () if alike else self.weights
         document = msgspec.to_builtins(msgspec.structs.replace(self, weights=weights))
         document["outer"] = msgspec.to_builtins(outer)
         try:

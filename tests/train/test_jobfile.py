@@ -186,6 +186,7 @@ def test_lanes_are_written_shortly_and_spelled_out_in_the_spec(place: Path) -> N
         ('{ count = 0, mode = "sync" }', "pipeline.lanes.count"),
         ('{ count = 2, mode = "gossip" }', "pipeline.lanes.mode"),
         ('{ count = 2, mode = "sync", weights = [0, 1] }', "pipeline.lanes.weights"),
+        ('{ count = 3, mode = "sync", weights = [1, 1] }', "pipeline.lanes.weights"),
         ('{ count = 2, mode = "sync", outer = {} }', "pipeline.lanes.outer"),
     ):
         with pytest.raises(SpecError) as caught:
