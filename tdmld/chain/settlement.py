@@ -191,7 +191,9 @@ def pay_segment(run: Execution, job_id: bytes, slot: int) -> None:
 def _settled_slot(job: Job, slot: int, state: SlotState, segment: Segment) -> SlotState:
     """The slot once its next segment has settled."""
     boundary, held, unproven = state.settled + 1, state.held, state.unproven
-    if unproven_copy(segment) and segment.committed >= job.standby_since:
+    # A worker that has committed nothing since may be gone: nobody can copy from it.
+    there = segment.standby_hash != b"" or state.last_commit > segment.committed
+    if unproven_copy(segment) and segment.committed >= job.standby_since and there:
         unproven += 1
     if not job.copied or job.is_own(slot):
         held, unproven = boundary, 0

@@ -34,7 +34,7 @@ WINDOWS = {
     "activate_window": 400,
     "segment_window": 200,
     "audit_window": 300,
-    "standby_window": 250,
+    "standby_window": 600,
 }
 """Blocks of a fifth of a second: a node that is gone is accused by its neighbour long before the
 window is over."""

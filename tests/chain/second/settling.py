@@ -126,8 +126,10 @@ class Settling(Ledger):
         held, unproven = state["held"], state["unproven"]
         if standby is None or standby["session"] == b"" or self.is_own(job, slot):
             held, unproven = state["settled"] + 1, 0
-        elif proof in ("unequal", "missing") and segment["committed"] >= job["standby_since"]:
-            unproven += 1
+        elif proof in ("unequal", "missing") and (
+            segment["standby_hash"] or state["last_commit"] > segment["committed"]
+        ):
+            unproven += segment["committed"] >= job["standby_since"]
         return {"held": held, "unproven": unproven}
 
     def hold(self, job: Record, slots: list[int]) -> None:
