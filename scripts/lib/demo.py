@@ -54,6 +54,8 @@ NODES, VALIDATORS, SUBMITTER, BYSTANDER = 7, 4, 0, 1
 ASKS = range(2, NODES)
 ROUND_OF_THE_KILL = 5
 PATIENCE_SECONDS = 900.0
+LIE_AT_STEP = 5
+"""In `FLIP`: what was settled before may be paid."""
 HELDOUT_BOUND = 2.45
 """Nats a byte; counting pairs of letters gives 2.5."""
 PLAIN = ROOT / "scripts" / "lib" / "plain_loss.py"
@@ -289,6 +291,8 @@ class Demo:
             "supply_conserved": ledger.total == ledger.supply,
             "convicted": sorted({former.owner for former in detail.former if former.convicted}),
             "liar": self._liar(),
+            "liar_settled": sum(former.settled for former in detail.former if former.convicted),
+            "segment_steps": detail.segment_steps,
             "first_standby": self.standby,
             "first_worker": self.worker,
             "replacement": detail.slots[0].worker,
@@ -345,7 +349,14 @@ def checks(options: argparse.Namespace, found: dict[str, Any]) -> Iterator[tuple
             "an audit found the flipped bit, and named who flipped it",
             (found["convicted"] == [found["liar"]]),
         )
-        yield "who cheated was paid nothing", found["liar"] not in found["paid"]
+        honest = found["liar_settled"]
+        yield (
+            "who cheated was paid for nothing from the lie on",
+            (
+                honest <= LIE_AT_STEP // found["segment_steps"]
+                and (honest > 0 or found["liar"] not in found["paid"])
+            ),
+        )
         yield "the standby took the place", found["replacement"] == found["first_standby"]
     if options.kill == "node":
         yield "another node took the place", found["replacement"] != found["first_worker"]

@@ -60,7 +60,8 @@ class AuditWork:
             # A replay that breaks here says nothing about the worker: let another one try.
             log.warning("audit %s: %s", todo, error)
             missing = plain(str(error))[: chain_limits.MISSING_BYTES]
-            fail = AuditFail(job.id, todo.epoch, todo.slot, todo.segment, missing)
+            epoch = self._desk.epoch(job.id)
+            fail = AuditFail(job.id, epoch, todo.slot, todo.segment, missing)
             await self._desk.submit(fail)
             return
         finally:
@@ -68,14 +69,15 @@ class AuditWork:
                 del self.auditing[at]
         commitment = blake3(found + self._salt(todo) + self._desk.node).digest()
         await self._desk.submit(
-            AuditCommit(job.id, todo.epoch, todo.slot, todo.segment, commitment)
+            AuditCommit(job.id, self._desk.epoch(job.id), todo.slot, todo.segment, commitment)
         )
 
     async def open_verdict(self, state: State, job: Job, todo: duty.OpenVerdict) -> None:
         """See duty.OpenVerdict."""
         found = await self._find(state, job, todo)
         salt = self._salt(todo)
-        await self._desk.submit(AuditOpen(job.id, todo.epoch, todo.slot, todo.segment, found, salt))
+        epoch = self._desk.epoch(job.id)
+        await self._desk.submit(AuditOpen(job.id, epoch, todo.slot, todo.segment, found, salt))
 
     async def _find(
         self, state: State, job: Job, todo: duty.ReplaySegment | duty.OpenVerdict

@@ -75,15 +75,16 @@ class CopyWork:
 
     async def prove(self, state: State, job: Job, todo: duty.ProveState) -> None:
         """See duty.ProveState."""
-        boundary = todo.segment + 1
+        desk, boundary = self._desk, todo.segment + 1
         segment = segment_of(state, job, todo.slot, todo.segment)
-        if job.standby is not None and job.standby.node == self._desk.node:
+        if job.standby is not None and job.standby.node == desk.node:
             await self.hold(state, job, todo.slot, todo.epoch, boundary)
-        value = await self._desk.machine.keyed_hash(
+        value = await desk.machine.keyed_hash(
             job.id, slot_id(job, todo.slot), boundary, segment.proof_key
         )
-        await self._desk.submit(
-            StandbyProof(job.id, todo.epoch, todo.slot, todo.incarnation, todo.segment, value)
+        epoch = desk.epoch(job.id)
+        await desk.submit(
+            StandbyProof(job.id, epoch, todo.slot, todo.incarnation, todo.segment, value)
         )
 
     async def hold_contributions(

@@ -71,6 +71,12 @@ class Desk:
         found = (address(session) for session in dict.fromkeys(sessions) if session)
         return [session for session in found if session != self.machine.session]
 
+    def epoch(self, job: bytes) -> int:
+        """The job's epoch as it is now: what is said of a segment that a rollback left standing
+        names this one, not the one it was made under."""
+        found = self.chain.state().job(job)
+        return 0 if found is None else found.epoch
+
     def salt(self, what: bytes) -> bytes:
         """A salt of ours: the same after a restart, and nobody else's to guess."""
         return blake3(what, key=self._salt_key).digest()

@@ -335,9 +335,8 @@ class SlotWork:
         """See duty.OpenSeal."""
         stored = await self._stored(job.id, slot_id(job, todo.slot), todo.segment)
         root = stored.record.steps_root
-        await self._desk.submit(
-            Open(job.id, todo.epoch, todo.slot, todo.segment, stored.salt, root)
-        )
+        epoch = self._desk.epoch(job.id)
+        await self._desk.submit(Open(job.id, epoch, todo.slot, todo.segment, stored.salt, root))
 
     async def _stored(self, job: bytes, slot: SlotId, segment: int) -> StoredList:
         directory = Layout(self._desk.data_dir).slot(job, *slot)

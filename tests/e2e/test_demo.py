@@ -44,13 +44,16 @@ def test_a_job_is_trained_audited_paid_and_equals_the_reference(tmp_path: Path) 
     assert found["sample"]
 
 
+@pytest.mark.slow
 def test_a_validator_that_is_killed_and_comes_back_changes_nothing(tmp_path: Path) -> None:
     found = demo(tmp_path, "--kill", "validator", "--kill-round", "1")
     assert found["bitwise_reference"] is True
     assert found["supply_conserved"] is True
 
 
-@pytest.mark.parametrize("victim", ["worker", "carrier", "node"])
+@pytest.mark.parametrize(
+    "victim", ["worker", pytest.param("carrier", marks=pytest.mark.slow), "node"]
+)
 def test_a_killed_process_of_a_slot_is_made_good(tmp_path: Path, victim: str) -> None:
     found = demo(tmp_path, "--kill", victim, "--kill-round", "2")
     assert found["state"] == "closed"
@@ -63,7 +66,7 @@ def test_one_flipped_bit_is_found_its_author_named_unpaid_and_replaced(tmp_path:
     found = demo(tmp_path, "--cheater")
     assert found["state"] == "closed"
     assert found["convicted"] == [found["liar"]]
-    assert found["liar"] not in found["paid"]
+    assert found["liar_settled"] <= 2  # it lied in its third segment
     assert found["replacement"] == found["first_standby"]
     assert found["bitwise_reference"] is True
     assert found["supply_conserved"] is True

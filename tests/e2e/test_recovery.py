@@ -41,7 +41,7 @@ window is over."""
 STEPS = 40
 PATIENCE_SECONDS = 500.0
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]  # the demo's tests kill all but the daemon
 
 
 class Run:

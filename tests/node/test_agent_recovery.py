@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import trio
@@ -20,7 +21,9 @@ from tdmld.chain.records import JobStatus
 from tdmld.chain.transactions import (
     Commit,
 )
+from tdmld.node.auditwork import AuditWork
 from tdmld.node.channel import WAITS_SECONDS
+from tdmld.node.duty import OpenVerdict
 from tdmld.node.errors import CarrierUnavailable
 from tdmld.node.layout import Layout, list_file
 from tdmld.node.machine import (
@@ -399,3 +402,19 @@ async def test_what_nobody_needs_any_more_is_forgotten(world: World, serve: Any)
 
 def node_of(world: World, job: bytes, slot: int) -> bytes:
     return slot_of(world, job, slot).worker.node
+
+
+async def test_of_a_segment_that_a_rollback_left_standing_the_present_epoch_is_named() -> None:
+    said: list[Any] = []
+
+    async def submit_(payload: Any) -> None:
+        said.append(payload)
+
+    desk: Any = SimpleNamespace(
+        node=bytes(32), epoch=lambda job: 3, salt=lambda what: SALT, submit=submit_
+    )
+    work, job = AuditWork(desk), bytes(32)
+    todo = OpenVerdict(job, 1, 0, 0, 5, 0)
+    work._found[job, 1, 0, 0, 5] = bytes(32)
+    await work.open_verdict(cast(Any, None), cast(Any, SimpleNamespace(id=job)), todo)
+    assert [payload.epoch for payload in said] == [3]
