@@ -184,6 +184,7 @@ def test_a_node_with_no_open_port_stands_by_and_audits_through_a_relay(tmp_path:
         assert carried > STATE_BYTES, "the copies came through a relay"
 
 
+@pytest.mark.slow
 def test_two_nodes_with_no_open_port_train_when_a_hole_is_punched(tmp_path: Path) -> None:
     """They are neighbours in the pipeline, which the chain allows because each has the other's
     receipt that their carriers are connected directly."""

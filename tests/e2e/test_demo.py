@@ -52,7 +52,8 @@ def test_a_validator_that_is_killed_and_comes_back_changes_nothing(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "victim", ["worker", pytest.param("carrier", marks=pytest.mark.slow), "node"]
+    "victim",
+    [*(pytest.param(one, marks=pytest.mark.slow) for one in ("worker", "carrier")), "node"],
 )
 def test_a_killed_process_of_a_slot_is_made_good(tmp_path: Path, victim: str) -> None:
     found = demo(tmp_path, "--kill", victim, "--kill-round", "2")

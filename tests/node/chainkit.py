@@ -35,7 +35,7 @@ def make_genesis(name: str = "chainkit", **parameters: int) -> Genesis:
             "validators": [
                 [owner.address, key.address, 10] for owner, key in zip(OWNERS, KEYS, strict=True)
             ],
-            "parameters": {"interval_ms": 10, "offer_deposit": 100, **parameters},
+            "parameters": {"interval_ms": 10, "offer_deposit": 100, "tx_fee": 0, **parameters},
         }
     )
 

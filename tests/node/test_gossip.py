@@ -247,9 +247,9 @@ def test_a_spec_is_remembered_when_its_offer_could_be_paid_for(gate: Gate) -> No
     for refused in (
         offer(NOBODY, b"spec"),
         offer(OWNERS[0], b"another"),
-        offer(OWNERS[0], b"spec", price=900),
+        offer(OWNERS[0], b"spec", price=950),
         offer(OWNERS[0], b"spec", nonce=99),
-        offer(OWNERS[0], b"spec")[:-1] + b"\x01",
+        offer(OWNERS[0], b"spec")[:-1] + b"\x02",
         transfer(0, 0),
         b"junk",
     ):

@@ -168,7 +168,7 @@ async def test_the_answers_of_a_node_with_a_store(tmp_path: Path) -> None:
             chain=chain,  # type: ignore[arg-type]
             store=store,
             machine=None,  # type: ignore[arg-type]
-            agent=SimpleNamespace(),  # type: ignore[arg-type]
+            agent=SimpleNamespace(progress={}),  # type: ignore[arg-type]
             peers=SimpleNamespace(now_ms=lambda: 0),  # type: ignore[arg-type]
             reach=None,  # type: ignore[arg-type]
             data_dir=tmp_path,
