@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class ChildLog:
         self._file.close()
 
 
-class Process:
+class Process(ABC):
     """A running process in its own session and group: what is common to those that were started
     here (`Child`) and those that were forked for us (`tdmld.node.zygoteclient`)."""
 
@@ -63,13 +64,13 @@ class Process:
         self.log = log
         self._memory_kills = memory_kills()
 
+    @abstractmethod
     async def watch(self) -> None:
         """Wait for the end. Cancelled, kills the process. Run it in one task."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kill(self) -> None:
         """Kill it now with whatever it started; nothing when it has ended."""
-        raise NotImplementedError
 
     async def stop(self, grace_seconds: float) -> None:
         """Wait `grace_seconds` for the end, then kill it; needs a running `watch`."""
