@@ -9,6 +9,8 @@ from tdmld.chain.complaints import (
 )
 from tdmld.chain.crypto import address
 from tdmld.chain.records import Job
+from tdmld.chain.segments import neighbours
+from tdmld.chain.settlement import allowed
 from tdmld.chain.state import State
 from tdmld.chain.transactions import (
     AttestContributions,
@@ -117,11 +119,14 @@ class CopyWork:
     async def testify(self, state: State, job: Job, todo: duty.TryDelivery) -> None:
         """See duty.TryDelivery."""
         desk, slot = self._desk, slot_id(job, todo.slot)
-        raw, _ = await desk.spec(job)
+        raw, spec = await desk.spec(job)
         accused = address(slot_of(state, job, todo.slot).worker.session)
+        # An accuser that names a frame of later segments must not win: nobody owes it yet.
+        due = allowed(state, job, todo.slot, neighbours(job, todo.slot))
+        owed = todo.seq < due * spec.link_frames(slot.lane, slot.stage, todo.link)
         case = slot_of(state, job, todo.slot).case
         last = 0 if case is None else case.until - MARGIN_BLOCKS
-        delivered = False
+        delivered = not owed
         while not delivered:
             delivered = await desk.machine.probe_frame(
                 job.id, raw, slot, todo.epoch, todo.link, todo.seq, accused
@@ -130,7 +135,11 @@ class CopyWork:
                 break  # whoever has just been started again had its time
             if not delivered:
                 await trio.sleep(PROBE_SECONDS)
-        log.warning("%s: the frame was %s", todo, "delivered" if delivered else "not delivered")
+        log.warning(
+            "%s: the frame was %s",
+            todo,
+            "delivered" if delivered and owed else "not owed" if delivered else "not delivered",
+        )
         await desk.submit(
             Witness(job.id, todo.epoch, todo.slot, todo.incarnation, todo.opened, delivered)
         )

@@ -37,7 +37,7 @@ from tdmld.node.machine import (
 from tdmld.node.slotwork import RESTARTS, STALL_SECONDS
 from tdmld.train.segment import LinkRoots, SegmentRecord, StepDigests, write_list
 from tests.chain.test_replacement import leave, slot_of
-from tests.chain.test_stalls import accuse, here
+from tests.chain.test_stalls import accuse, complaint, here
 from tests.chain.world import Vice, World, make_genesis
 from tests.node.agentkit import Rig
 from tests.node.fake_chain import place_of, worker_of
@@ -391,6 +391,23 @@ async def test_the_standby_says_whether_the_accused_delivers_to_it(
     assert rig.sent(Witness) == [said]
     assert world.height < slot_of(world, job, 1).case.until  # type: ignore[union-attr]
     assert rig.called("probe_frame")[0] == [SlotId(0, 1), 0, "up", 7]
+
+
+async def test_nobody_owes_a_frame_of_a_segment_that_it_may_not_run_yet(
+    world: World, serve: Any
+) -> None:
+    job = submit(world)
+    standby = world.job(job).standby
+    assert standby is not None
+    rig = await serve(world, place_of(world, standby.node))
+    rig.machine.delivers = False
+    await rig.play(job, JobStatus.ACTIVE)
+    liar, node = (slot_of(world, job, slot).worker.node for slot in (0, 1))
+    world.do(world.keys[liar], complaint(world, job, 0, "down", seq=10**6))
+    world.do(world.keys[node], here(world, job, 1))
+    await rig.look()
+    assert [said.delivered for said in rig.sent(Witness)] == [True]
+    assert not rig.called("probe_frame")
 
 
 async def test_what_nobody_needs_any_more_is_forgotten(world: World, serve: Any) -> None:
